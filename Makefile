@@ -1,0 +1,55 @@
+# Needs Python 3.11 or newer and make; `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+UV_VERSION := 0.13.9
+# Everything that starts Ray gets a limit: a starved pipeline would wait for ever.
+LIMIT := timeout --kill-after=30
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-multinode test-gpu checks bench lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+# Compiled bytecode halves the start-up of every process that imports torch, and Ray starts many.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet uv==$(UV_VERSION)
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
+		-r pyproject.toml --extra dev --constraints requirements.lock
+	touch $@
+
+setup: $(VENV)/.installed  ## make the environment, in .venv
+
+demo: setup  ## label and embed photographs from an S3 store on this machine
+	$(LIMIT) 900 $(RUN) -m cluster.demo
+
+test: setup  ## the fast tests
+	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
+
+test-slow: setup  ## the slow tests: all five models, every way between stores, job submission
+	$(LIMIT) 2400 $(RUN) -m pytest -m "slow and not gpu and not multinode"
+
+test-multinode: setup  ## tests on several hosts (root)
+	$(LIMIT) 1800 $(RUN) -m pytest -m multinode || [ $$? -eq 5 ]
+
+test-gpu: setup  ## tests that need a GPU
+	$(LIMIT) 1800 $(RUN) -m pytest -m gpu || [ $$? -eq 5 ]
+
+checks: setup  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: setup  ## Ray's documented pattern beside us, the whole run
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
+		-r pyproject.toml --extra bench --constraints requirements.lock
+	$(LIMIT) 1800 $(RUN) -m benchmarks.whole_run
+
+lock: setup  ## resolve requirements.lock anew
+	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-header --quiet \
+		--no-emit-index-url --no-emit-find-links --constraints requirements.constraints -o requirements.lock
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache
