@@ -1,0 +1,1 @@
+"""ECA ResNets on Ray: the library behind the jobs."""

@@ -1,0 +1,27 @@
+"""The base of every schema: unknown keys refused, values fixed, field docstrings kept for `--help`."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A group of keys. The string under a field says its effect, its unit and what the default means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+
+    def is_set(self, field: str) -> bool:
+        """Whether the user gave `field`, rather than leaving it at its default."""
+        return field in self.model_fields_set
+
+
+def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The dotted names of all keys under a schema, each with its pydantic `FieldInfo`, in order."""
+    leaves: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            leaves |= leaf_fields(annotation, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = field
+    return leaves

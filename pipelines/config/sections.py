@@ -1,0 +1,115 @@
+"""The sections that jobs share."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.config.base import Section
+
+# Pillow's own limit, above which it refuses to open an image (twice its warning limit of a quarter GiB of RGB).
+PILLOW_MAX_PIXELS = 178_956_970
+
+
+def _without_credentials(uri: str) -> str:
+    authority = uri.partition("://")[2].partition("/")[0]
+    if ":" in authority.rpartition("@")[0]:
+        raise ValueError("a URI may not hold a user and password: give credentials by the standard variables")
+    return uri
+
+
+class InputConfig(Section):
+    """The images to read."""
+
+    uri: str = Field(min_length=1)
+    """Folder or prefix that holds the images, or one image: a local path, `s3://bucket/prefix`, or what fsspec
+    knows. Every object under it is an input, whatever its name."""
+
+    exclude: list[str] = []
+    """Shell patterns (`*.json`, `thumbs/*`), matched against the path below `input.uri`; what matches is not an
+    input, and the summary counts it in `num_excluded`. Default: nothing is left out."""
+
+    max_bytes: int = Field(default=256 * 1024**2, gt=0)
+    """Largest object fetched, in bytes; a larger one becomes a failed row (`too_many_bytes`). Default: 256 MiB."""
+
+    _no_credentials = field_validator("uri")(_without_credentials)
+
+
+class OutputConfig(Section):
+    """Where the result goes."""
+
+    uri: str = Field(min_length=1)
+    """Folder or prefix for the result: a local path, `s3://bucket/prefix`, or what fsspec knows. On a cluster of
+    several nodes a local path has to be one that all nodes share."""
+
+    commit_rows: int = Field(default=2048, ge=1)
+    """Rows per Parquet file at most, and so the images that a kill may cost for each write in flight. Small runs
+    write smaller files, so that results appear while the run goes on. Default: 2,048."""
+
+    _no_credentials = field_validator("uri")(_without_credentials)
+
+
+class ModelConfig(Section):
+    """The network and its weights."""
+
+    name: str = "ecaresnet50d"
+    """timm's name of the architecture, with or without a tag (`ecaresnet50d`, `ecaresnet50t.a1_in1k`). Default:
+    ecaresnet50d, or, where `model.weights` names a directory, the architecture that its config.json names."""
+
+    weights: str = Field(default="pretrained", min_length=1)
+    """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file
+    or of a directory written by train or export; or `random` (seeded, for trials)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward pass; embeddings and probabilities are written as float32 whatever it is. Default:
+    float32."""
+
+    _no_credentials = field_validator("weights")(_without_credentials)
+
+
+class OutputsConfig(Section):
+    """What is written for each image."""
+
+    topk: int = Field(default=5, ge=0)
+    """Number of classes written per image, most probable first; 0 writes none. Default: 5, or all classes where
+    the model has fewer."""
+
+    embedding: bool = True
+    """Whether the pooled features are written, `num_features` float32 values per image. Default: true."""
+
+
+class PreprocessConfig(Section):
+    """From bytes to the model's input."""
+
+    mode: Literal["exact"] = "exact"
+    """`exact` (the default) gives timm's eval transform bit for bit."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""
+
+    use_test_size: bool = False
+    """Take the model's test size and crop (288 px and 0.95 for the five) in place of the train size and crop (224 px
+    and 0.875). Default: false, as timm's `resolve_data_config`."""
+
+    max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
+    """Largest source image decoded, width times height; a larger one becomes a failed row (`too_many_pixels`).
+    A decoding task holds 3 bytes per pixel, more for some formats. Default: Pillow's own limit, 178,956,970."""
+
+
+class ComputeConfig(Section):
+    """The machines' share. Every default is planned from what the cluster has."""
+
+    num_workers: int | None = Field(default=None, ge=1)
+    """Model replicas (actors). Default: one for each GPU with `use_gpu`, else one for every 4 CPUs of a node."""
+
+    use_gpu: bool = False
+    """Whether each replica takes a GPU of the cluster, as Ray's `ScalingConfig.use_gpu`. Default: false."""
+
+    num_cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs that Ray sets aside for each replica. Default: 1 with a GPU; else three quarters of the CPUs shared among
+    the replicas (half of them on nodes of fewer than 4 CPUs), so that fetching, decoding and writing go on."""
+
+    num_threads_per_worker: int | None = Field(default=None, ge=1)
+    """torch threads of each replica on CPUs. Default: the node's CPUs shared among its replicas."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images per forward pass; the last batches are padded to it. Default: 32 on CPUs, 256 on GPUs."""

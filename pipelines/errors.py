@@ -1,0 +1,36 @@
+"""What can go wrong: with the request, with the run, and with a single image."""
+
+from typing import Literal
+
+
+class RequestError(ValueError):
+    """What was asked for is wrong: bad config, missing input, weights not found. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """The request was right, but the run failed. Exit status 1."""
+
+
+ErrorKind = Literal[
+    "not_found",  # listed, but gone when it was fetched
+    "access_denied",  # the store or the file system refuses to hand it out
+    "timeout",  # the store did not answer in time, retries included
+    "storage_error",  # any other failure of the store, retries included
+    "too_many_bytes",  # larger than input.max_bytes
+    "empty",  # an object of no bytes
+    "not_an_image",  # no decoder knows the bytes
+    "truncated",  # an image that ends too early
+    "corrupt",  # an image whose content contradicts itself
+    "too_many_pixels",  # larger than preprocess.max_pixels
+    "unsupported",  # a known format in a variant that the decoder does not know
+]
+"""The closed set of `error_kind` in `failed-*.parquet`."""
+
+
+class ItemError(Exception):
+    """One image failed; the run goes on. Becomes one row of `failed-*.parquet`."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind: ErrorKind = kind
+        self.message = message

@@ -1,0 +1,67 @@
+"""What every job does around its `run`: parse, run, print the summary, end with the right status."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from pipelines.config.parse import parse_config
+from pipelines.errors import RequestError, RunError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+def run_job(
+    prog: str,
+    schema: type[Schema],
+    load_run: Callable[[], Callable[[Schema], Mapping[str, Any]]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run one job from its command line.
+
+    Args:
+        prog: the module's name, as in `python -m PROG`.
+        schema: what the job can be told.
+        load_run: imports and returns the job's `run(config) -> summary`; called only once the config is good, since
+            torch and ray take seconds to import.
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 done, 1 the run failed, 2 the request was wrong. With 0, the last line on stdout is the
+        summary, one JSON object.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        from pipelines.config.help import format_help
+
+        print(format_help(schema, prog))
+        return DONE
+    try:
+        is_dry_run = "--dry-run" in arguments
+        config = parse_config(schema, [word for word in arguments if word != "--dry-run"])
+        if is_dry_run:
+            print(config.model_dump_json(indent=2))
+            return DONE
+        summary = load_run()(config)
+    except RequestError as error:
+        return _report(prog, error, WRONG_REQUEST)
+    except RunError as error:
+        return _report(prog, error, FAILED)
+    except KeyboardInterrupt:
+        return _report(prog, "interrupted; the same command goes on from what is done", FAILED)
+    except Exception:
+        traceback.print_exc()
+        return _report(prog, "the run failed; the traceback above says where", FAILED)
+    sys.stderr.flush()
+    print(json.dumps(summary), flush=True)
+    return DONE
+
+
+def _report(prog: str, reason: object, status: int) -> int:
+    print(f"{prog}: error: {' '.join(str(reason).split())}", file=sys.stderr, flush=True)
+    return status
