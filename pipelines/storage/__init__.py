@@ -1,0 +1,1 @@
+"""Where bytes live: URIs, file systems, bulk reads, listing, and the manifest."""

@@ -1,0 +1,136 @@
+"""One object at a time: file systems by URI, whole-object reads and writes, and errors in plain words.
+
+Endpoint and credentials come from the standard variables, profiles or instance roles, in each process anew: a file
+system is opened where it is used and never pickled.
+"""
+
+import contextlib
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from pipelines.errors import RequestError
+from pipelines.storage import uris
+
+# Seconds. s3fs makes up to 5 attempts on top of these; botocore's own retries would multiply with them.
+S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 1}}
+# An endpoint that takes longer than this to accept a connection counts as unreachable when a job starts.
+PROBE_TIMEOUT_S = 3
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URI, and the URI's path on it.
+
+    Raises:
+        RequestError: no file system is known for the protocol.
+    """
+    protocol = uris.protocol_of(uri)
+    options: dict[str, Any] = {}
+    if protocol == "s3":
+        options = {"config_kwargs": S3_CONFIG, "use_listings_cache": False}
+    try:
+        filesystem = fsspec.filesystem(protocol, **options)
+    except (ValueError, ImportError) as error:
+        raise RequestError(f"no file system for {uri}: {error}") from None
+    return filesystem, uri if protocol == "file" else filesystem._strip_protocol(uri)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object. Raises FileNotFoundError where there is none."""
+    filesystem, path = open_filesystem(uri)
+    content: bytes = filesystem.cat_file(path)
+    return content
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write the whole object, so that no reader ever sees a part of it.
+
+    An upload to an object store appears whole; a local file is written aside, then renamed.
+    """
+    filesystem, path = open_filesystem(uri)
+    if not uris.is_local(uri):
+        filesystem.pipe_file(path, content)
+        return
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    aside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(aside)
+        raise
+
+
+def list_names(uri: str) -> list[str]:
+    """Names of what lies directly below `uri`, folders included; none where nothing does."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def download(uri: str, folder: str) -> str:
+    """A local path with the object's content: the path itself where `uri` is local, else a copy in `folder`."""
+    if uris.is_local(uri):
+        return uris.normalize(uri)
+    filesystem, path = open_filesystem(uri)
+    target = os.path.join(folder, posixpath.basename(path))
+    filesystem.get_file(path, target)
+    return target
+
+
+@contextlib.contextmanager
+def in_plain_words(what: str, uri: str) -> Iterator[None]:
+    """Turn the storage errors of a `with` block into one line: `what` failed on `uri`, because.
+
+    Raises:
+        RequestError: in place of any error of the operating system, fsspec, s3fs or botocore.
+    """
+    try:
+        yield
+    except RequestError:
+        raise
+    except FileNotFoundError:
+        raise RequestError(f"cannot {what} {uri}: it does not exist") from None
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise RequestError(f"cannot {what} {uri}: {error.strerror or error}") from None
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
+            raise RequestError(f"cannot {what} {uri}: {' '.join(str(error).split())}") from None
+        raise
+
+
+def check_reachable(uri: str) -> None:
+    """Make sure, within a few seconds, that the store of a URI answers and knows our credentials.
+
+    Raises:
+        RequestError: it does not.
+    """
+    if uris.protocol_of(uri) != "s3":
+        return
+    import s3fs
+
+    quick = s3fs.S3FileSystem(
+        config_kwargs={
+            "connect_timeout": PROBE_TIMEOUT_S,
+            "read_timeout": PROBE_TIMEOUT_S,
+            "retries": {"max_attempts": 0},
+        },
+        skip_instance_cache=True,
+    )
+    quick.retries = 1
+    bucket, key = uris.split_bucket(uri)
+    if not bucket:
+        raise RequestError(f"{uri} names no bucket")
+    with in_plain_words("reach", uri):
+        quick.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
