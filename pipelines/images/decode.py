@@ -1,0 +1,64 @@
+"""Encoded bytes to RGB pixels, by Pillow, as timm's datasets do: the first frame, `convert("RGB")`, no EXIF turn."""
+
+import functools
+import io
+import warnings
+
+from PIL import Image, UnidentifiedImageError
+
+from pipelines.errors import ErrorKind, ItemError
+
+# Pillow hands PostScript to Ghostscript, an interpreter that strangers' files have no business with.
+UNSAFE_FORMATS = frozenset({"EPS"})
+
+
+def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode one image to mode RGB, at its full size.
+
+    Args:
+        content: the bytes of a file.
+        max_pixels: largest width times height.
+
+    Raises:
+        ItemError: `not_an_image`, `too_many_pixels`, `truncated`, `corrupt` or `unsupported`.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns of odd EXIF, of palettes with transparency, and of sizes that `max_pixels` judges already.
+        warnings.simplefilter("ignore")
+        try:
+            image = _open(content, max_pixels)
+            return image.convert("RGB")
+        except ItemError:
+            raise
+        except UnidentifiedImageError:
+            raise ItemError("not_an_image", "no decoder knows these bytes") from None
+        except Image.DecompressionBombError as error:
+            raise ItemError("too_many_pixels", str(error)) from None
+        except Exception as error:
+            # Decoders fail on damaged bytes in every way there is (struct.error, SyntaxError, KeyError, ...).
+            message = " ".join(str(error).split()) or "no reason given"
+            raise ItemError(_kind_of(message), f"{type(error).__name__}: {message}"[:500]) from None
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    image = Image.open(io.BytesIO(content), formats=_safe_formats())
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
+    return image
+
+
+@functools.cache
+def _safe_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in UNSAFE_FORMATS)
+
+
+def _kind_of(message: str) -> ErrorKind:
+    lowered = message.lower()
+    if "truncated" in lowered or "unexpected end" in lowered or "not enough" in lowered:
+        return "truncated"
+    if any(word in lowered for word in ("unsupported", "not supported", "cannot find loader", "not available")):
+        return "unsupported"
+    return "corrupt"

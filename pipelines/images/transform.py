@@ -1,0 +1,82 @@
+"""timm's eval transform on Pillow alone: the same pixels, without importing torch.
+
+`timm.data.transforms_factory.transforms_imagenet_eval` composes torchvision's transforms, which call Pillow's resize
+and crop. The tests hold the result equal to timm's, byte for byte.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.errors import ItemError
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """What timm's `resolve_data_config` resolves, by timm's names.
+
+    Attributes:
+        input_size: height and width of the model's input, in pixels.
+        crop_pct: share of the resized image that the crop keeps.
+        crop_mode: `center` (shortest edge fits), `squash` (both edges fit) or `border` (longest edge fits, padded).
+        interpolation: Pillow's name of the filter, in lower case.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+    """
+
+    input_size: tuple[int, int]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
+        """Resize and crop an RGB image to uint8 height x width x 3; the model normalizes it on its device.
+
+        Args:
+            image: mode RGB, any size.
+            max_pixels: largest size resized to, which a very long and thin image exceeds.
+
+        Raises:
+            ItemError: `too_many_pixels`.
+        """
+        width, height = self._resized_size(image.width, image.height)
+        if width * height > max_pixels:
+            raise ItemError("too_many_pixels", f"{image.width} x {image.height} resizes to {width} x {height} pixels")
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        return np.asarray(self._center_crop(image))
+
+    def _resized_size(self, width: int, height: int) -> tuple[int, int]:
+        crop_height, crop_width = self.input_size
+        scale_height, scale_width = (math.floor(side / self.crop_pct) for side in self.input_size)
+        if self.crop_mode == "squash":
+            return scale_width, scale_height
+        if self.crop_mode != "border" and crop_height == crop_width:
+            # The long edge is cut off, not rounded, as in torchvision's Resize.
+            if width <= height:
+                return scale_width, int(scale_width * height / width)
+            return int(scale_height * width / height), scale_height
+        ratios = height / scale_height, width / scale_width
+        ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
+        return round(width / ratio), round(height / ratio)
+
+    def _center_crop(self, image: Image.Image) -> Image.Image:
+        crop_height, crop_width = self.input_size
+        image = self._pad_to(image, crop_width, crop_height)
+        left = round((image.width - crop_width) / 2.0)
+        top = round((image.height - crop_height) / 2.0)
+        return image.crop((left, top, left + crop_width, top + crop_height))
+
+    def _pad_to(self, image: Image.Image, crop_width: int, crop_height: int) -> Image.Image:
+        width, height = max(image.width, crop_width), max(image.height, crop_height)
+        if (width, height) == image.size:
+            return image
+        fill = tuple(round(255 * value) for value in self.mean) if self.crop_mode == "border" else (0, 0, 0)
+        padded = Image.new("RGB", (width, height), fill)
+        padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return padded
