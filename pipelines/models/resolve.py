@@ -1,0 +1,50 @@
+"""Everything about the model that the driver decides, once for all replicas."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.images.transform import EvalTransform
+from pipelines.models.build import HeadAndFeatures, create_with_weights, describe, fold_batch_norm, resolve_transform
+from pipelines.models.bundle import ModelBundle
+from pipelines.models.fingerprint import fingerprint, hash_state_dict
+from pipelines.models.labels import resolve_label_names
+from pipelines.models.weights import Weights, resolve_weights, timm_version
+
+
+def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBundle:
+    """Find and check weights, transform, label names and fingerprint.
+
+    Raises:
+        RequestError: the weights cannot be had, or do not fit the model or the image size.
+    """
+    weights = resolve_weights(model)
+    transform = resolve_transform(weights.pretrained_cfg, preprocess.image_size, preprocess.use_test_size)
+    architecture = describe(weights.name, weights.num_classes, transform.input_size)
+    return ModelBundle(
+        name=weights.name,
+        num_classes=architecture.num_classes,
+        num_features=architecture.num_features,
+        label_names=resolve_label_names(weights.checkpoint_config, weights.num_classes),
+        transform=transform,
+        dtype=model.dtype,
+        module=_inference_module(weights),
+        fingerprint=fingerprint(_identity(weights, transform, model.dtype, preprocess.mode)),
+    )
+
+
+def _inference_module(weights: Weights) -> nn.Module:
+    module = create_with_weights(weights.name, weights.num_classes, weights.state_dict)
+    return fold_batch_norm(HeadAndFeatures(module).eval()).requires_grad_(False)
+
+
+def _identity(weights: Weights, transform: EvalTransform, dtype: str, mode: str) -> dict[str, Any]:
+    return {
+        "weights": hash_state_dict(weights.state_dict),
+        "timm": timm_version(),
+        "model": weights.name.partition(".")[0],
+        "transform": asdict(transform) | {"mode": mode},
+        "dtype": dtype,
+    }

@@ -1,0 +1,84 @@
+"""`jobs.models`: the model cards' figures beside what this installation measures."""
+
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config.models import ModelsConfig
+from pipelines.models.build import build_on_meta, check_model_name, describe
+from pipelines.models.catalogue import CARD_IMAGE_SIZE, FAMILY, MODEL_CARDS
+
+
+def run(config: ModelsConfig) -> dict[str, Any]:
+    """Measure each model and print the table; returns the same figures as the summary.
+
+    Raises:
+        RequestError: timm does not know a name.
+    """
+    names = config.names or list(FAMILY)
+    for name in names:
+        check_model_name(name)
+    models = [measure(name) for name in names]
+    print(format_table(models))
+    return {"models": models}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The figures of one model, counted on shapes alone.
+
+    Returns:
+        `num_params`, `num_macs` of one 256 x 256 image, `state_dict_bytes`, `input_size` and `crop_pct` (train) and
+        `test_input_size` and `test_crop_pct`, `interpolation`, `num_features`, `num_classes`, `tags`, and what the
+        model card says of `num_macs` and `state_dict_bytes` under `card`, None where it says nothing.
+    """
+    module = build_on_meta(name)
+    cfg = module.pretrained_cfg
+    card = MODEL_CARDS.get(name)
+    native_size = tuple(cfg["input_size"][1:])
+    return {
+        "name": name,
+        "num_params": sum(parameter.numel() for parameter in module.parameters()),
+        "num_macs": count_macs(module, native_size if cfg.get("fixed_input_size") else (CARD_IMAGE_SIZE,) * 2),
+        "state_dict_bytes": sum(value.numel() * value.element_size() for value in module.state_dict().values()),
+        "input_size": cfg["input_size"][-1],
+        "crop_pct": cfg["crop_pct"],
+        "test_input_size": (cfg.get("test_input_size") or cfg["input_size"])[-1],
+        "test_crop_pct": cfg.get("test_crop_pct") or cfg["crop_pct"],
+        "interpolation": cfg["interpolation"],
+        "num_features": describe(name, None, native_size).num_features,
+        "num_classes": module.num_classes,
+        "tags": [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0])],
+        "card": None if card is None else {"num_macs": card.num_macs, "state_dict_bytes": card.state_dict_bytes},
+    }
+
+
+def count_macs(module: torch.nn.Module, input_size: tuple[int, ...]) -> int:
+    """Multiply-adds of convolutions and matrix products for one image, on any device, `meta` included."""
+    device = next(module.parameters()).device
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, 3, *input_size, device=device))
+    return int(counter.get_total_flops()) // 2
+
+
+def format_table(models: list[dict[str, Any]]) -> str:
+    """Rows of `measure` as text; the model card's figure in brackets after ours."""
+    lines = [
+        f"{'model':22}{'params':>9}  {'GMACs at 256 px (card)':26}{'state dict, MB (card)':26}"
+        f"{'size, crop':14}{'test':14}{'features':>8}  tags"
+    ]
+    for model in models:
+        card = model["card"] or {}
+        lines.append(
+            f"{model['name']:22}{model['num_params'] / 1e6:8.1f}M  "
+            f"{_beside(model, card, 'num_macs', 1e9):26}{_beside(model, card, 'state_dict_bytes', 1e6):26}"
+            f"{model['input_size']}, {model['crop_pct']:<8g} {model['test_input_size']}, {model['test_crop_pct']:<8g} "
+            f"{model['num_features']:8}  {', '.join(model['tags']) or '-'}"
+        )
+    return "\n".join(lines)
+
+
+def _beside(model: dict[str, Any], card: dict[str, Any], key: str, unit: float) -> str:
+    said = f" ({card[key] / unit:.2f}, {100 * (model[key] / card[key] - 1):+.2f} %)" if card else ""
+    return f"{model[key] / unit:.2f}{said}"
