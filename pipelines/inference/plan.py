@@ -1,0 +1,130 @@
+"""Plan CPUs, GPUs and threads from what the cluster has, so that no stage waits for ever for another's CPUs.
+
+Ray schedules by the CPUs that tasks and actors declare. Replicas hold theirs for the whole run: were they to hold all,
+no fetch, decode or write task could start, and the run would stand still without a word.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pipelines.config.sections import ComputeConfig
+from pipelines.errors import RequestError
+
+CPUS_PER_REPLICA = 4  # torch's convolutions scale well to about 4 threads; more replicas then beat more threads
+SMALL_NODE_CPUS = 4
+CPU_BATCH_SIZE = 32  # 32 x 3 x 224 x 224 float32 are 19 MB: larger batches leave the caches and gain nothing
+GPU_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine offers to Ray."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True)
+class ComputePlan:
+    """What each stage declares to Ray.
+
+    Attributes:
+        num_workers: replicas.
+        num_cpus_per_worker: set aside for each replica.
+        num_gpus_per_worker: 1 or 0.
+        num_threads_per_worker: torch's, on CPUs.
+        batch_size: images per forward pass.
+        num_cpus_per_decode_task: set aside for each fetching and decoding task.
+        num_cpus_per_write_task: set aside for each writing task.
+    """
+
+    num_workers: int
+    num_cpus_per_worker: float
+    num_gpus_per_worker: int
+    num_threads_per_worker: int
+    batch_size: int
+    num_cpus_per_decode_task: float
+    num_cpus_per_write_task: float
+
+
+def plan_compute(config: ComputeConfig, nodes: list[Node]) -> ComputePlan:
+    """Share the nodes among the stages.
+
+    Args:
+        config: what the user asked for.
+        nodes: the machines of a cluster, or those it may grow to.
+
+    Raises:
+        RequestError: it cannot be scheduled on these nodes; says what is wanted and what there is.
+    """
+    working = [node for node in nodes if node.num_cpus > 0]
+    if not working:
+        raise RequestError("the cluster has no CPUs")
+    num_workers, cpus_each, threads = _plan_gpu(config, working) if config.use_gpu else _plan_cpu(config, working)
+    if config.num_cpus_per_worker is not None:
+        cpus_each = config.num_cpus_per_worker
+    _refuse_if_too_many(num_workers, cpus_each, config.use_gpu, working)
+    left = sum(node.num_cpus for node in working) - num_workers * cpus_each
+    roomiest = max(node.num_cpus for node in working)
+    return ComputePlan(
+        num_workers=num_workers,
+        num_cpus_per_worker=cpus_each,
+        num_gpus_per_worker=int(config.use_gpu),
+        num_threads_per_worker=config.num_threads_per_worker or threads,
+        batch_size=config.batch_size or (GPU_BATCH_SIZE if config.use_gpu else CPU_BATCH_SIZE),
+        # A whole CPU where there are plenty; on small machines so little that both fit beside the replicas, and few
+        # enough decode at a time that their start-up does not cost more than their work.
+        num_cpus_per_decode_task=_round_down(min(1.0, left / 2, roomiest / 4)),
+        num_cpus_per_write_task=_round_down(min(1.0, left / 4, roomiest / 8)),
+    )
+
+
+def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
+    """Replicas, CPUs each, threads each, without GPUs."""
+    per_node = [max(1, int(node.num_cpus) // CPUS_PER_REPLICA) for node in nodes]
+    shares = [_replica_share(node) * node.num_cpus / count for node, count in zip(nodes, per_node)]
+    threads = min(max(1, int(node.num_cpus) // count) for node, count in zip(nodes, per_node))
+    num_default = sum(per_node)
+    num_workers = config.num_workers or num_default
+    crowding = max(1.0, num_workers / num_default)
+    total_cpus = sum(node.num_cpus for node in nodes)
+    if num_workers > max(1, total_cpus):
+        raise RequestError(
+            f"compute.num_workers = {num_workers}, but the cluster has {total_cpus:g} CPUs, and a replica on CPUs "
+            "needs one of its own"
+        )
+    return num_workers, _round_down(min(shares) / math.ceil(crowding)), max(1, int(threads / crowding))
+
+
+def _plan_gpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
+    """Replicas, CPUs each, threads each, on one GPU each."""
+    with_gpus = [node for node in nodes if node.num_gpus >= 1]
+    num_gpus = int(sum(node.num_gpus for node in nodes))
+    num_workers = config.num_workers or num_gpus
+    if num_workers > num_gpus or not num_gpus:
+        raise RequestError(
+            f"compute.use_gpu asks for {max(1, num_workers)} GPUs, one a replica, but the cluster has {num_gpus}"
+        )
+    # A replica's Python thread feeds the GPU: one CPU, or less where a node has few for each of its GPUs.
+    return num_workers, _round_down(min(1.0, *(node.num_cpus / node.num_gpus / 2 for node in with_gpus))), 1
+
+
+def _replica_share(node: Node) -> float:
+    return 0.5 if node.num_cpus < SMALL_NODE_CPUS else 0.75
+
+
+def _refuse_if_too_many(num_workers: int, cpus_each: float, use_gpu: bool, nodes: list[Node]) -> None:
+    total_cpus = sum(node.num_cpus for node in nodes)
+    room = sum(
+        min(int(node.num_cpus / cpus_each + 1e-6), int(node.num_gpus) if use_gpu else num_workers) for node in nodes
+    )
+    if num_workers > room or num_workers * cpus_each >= total_cpus:
+        raise RequestError(
+            f"{num_workers} replicas of {cpus_each:g} CPUs each, and CPUs left for fetching, decoding and writing, do "
+            f"not fit the cluster's {total_cpus:g} CPUs on {len(nodes)} nodes: lower compute.num_workers or "
+            "compute.num_cpus_per_worker"
+        )
+
+
+def _round_down(num_cpus: float) -> float:
+    return max(0.01, math.floor(num_cpus * 100) / 100)  # Ray counts in steps of 1/10,000

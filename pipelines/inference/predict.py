@@ -1,0 +1,144 @@
+"""Predict: uint8 images to top-k and embedding, on a replica that loads the weights once. Rows 1:1."""
+
+import contextlib
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+from numpy.typing import NDArray
+
+from pipelines.inference.schema import IMAGES, predictions_schema
+from pipelines.models.bundle import ModelBundle
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How a replica runs.
+
+    Attributes:
+        batch_size: images per forward pass; fewer are padded to it.
+        topk: classes kept per image; 0 for none.
+        embedding: whether the pooled features are kept.
+        use_gpu: run on the GPU that Ray gave this process, else on the CPU.
+        num_threads: torch's, on the CPU.
+    """
+
+    batch_size: int
+    topk: int
+    embedding: bool
+    use_gpu: bool
+    num_threads: int
+
+
+class Predictor:
+    """One replica of the model.
+
+    Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of
+    machine a row's result is then independent of its neighbours, bit for bit.
+    """
+
+    def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
+        _keep_freed_memory()
+        torch.set_num_threads(options.num_threads)
+        self.bundle = bundle
+        self.options = options
+        self.device = torch.device("cuda" if options.use_gpu else "cpu")
+        self.dtype: torch.dtype = getattr(torch, bundle.dtype)
+        self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
+        self.label_names = pa.array(bundle.label_names, pa.string())
+        self.model = bundle.module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        self.mean = self._per_channel(bundle.transform.mean)
+        self.std = self._per_channel(bundle.transform.std)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
+        good = batch.filter(pc.is_valid(batch["image"]))
+        images = _stack(good, self.bundle.transform.input_size)
+        chunks = [
+            self._predict_batch(images[start : start + self.options.batch_size])
+            for start in range(0, len(images), self.options.batch_size)
+        ]
+        results = pa.concat_tables(chunks) if chunks else self._empty_results()
+        return self._join(batch, results)
+
+    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
+
+    @torch.inference_mode()
+    def _predict_batch(self, images: NDArray[np.uint8]) -> pa.Table:
+        """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
+        num_images = len(images)
+        if num_images < self.options.batch_size:
+            missing = self.options.batch_size - num_images
+            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
+        logits, features = self.model(self._normalize(torch.from_numpy(images)))
+        columns: dict[str, pa.Array] = {}
+        if self.options.topk:
+            prob, index = logits[:num_images].float().softmax(dim=-1).topk(self.options.topk)
+            columns |= self._topk_columns(prob.cpu().numpy(), index.cpu().numpy())
+        if self.options.embedding:
+            values = features[:num_images].float().cpu().numpy()
+            columns["embedding"] = pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])
+        return pa.table(columns)
+
+    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
+        # The steps of torchvision's ToTensor and Normalize, in their order, for the same bits. The permuted view of
+        # height x width x channels is channels-last already.
+        scaled = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        return scaled.sub_(self.mean).div_(self.std).to(self.dtype)
+
+    def _topk_columns(self, prob: NDArray[np.float32], index: NDArray[np.int64]) -> dict[str, pa.Array]:
+        offsets = pa.array(np.arange(0, index.size + 1, self.options.topk), pa.int32())
+        flat = pa.array(index.reshape(-1).astype(np.int32))
+        return {
+            "index": pa.ListArray.from_arrays(offsets, flat),
+            "prob": pa.ListArray.from_arrays(offsets, pa.array(prob.reshape(-1))),
+            "label": pa.ListArray.from_arrays(offsets, self.label_names.take(flat)),
+        }
+
+    def _empty_results(self) -> pa.Table:
+        names = [name for name in self.schema.names if name not in IMAGES.names]
+        return pa.schema([self.schema.field(name) for name in names]).empty_table()
+
+    def _join(self, batch: pa.Table, results: pa.Table) -> pa.Table:
+        # Position of each row's result; null, which `take` answers with null, for a failed row.
+        is_good = pc.is_valid(batch["image"]).to_numpy()
+        positions = pa.array(np.cumsum(is_good) - 1, mask=~is_good)
+        columns = {name: results[name].take(positions) for name in results.column_names}
+        columns |= {name: batch[name] for name in batch.column_names if name != "image"}
+        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+
+
+class PredictorActor(Predictor):
+    """A replica in a Ray actor: takes the bundle out of the object store, where the driver put it once."""
+
+    def __init__(self, bundle: "ray.ObjectRef[ModelBundle]", options: PredictOptions) -> None:
+        super().__init__(ray.get(bundle), options)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what torch frees, in place of handing it back to the kernel and faulting it in again.
+
+    Activations of a batch are freed and allocated anew by every layer, in blocks so large that glibc maps each of them:
+    without this, two cores spend a fifth of the forward pass in page faults. Does nothing with another C library.
+    """
+    m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _stack(good: pa.Table, input_size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The images as rows x height x width x 3; a view of Arrow's memory where the rows are in one piece."""
+    column = good["image"].combine_chunks()
+    image = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
+    if not len(image):
+        return np.zeros((0, *input_size, 3), np.uint8)
+    offsets = np.frombuffer(image.buffers()[1], np.int64)[image.offset : image.offset + len(image) + 1]
+    pixels = np.frombuffer(image.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    return pixels.reshape(-1, *input_size, 3)

@@ -1,0 +1,71 @@
+"""Progress: images done, rate and time left. One line every few seconds; on a terminal, one line that changes."""
+
+import sys
+import threading
+import time
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Counts images and reports them from a thread of its own, so that it also speaks while nothing arrives."""
+
+    def __init__(self, num_total: int, num_resumed: int = 0) -> None:
+        self.num_total = num_total
+        self.num_resumed = num_resumed
+        self.num_ok = 0
+        self.num_failed = 0
+        self.num_files = 0
+        self._started = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._report, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._print(end="\n")
+
+    def add(self, num_ok: int, num_failed: int, num_files: int) -> None:
+        """Count what a write task reports."""
+        self.num_ok += num_ok
+        self.num_failed += num_failed
+        self.num_files += num_files
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    def line(self) -> str:
+        """What is reported now."""
+        num_new = self.num_ok + self.num_failed
+        num_done = self.num_resumed + num_new
+        text = f"{num_done:,} of {self.num_total:,} images"
+        if self.num_failed:
+            text += f", {self.num_failed:,} failed"
+        if not num_new:
+            return f"{text}, starting, {self.elapsed_s:.0f} s"
+        rate = num_new / self.elapsed_s
+        left_s = (self.num_total - num_done) / rate
+        return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left, {self.num_files:,} files"
+
+    def _report(self) -> None:
+        every_s = 0.5 if self._is_terminal else LINE_EVERY_S
+        while not self._stop.wait(every_s):
+            self._print(end="\r" if self._is_terminal else "\n")
+
+    def _print(self, end: str) -> None:
+        clear = "\x1b[2K\r" if self._is_terminal else ""
+        print(f"{clear}{self.line()}", end=end, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,257 @@
+"""Label and embed images: the dataset chain, top to bottom.
+
+manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
+"""
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from pipelines.config.infer import InferConfig
+from pipelines.errors import RequestError, RunError
+from pipelines.inference import commit
+from pipelines.inference.cluster import plan_for_cluster
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.plan import ComputePlan
+from pipelines.inference.predict import PredictOptions, PredictorActor
+from pipelines.inference.progress import Progress
+from pipelines.inference.schema import parts_schema
+from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelBundle
+from pipelines.models.resolve import resolve_bundle
+from pipelines.ray_session import ray_session
+from pipelines.storage import uris
+from pipelines.storage.filesystem import check_reachable
+from pipelines.storage.manifest import ManifestInfo, create_manifest, find_manifest, read_manifest
+
+log = logging.getLogger(__name__)
+
+# A small run is cut into at least this many files, so that its first results appear while it goes on.
+MIN_FILES_PER_RUN = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """A config whose every question is answered."""
+
+    config: InferConfig
+    bundle: ModelBundle
+    manifest: ManifestInfo
+    topk: int
+    done: NDArray[np.bool_]
+    num_files_before: int
+    num_failed_before: int
+
+    @property
+    def num_todo(self) -> int:
+        """Inputs without a row yet."""
+        return int(self.done.size - np.count_nonzero(self.done))
+
+
+def run(config: InferConfig) -> dict[str, Any]:
+    """Label and embed every input; returns the summary.
+
+    Raises:
+        RequestError: the request is wrong, before anything was computed.
+        RunError: the run failed; what it committed stays, and the same command goes on from there.
+    """
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("pipelines").setLevel(logging.INFO)
+    started = time.monotonic()
+    request = resolve(config)
+    if not request.num_todo:
+        log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
+        return _commit(request, Progress(0), started)
+    with ray_session():
+        plan = plan_for_cluster(config.compute)
+        log.info("%s", _describe(request, plan))
+        with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
+            _execute(request, plan, progress)
+    return _commit(request, progress, started)
+
+
+def resolve(config: InferConfig) -> Request:
+    """Answer every question of a config, cheapest first, and pin the manifest.
+
+    Raises:
+        RequestError: one of the answers is no.
+    """
+    input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
+    if uris.contains(input_uri, output_uri):
+        raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
+    output = config.output.model_copy(update={"uri": output_uri})
+    config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
+    for uri in (input_uri, output_uri):
+        check_reachable(uri)
+    found = commit.find_run(output_uri)
+    manifest = find_manifest(output_uri)
+    bundle = resolve_bundle(config.model, config.preprocess)
+    topk = _resolve_topk(config, bundle)
+    identity = _identity(config, bundle, topk)
+    if found:
+        commit.refuse_other_run(output_uri, found, identity)
+    commit.write_run(output_uri, _run_record(config, bundle, identity, found or {}))
+    if manifest is None:
+        manifest = create_manifest(output_uri, input_uri, config.input.exclude)
+    done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
+    return Request(config, bundle, manifest, topk, done, num_files, num_failed)
+
+
+def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
+    """The chain. Each stage is one module; counts say how its rows relate to those of the stage before."""
+    config, bundle = request.config, request.bundle
+    chain = (
+        # What is missing, one block for each batch of the model: a block becomes one task.
+        ray.data.from_arrow(_blocks(request, plan.batch_size))
+        # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
+        .map_batches(
+            FetchAndDecode(bundle.transform, config.input.max_bytes, config.preprocess.max_pixels),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=plan.num_cpus_per_decode_task,
+        )
+        # 1:1. Replicas hold the model; the weights travel once to each node, through the object store.
+        .map_batches(
+            PredictorActor,
+            batch_format="pyarrow",
+            batch_size=None,
+            fn_constructor_args=(ray.put(bundle), _predict_options(request, plan)),
+            compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
+            num_cpus=plan.num_cpus_per_worker,
+            num_gpus=plan.num_gpus_per_worker or None,
+        )
+        # N:1. As many rows as a file takes; a receipt for each file comes back.
+        .map_batches(
+            _writer(request),
+            batch_format="pyarrow",
+            batch_size=_rows_per_file(request, plan.batch_size),
+            num_cpus=plan.num_cpus_per_write_task,
+        )
+    )
+    try:
+        for receipt in chain.iter_rows():
+            progress.add(receipt["num_ok"], receipt["num_failed"], receipt["num_files"])
+    except ray.exceptions.RayError as error:
+        raise RunError(f"{_root_cause(error)}; what is done stays, and the same command goes on from there") from error
+
+
+def _blocks(request: Request, batch_size: int) -> list[pa.Table]:
+    manifest = read_manifest(request.config.output.uri, request.manifest).select(["id", "uri"])
+    missing = manifest.filter(pa.array(~request.done)).combine_chunks()
+    return [missing.slice(start, batch_size) for start in range(0, missing.num_rows, batch_size)]
+
+
+def _rows_per_file(request: Request, batch_size: int) -> int:
+    fair_share = request.num_todo // MIN_FILES_PER_RUN
+    return min(request.config.output.commit_rows, max(batch_size, fair_share))
+
+
+def _predict_options(request: Request, plan: ComputePlan) -> PredictOptions:
+    return PredictOptions(
+        batch_size=plan.batch_size,
+        topk=request.topk,
+        embedding=request.config.outputs.embedding,
+        use_gpu=plan.num_gpus_per_worker > 0,
+        num_threads=plan.num_threads_per_worker,
+    )
+
+
+def _writer(request: Request) -> PartWriter:
+    bundle = request.bundle
+    return PartWriter(
+        output_uri=request.config.output.uri,
+        parts_schema=parts_schema(request.topk, bundle.num_features if request.config.outputs.embedding else 0),
+        metadata={
+            "fingerprint": bundle.fingerprint,
+            "model": bundle.name,
+            "transform": json.dumps(asdict(bundle.transform)),
+            "label_names": json.dumps(bundle.label_names),
+        },
+    )
+
+
+def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
+    if config.outputs.topk <= bundle.num_classes:
+        return config.outputs.topk
+    if config.outputs.is_set("topk"):
+        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {bundle.num_classes} classes")
+    return bundle.num_classes
+
+
+def _identity(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
+    """What has to be the same for two runs to share an output."""
+    return {
+        "input.uri": config.input.uri,
+        "input.exclude": config.input.exclude,
+        "model.name": bundle.name,
+        "fingerprint": bundle.fingerprint,
+        "outputs.topk": topk,
+        "outputs.embedding": config.outputs.embedding,
+    }
+
+
+def _run_record(
+    config: InferConfig, bundle: ModelBundle, identity: dict[str, Any], earlier: dict[str, Any]
+) -> dict[str, Any]:
+    record = {
+        "config": config.model_dump(),
+        "identity": identity,
+        "fingerprint": bundle.fingerprint,
+        "transform": asdict(bundle.transform),
+        "num_classes": bundle.num_classes,
+        "num_features": bundle.num_features,
+        "label_names": list(bundle.label_names),
+    }
+    return record | ({"summary": earlier["summary"]} if "summary" in earlier else {})
+
+
+def _commit(request: Request, progress: Progress, started: float) -> dict[str, Any]:
+    """Check that each input has its row, write the final `_run.json`, then `_SUCCESS`."""
+    output_uri, num_inputs = request.config.output.uri, request.manifest.num_inputs
+    num_new = progress.num_ok + progress.num_failed
+    if num_new != request.num_todo:
+        raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
+    num_failed = request.num_failed_before + progress.num_failed
+    wall_time_s = time.monotonic() - started
+    summary = {
+        "num_inputs": num_inputs,
+        "num_ok": num_inputs - num_failed,
+        "num_failed": num_failed,
+        "num_excluded": request.manifest.num_excluded,
+        "num_resumed": num_inputs - request.num_todo,
+        "num_files": request.num_files_before + progress.num_files,
+        "wall_time_s": round(wall_time_s, 3),
+        "images_per_s": round(num_new / wall_time_s, 3),
+        "output_uri": output_uri,
+    }
+    if num_new or not commit.is_complete(output_uri):
+        identity = _identity(request.config, request.bundle, request.topk)
+        commit.write_run(output_uri, _run_record(request.config, request.bundle, identity, {"summary": summary}))
+        commit.mark_complete(output_uri)
+    return summary
+
+
+def _describe(request: Request, plan: ComputePlan) -> str:
+    where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
+    height, width = request.bundle.transform.input_size
+    return (
+        f"{request.num_todo:,} images to label by {request.bundle.name} at {height} x {width}: {plan.num_workers} "
+        f"replicas on {where} each, batches of {plan.batch_size}"
+    )
+
+
+def _root_cause(error: BaseException) -> str:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else ''}"

@@ -1,0 +1,47 @@
+"""The tables that pass between the stages, and those that are written. Plain Arrow types only."""
+
+import pyarrow as pa
+
+ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
+"""Null in good rows."""
+
+SOURCE_FIELDS = [
+    pa.field("id", pa.int64()),
+    pa.field("uri", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+]
+
+IMAGES = pa.schema([*SOURCE_FIELDS, pa.field("image", pa.large_binary()), *ERROR_FIELDS])
+"""Decoded images: `image` is height x width x 3 uint8 of the model's input size; null in failed rows."""
+
+FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
+"""A row of `failed-*.parquet`."""
+
+RECEIPTS = pa.schema(
+    [pa.field("num_ok", pa.int64()), pa.field("num_failed", pa.int64()), pa.field("num_files", pa.int64())]
+)
+"""What a write task reports to the driver."""
+
+
+def predictions_schema(topk: int, embedding_size: int) -> pa.Schema:
+    """Rows on their way from the replicas to the writer; 0 leaves the columns out."""
+    return pa.schema([*_good_fields(topk, embedding_size), *ERROR_FIELDS])
+
+
+def parts_schema(topk: int, embedding_size: int) -> pa.Schema:
+    """A row of `part-*.parquet`."""
+    return pa.schema(_good_fields(topk, embedding_size))
+
+
+def _good_fields(topk: int, embedding_size: int) -> list[pa.Field]:
+    fields = list(SOURCE_FIELDS)
+    if topk:
+        fields += [
+            pa.field("index", pa.list_(pa.int32())),
+            pa.field("prob", pa.list_(pa.float32())),
+            pa.field("label", pa.list_(pa.string())),
+        ]
+    if embedding_size:
+        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding_size)))
+    return fields

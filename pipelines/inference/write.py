@@ -1,0 +1,55 @@
+"""Write: predictions to Parquet files, each whole or not there. Rows N:1, a receipt for each batch.
+
+A file is named for the smallest id in it. Ids are unique, so no two batches share a name, and a batch that Ray runs
+again overwrites its own file.
+"""
+
+import io
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.inference.schema import FAILED, RECEIPTS
+from pipelines.storage import uris
+from pipelines.storage.filesystem import write_bytes
+
+
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes batches of predictions under one output.
+
+    Attributes:
+        output_uri: where the files go.
+        parts_schema: of the good rows.
+        metadata: key-value metadata of each file.
+    """
+
+    output_uri: str
+    parts_schema: pa.Schema
+    metadata: dict[str, str]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One batch to `part-*.parquet` and, where images failed, `failed-*.parquet`; returns `RECEIPTS`."""
+        is_good = pc.is_null(batch["error_kind"])
+        good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
+        failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
+        num_files = self._write("part", good) + self._write("failed", failed)
+        return pa.table([[good.num_rows], [failed.num_rows], [num_files]], schema=RECEIPTS)
+
+    def _write(self, kind: str, table: pa.Table) -> int:
+        if not table.num_rows:
+            return 0
+        table = table.sort_by("id").replace_schema_metadata(self.metadata)
+        buffer = io.BytesIO()
+        # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
+        dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
+        pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
+        name = f"{kind}-{table['id'][0].as_py():012d}.parquet"
+        write_bytes(uris.join(self.output_uri, name), buffer.getvalue())
+        return 1
+
+
+def _leaf_paths(schema: pa.Schema, names: list[str]) -> list[str]:
+    return [f"{name}.list.element" if pa.types.is_list(schema.field(name).type) else name for name in names]

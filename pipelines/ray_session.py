@@ -1,0 +1,53 @@
+"""Ray for the length of one job: the cluster that is named, or this machine's own."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from pipelines.errors import RequestError
+
+# Ray's job manager sets the second in a submitted job.
+CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+
+
+def is_cluster_named() -> bool:
+    """Whether this process was told of a cluster, by `RAY_ADDRESS` or as a submitted job."""
+    return any(os.environ.get(name) for name in CLUSTER_VARIABLES)
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to the named cluster, or start Ray on this machine; shut down at the end, whatever happens.
+
+    Workers' prints reach the driver's stdout, so a summary is printed after this block only.
+
+    Raises:
+        RequestError: the named cluster does not answer.
+    """
+    try:
+        if is_cluster_named():
+            ray.init(logging_level=logging.WARNING)
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
+    try:
+        _quieten_ray_data()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten_ray_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the job prints its own progress, in images
+    context.print_on_execution_start = False
+    # Ray Data sets its logger up on first use, with a level of its own.
+    ray.data._internal.logging.configure_logging()
+    for name in ("ray.data", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
