@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ STOP_TIMEOUT_S = 5.0
 # weed listens at each of its ports and at that port + 10,000 (gRPC).
 GRPC_OFFSET = 10_000
 PORT_RANGE = (20_000, 44_000)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -80,42 +81,70 @@ def object_store(buckets: tuple[str, ...] = (), ports: Mapping[str, int] | None 
             _make_buckets(store, buckets, process)
             yield store
         finally:
-            _stop(process)
+            _stop(process, [signal.SIGKILL])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class RayHead:
+    """A running Ray head.
+
+    Attributes:
+        address: for drivers, as `RAY_ADDRESS`.
+        job_server: for `ray job submit`, as `RAY_ADDRESS`.
+        home: HOME of the head and its clients; Ray keeps its access token there.
+        pid: of `ray start`.
+    """
+
+    address: str
+    job_server: str
+    home: Path
+    pid: int
+
+    def environment(self) -> dict[str, str]:
+        """The variables that lead `ray job` to this head."""
+        return {"HOME": str(self.home), "RAY_ADDRESS": self.job_server}
+
+
 @contextlib.contextmanager
-def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None = None) -> Iterator[dict[str, str]]:
+def ray_head(
+    num_cpus: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
+) -> Iterator[RayHead]:
     """Run `ray start --head` with its job server for the length of a `with` block.
 
     Args:
         num_cpus: what it offers; the machine's by default.
         environment: variables for it and its workers, such as the object store's.
+        arguments: more of `ray start`.
 
-    Yields:
-        The environment for its clients: `RAY_ADDRESS` of the job server, and a HOME of its own, in which Ray keeps its
-        access token.
+    Raises:
+        RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
     """
     home = Path(tempfile.mkdtemp(prefix="ecaray-ray-"))
-    gcs_port, dashboard_port, agent_port = _free_ports(3)
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    server = inherited | dict(environment or {}) | {"HOME": str(home)}
-    command = [_program("ray"), "start", "--head", "--block", f"--port={gcs_port}", f"--temp-dir={home}/ray"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--include-dashboard=true"]
-    command += [f"--dashboard-agent-listen-port={agent_port}"]
+    ports = dict(
+        zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), _free_ports(4))
+    )
+    command = [_program("ray"), "start", "--head", "--block", "--include-dashboard=true", f"--temp-dir={home}/ray"]
+    command += [*(f"--{name}={port}" for name, port in ports.items()), *arguments]
     command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
-    client = server | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Jobs begin with `python`: on a node, that is the one this package is installed for.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    variables = inherited | {"PATH": path, "HOME": str(home)} | dict(environment or {})
     try:
         with open(home / "ray.log", "wb") as log:
             process = subprocess.Popen(
-                command, env=server, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+                command, env=variables, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
             )
+        head = RayHead(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", home, process.pid)
         try:
-            _wait_for_job_server(client, process, home / "ray.log")
-            yield client
+            _wait_for_job_server(variables | head.environment(), process, home / "ray.log")
+            yield head
         finally:
-            _stop(process)
+            _stop(process, [signal.SIGTERM, signal.SIGKILL])
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -143,7 +172,7 @@ def _start_weed(folder: Path, ports: Mapping[str, int], access_key: str, secret_
     command += [f"-{name}.port={port}" for name, port in ports.items()]
     with open(folder / "weed.log", "wb") as log:
         return subprocess.Popen(
-            command, cwd=folder, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent
+            command, cwd=folder, stdout=log, stderr=log, start_new_session=True, preexec_fn=_be_killed_with_parent
         )
 
 
@@ -160,8 +189,10 @@ def _make_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subpro
     )
 
     def attempt() -> bool:
-        for bucket in buckets or ("ready",):
+        there = {bucket["Name"] for bucket in filesystem.call_s3("list_buckets")["Buckets"]}
+        for bucket in set(buckets) - there:
             filesystem.call_s3("create_bucket", Bucket=bucket)
+        for bucket in buckets:
             filesystem.call_s3("list_objects_v2", Bucket=bucket)
         return True
 
@@ -178,13 +209,16 @@ def _wait_for_job_server(client: Mapping[str, str], process: "subprocess.Popen[b
 
 def _wait_until(attempt: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path, what: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
+    reason: Exception | None = None
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(Exception):  # whatever a server that is half up provokes in a client
+        try:
             if attempt():
                 return
+        except Exception as error:  # whatever a server that is half up provokes in a client
+            reason = error
         time.sleep(0.3)
     tail = log.read_text(errors="replace")[-2000:]
-    raise RuntimeError(f"{what} did not come up within {START_TIMEOUT_S:.0f} s:\n{tail}")
+    raise RuntimeError(f"{what} did not come up within {START_TIMEOUT_S:.0f} s ({reason}):\n{tail}")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -202,15 +236,19 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _die_with_parent() -> None:
+def _end_with_parent() -> None:
     """In the child, before it becomes the server: ask the kernel to end it when we end, however we end."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _be_killed_with_parent() -> None:
+    """The same without a last word: a store whose data goes with it has nothing to put in order."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stop(process: "subprocess.Popen[bytes]", signals: Sequence[signal.Signals]) -> None:
     """End the process and all that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for how in signals:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -219,10 +257,9 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def main() -> None:
     """Run both until interrupted."""
-    with object_store(buckets=("images", "results")) as store, ray_head(environment=store.environment()) as client:
+    with object_store(buckets=("images", "results")) as store, ray_head(environment=store.environment()) as head:
         print("Running: an object store with the buckets `images` and `results`, and a Ray head. To use them:\n")
-        ours = store.environment() | {name: client[name] for name in ("HOME", "RAY_ADDRESS")}
-        for name, value in ours.items():
+        for name, value in (store.environment() | head.environment()).items():
             print(f"export {name}={value}")
         print("\nCtrl-C stops both and removes their data.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

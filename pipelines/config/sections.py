@@ -112,4 +112,5 @@ class ComputeConfig(Section):
     """torch threads of each replica on CPUs. Default: the node's CPUs shared among its replicas."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Images per forward pass; the last batches are padded to it. Default: 32 on CPUs, 256 on GPUs."""
+    """Images per forward pass; batches that are not full are padded to it. On CPUs it is rounded up to a multiple of 8,
+    so that each image's result is the same wherever it stands. Default: 32 on CPUs, 256 on GPUs."""

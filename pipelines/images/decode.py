@@ -1,8 +1,10 @@
 """Encoded bytes to RGB pixels, by Pillow, as timm's datasets do: the first frame, `convert("RGB")`, no EXIF turn."""
 
+import contextlib
 import functools
 import io
 import warnings
+from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
@@ -22,7 +24,7 @@ def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
     Raises:
         ItemError: `not_an_image`, `too_many_pixels`, `truncated`, `corrupt` or `unsupported`.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _pillow_limit(max_pixels):
         # Pillow warns of odd EXIF, of palettes with transparency, and of sizes that `max_pixels` judges already.
         warnings.simplefilter("ignore")
         try:
@@ -41,12 +43,22 @@ def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:
-    Image.MAX_IMAGE_PIXELS = max_pixels
     image = Image.open(io.BytesIO(content), formats=_safe_formats())
     width, height = image.size
     if width * height > max_pixels:
         raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
     return image
+
+
+@contextlib.contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Have Pillow itself refuse twice that size, in whatever part of a file it meets it."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @functools.cache

@@ -5,12 +5,13 @@ import logging
 import time
 
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray._private.utils import get_num_cpus
 from ray.autoscaler.sdk import request_resources
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
 from pipelines.inference.plan import ComputePlan, Node, plan_compute
-from pipelines.ray_session import is_cluster_named
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,14 @@ def list_nodes() -> list[Node]:
     return [Node(offer.get("CPU", 0), offer.get("GPU", 0)) for offer in offers if offer.get("CPU", 0) > 0]
 
 
+def this_machine() -> Node:
+    """What this machine's own Ray will offer, known before it starts."""
+    gpus = get_accelerator_manager_for_resource("GPU")
+    return Node(get_num_cpus(), gpus.get_current_node_num_accelerators() if gpus else 0)
+
+
 def can_grow() -> bool:
-    """Whether an autoscaler may add nodes. This machine's own Ray never grows."""
-    if not is_cluster_named():
-        return False
+    """Whether an autoscaler may add nodes to the cluster."""
     from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
 

@@ -19,19 +19,20 @@ from numpy.typing import NDArray
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.inference import commit
-from pipelines.inference.cluster import plan_for_cluster
+from pipelines.inference.cluster import plan_for_cluster, this_machine
 from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.plan import ComputePlan
+from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.predict import PredictOptions, PredictorActor
 from pipelines.inference.progress import Progress
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import resolve_bundle
-from pipelines.ray_session import ray_session
+from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
-from pipelines.storage.filesystem import check_reachable
-from pipelines.storage.manifest import ManifestInfo, create_manifest, find_manifest, read_manifest
+from pipelines.storage.filesystem import is_there
+from pipelines.storage.listing import list_objects
+from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +68,14 @@ def run(config: InferConfig) -> dict[str, Any]:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
     started = time.monotonic()
+    # On this machine's own Ray, what can't be scheduled is refused before anything is read.
+    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
     request = resolve(config)
     if not request.num_todo:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
         return _commit(request, Progress(0), started)
     with ray_session():
-        plan = plan_for_cluster(config.compute)
+        plan = plan or plan_for_cluster(config.compute)
         log.info("%s", _describe(request, plan))
         with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
             _execute(request, plan, progress)
@@ -90,18 +93,22 @@ def resolve(config: InferConfig) -> Request:
         raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
     output = config.output.model_copy(update={"uri": output_uri})
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
-    for uri in (input_uri, output_uri):
-        check_reachable(uri)
-    found = commit.find_run(output_uri)
-    manifest = find_manifest(output_uri)
+    is_output_there = is_there(output_uri)
+    found = commit.find_run(output_uri) if is_output_there else None
+    manifest = find_manifest(output_uri) if found else None
+    if manifest is None and not is_there(input_uri):
+        raise RequestError(f"no input: nothing lies under {input_uri}")
     bundle = resolve_bundle(config.model, config.preprocess)
     topk = _resolve_topk(config, bundle)
     identity = _identity(config, bundle, topk)
     if found:
         commit.refuse_other_run(output_uri, found, identity)
+    # List before the first write, so that a request without input leaves nothing behind; never list again.
+    listing = None if manifest else list_objects(input_uri, config.input.exclude)
     commit.write_run(output_uri, _run_record(config, bundle, identity, found or {}))
-    if manifest is None:
-        manifest = create_manifest(output_uri, input_uri, config.input.exclude)
+    if listing is not None:
+        manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
+    assert manifest is not None
     done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
     return Request(config, bundle, manifest, topk, done, num_files, num_failed)
 

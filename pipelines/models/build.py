@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
 
 from pipelines.errors import RequestError
 from pipelines.images.transform import EvalTransform
@@ -132,16 +133,37 @@ def resolve_transform(pretrained_cfg: dict[str, Any], image_size: int | None, us
     )
 
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Fold each batch norm into the convolution before it, in eval mode; the module itself where fx cannot trace it.
+def prepare_for_inference(module: nn.Module) -> nn.Module:
+    """Fold each batch norm into the convolution before it, and make the gates' rounding independent of the batch.
 
-    It saves a pass over every activation: a tenth to a quarter of the time on CPUs.
+    Folding saves a pass over every activation, a tenth to a quarter of the time on CPUs; it is done in float64, so that
+    the result stays as near to timm's as float32 allows. A module that fx cannot trace is returned as it is.
+
+    Args:
+        module: float32, in eval mode.
     """
-    from torch.fx.experimental.optimization import fuse
-
     try:
-        folded: nn.Module = fuse(module)
+        folded: fx.GraphModule = cast(fx.GraphModule, fuse(module.double()).float())
     except Exception as error:  # tracing fails in as many ways as models are written
         log.info("batch norm stays as it is: %s", error)
-        return module
+        return module.float()
+    _sigmoid_in_float64(folded)
     return folded
+
+
+def _sigmoid_in_float64(module: fx.GraphModule) -> None:
+    """Compute the sigmoid of each channel gate in float64.
+
+    torch's CPU kernel takes the last elements of a thread's share one by one, with a sigmoid that differs from the
+    vectorized one in the last bit: an image's result would depend on its place in the batch. Rounded from float64, both
+    are the same float32. A gate holds batch x channels values, so that this costs nothing.
+    """
+    for node in list(module.graph.nodes):
+        if node.op == "call_method" and node.target == "sigmoid":
+            gate = node.args[0]
+            with module.graph.inserting_before(node):
+                node.args = (module.graph.call_method("double", (gate,)),)
+            with module.graph.inserting_after(node):
+                rounded = module.graph.call_method("type_as", (node, gate))
+            node.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
+    module.recompile()

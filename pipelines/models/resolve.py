@@ -7,7 +7,13 @@ from torch import nn
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.images.transform import EvalTransform
-from pipelines.models.build import HeadAndFeatures, create_with_weights, describe, fold_batch_norm, resolve_transform
+from pipelines.models.build import (
+    HeadAndFeatures,
+    create_with_weights,
+    describe,
+    prepare_for_inference,
+    resolve_transform,
+)
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.fingerprint import fingerprint, hash_state_dict
 from pipelines.models.labels import resolve_label_names
@@ -37,7 +43,7 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
 
 def _inference_module(weights: Weights) -> nn.Module:
     module = create_with_weights(weights.name, weights.num_classes, weights.state_dict)
-    return fold_batch_norm(HeadAndFeatures(module).eval()).requires_grad_(False)
+    return prepare_for_inference(HeadAndFeatures(module).eval()).requires_grad_(False)
 
 
 def _identity(weights: Weights, transform: EvalTransform, dtype: str, mode: str) -> dict[str, Any]:

@@ -80,9 +80,14 @@ def list_names(uri: str) -> list[str]:
 
 
 def download(uri: str, folder: str) -> str:
-    """A local path with the object's content: the path itself where `uri` is local, else a copy in `folder`."""
+    """A local path with the object's content: the path itself where `uri` is local, else a copy in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+    """
     if uris.is_local(uri):
-        return uris.normalize(uri)
+        os.stat(uri)
+        return uri
     filesystem, path = open_filesystem(uri)
     target = os.path.join(folder, posixpath.basename(path))
     filesystem.get_file(path, target)
@@ -110,14 +115,18 @@ def in_plain_words(what: str, uri: str) -> Iterator[None]:
         raise
 
 
-def check_reachable(uri: str) -> None:
-    """Make sure, within a few seconds, that the store of a URI answers and knows our credentials.
+def is_there(uri: str) -> bool:
+    """Whether there is an object, folder or prefix of that name, found within a few seconds.
 
     Raises:
-        RequestError: it does not.
+        RequestError: the store does not answer, or refuses our credentials.
     """
+    if uris.is_local(uri):
+        return os.path.exists(uri)
     if uris.protocol_of(uri) != "s3":
-        return
+        filesystem, path = open_filesystem(uri)
+        with in_plain_words("reach", uri):
+            return bool(filesystem.exists(path))
     import s3fs
 
     quick = s3fs.S3FileSystem(
@@ -133,4 +142,4 @@ def check_reachable(uri: str) -> None:
     if not bucket:
         raise RequestError(f"{uri} names no bucket")
     with in_plain_words("reach", uri):
-        quick.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+        return bool(quick.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1).get("KeyCount"))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import RequestError
 from pipelines.storage import uris
 from pipelines.storage.filesystem import read_bytes, write_bytes
-from pipelines.storage.listing import list_objects
+from pipelines.storage.listing import Listing
 
 MANIFEST_SCHEMA = pa.schema(
     [("id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
@@ -44,18 +44,15 @@ def find_manifest(output_uri: str) -> ManifestInfo | None:
         raise RequestError(f"{_info_uri(output_uri)} is damaged: it is not what a job wrote there") from None
 
 
-def create_manifest(output_uri: str, input_uri: str, exclude: list[str]) -> ManifestInfo:
-    """List the inputs and pin them: ids dense from 0, in the order of the URIs.
+def write_manifest(output_uri: str, input_uri: str, exclude: list[str], listing: Listing) -> ManifestInfo:
+    """Pin the inputs: ids dense from 0, in the order of the URIs.
 
     Args:
         output_uri: where `_manifest/` goes.
-        input_uri: normalized URI to list.
-        exclude: shell patterns of what is no input.
-
-    Raises:
-        RequestError: there is no input, or the store refuses.
+        input_uri: what was listed.
+        exclude: the shell patterns that it was listed with.
+        listing: what was found.
     """
-    listing = list_objects(input_uri, exclude)
     num_inputs = listing.table.num_rows
     table = listing.table.add_column(0, MANIFEST_SCHEMA.field("id"), pa.array(range(num_inputs), pa.int64()))
     num_files = -(-num_inputs // ROWS_PER_FILE)

@@ -1,0 +1,86 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.local import object_store
+from cluster.photographs import crops
+from tests.support.infer import REPOSITORY
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_nothing_is_left_of_a_store(own_home: Path) -> None:
+    with object_store(("one", "two")) as store:
+        assert is_running(store.pid)
+        port = int(store.endpoint.rpartition(":")[2])
+        folder = store.log.parent
+        assert store.secret_key not in repr(store)
+    assert not is_running(store.pid)
+    assert not folder.exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_the_store_dies_with_its_starter(own_home: Path) -> None:
+    code = "import cluster.local as c, time\nwith c.object_store() as s:\n print(s.pid, flush=True); time.sleep(60)"
+    starter = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    deadline = time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not is_running(pid)
+
+
+def test_runtime_env_is_known_to_ray_and_names_no_secret() -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    content = yaml.safe_load((REPOSITORY / "cluster" / "runtime_env.yaml").read_text())
+    RuntimeEnv(**content)
+    assert not any("SECRET" in name or "KEY" in name for name in content["env_vars"])
+    kept = {"pipelines/", "jobs/", "configs/", "cluster/"}
+    assert not kept & set(content["excludes"])
+
+
+def test_crops_differ_from_each_other() -> None:
+    pixels = {crop.tobytes() for _, crop in crops(200, size=(64, 48))}
+    assert len(pixels) == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "requirements.constraints", "Makefile", ".ci/run", "pyproject.toml"]
+)
+def test_no_registry_host_is_written_down(name: str) -> None:
+    content = (REPOSITORY / name).read_text()
+    assert "index-url" not in content.replace("--no-emit-index-url", "")
+    assert "://" not in content
+
+
+def test_the_lock_pins_every_direct_dependency() -> None:
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = [entry for group in project["optional-dependencies"].values() for entry in group]
+    wanted = {
+        entry.partition(">")[0].partition("=")[0].partition("[")[0].lower()
+        for entry in (*project["dependencies"], *extras)
+        if not entry.startswith("ecaray")
+    }
+    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
+    pinned = {line.partition("==")[0].partition("[")[0].lower() for line in lines if "==" in line}
+    assert wanted <= pinned

@@ -1,0 +1,66 @@
+"""What the tests share: one object store, one Ray, photographs of every kind, and weights that tell them apart."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import ObjectStore, RayHead, object_store, ray_head
+from tests.support.photographs import write_photographs
+
+REPOSITORY = Path(__file__).parents[1]
+NUM_PHOTOGRAPHS = 66
+BUCKETS = ("images", "results", "scratch")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A HOME of the tests' own: Ray writes its access token there, and no developer's AWS profile is read."""
+    home = tmp_path_factory.mktemp("home")
+    names = ("HOME", "RAY_ADDRESS", "AWS_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_HOME")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["HOME"] = str(home)
+    yield home
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@pytest.fixture(scope="session")
+def store(own_home: Path) -> Iterator[ObjectStore]:
+    """A running object store; the standard variables lead to it."""
+    with object_store(BUCKETS) as running:
+        os.environ.update(running.environment())
+        yield running
+        for name in running.environment():
+            os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def ray_server(store: ObjectStore) -> Iterator[RayHead]:
+    """A running Ray head with its job server, whose workers reach the store and import this repository."""
+    with ray_head(2, store.environment() | {"PYTHONPATH": str(REPOSITORY)}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `NUM_PHOTOGRAPHS` photographs, of all file formats and pixel modes in turn."""
+    folder = tmp_path_factory.mktemp("photographs")
+    write_photographs(folder, NUM_PHOTOGRAPHS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def telling_weights(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Callable[[str], Path]:
+    """Model name to a `.safetensors` file of weights that give most photographs a top-1 of their own."""
+    from tests.support.weights import save_telling_weights
+
+    folder = tmp_path_factory.mktemp("weights")
+
+    def saved(name: str) -> Path:
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            save_telling_weights(name, photographs, path)
+        return path
+
+    return saved

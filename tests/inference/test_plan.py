@@ -1,0 +1,68 @@
+import pytest
+
+from pipelines.config.sections import ComputeConfig
+from pipelines.errors import RequestError
+from pipelines.inference.plan import Node, plan_compute
+
+CPU_CLUSTERS = {
+    "one core": [Node(1, 0)],
+    "laptop": [Node(2, 0)],
+    "three": [Node(3, 0)],
+    "workstation": [Node(16, 0)],
+    "server": [Node(96, 0)],
+    "small nodes": [Node(2, 0)] * 5,
+    "mixed": [Node(4, 0), Node(64, 0)],
+    "head without CPUs": [Node(0, 0), Node(8, 0)],
+}
+
+
+@pytest.mark.parametrize("nodes", CPU_CLUSTERS.values(), ids=CPU_CLUSTERS)
+def test_replicas_leave_room_for_a_decode_and_a_write_task(nodes: list[Node]) -> None:
+    plan = plan_compute(ComputeConfig(), nodes)
+    total = sum(node.num_cpus for node in nodes)
+    held = plan.num_workers * plan.num_cpus_per_worker
+    assert plan.num_workers >= 1
+    assert held + plan.num_cpus_per_decode_task + plan.num_cpus_per_write_task <= total
+    assert max(plan.num_cpus_per_worker, plan.num_cpus_per_decode_task) <= max(node.num_cpus for node in nodes)
+
+
+def test_two_cores_get_one_replica_with_both_as_threads() -> None:
+    plan = plan_compute(ComputeConfig(), [Node(2, 0)])
+    assert (plan.num_workers, plan.num_threads_per_worker, plan.batch_size) == (1, 2, 32)
+
+
+def test_replicas_grow_with_the_cores() -> None:
+    assert plan_compute(ComputeConfig(), [Node(64, 0)]).num_workers == 16
+    assert plan_compute(ComputeConfig(num_workers=2), [Node(2, 0)]).num_threads_per_worker == 1
+
+
+def test_one_replica_a_gpu() -> None:
+    plan = plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8), Node(16, 0)])
+    assert (plan.num_workers, plan.num_gpus_per_worker, plan.num_cpus_per_worker) == (8, 1, 1.0)
+    assert plan.batch_size == 256
+
+
+def test_what_the_user_says_is_taken() -> None:
+    said = ComputeConfig(
+        num_workers=3, num_cpus_per_worker=2, num_threads_per_worker=5, batch_size=7
+    )  # 7 is rounded up
+    plan = plan_compute(said, [Node(16, 0)])
+    assert (plan.num_workers, plan.num_cpus_per_worker, plan.num_threads_per_worker, plan.batch_size) == (3, 2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "message"),
+    [
+        (ComputeConfig(num_workers=500), [Node(2, 0)], "compute.num_workers = 500, but the cluster has 2 CPUs"),
+        (ComputeConfig(use_gpu=True), [Node(2, 0)], "asks for 1 GPUs, one a replica, but the cluster has 0"),
+        (ComputeConfig(use_gpu=True, num_workers=9), [Node(64, 8)], "asks for 9 GPUs, .* has 8"),
+        (ComputeConfig(num_cpus_per_worker=2), [Node(2, 0)], "do not fit the cluster's 2 CPUs"),
+        (ComputeConfig(num_cpus_per_worker=8), [Node(4, 0)] * 4, "do not fit the cluster's 16 CPUs on 4 nodes"),
+        (ComputeConfig(), [Node(0, 0)], "no CPUs"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused_with_the_numbers(
+    config: ComputeConfig, nodes: list[Node], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_compute(config, nodes)

@@ -1,0 +1,227 @@
+"""The whole chain on a real Ray and a real object store. The pipeline runs once; many tests read what it wrote."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from cluster.local import RayHead
+from pipelines.errors import RequestError
+from pipelines.models.catalogue import MODEL_CARDS
+from pipelines.storage import uris
+from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
+from tests.conftest import NUM_PHOTOGRAPHS
+from tests.support.infer import infer, read_kind
+from tests.support.photographs import SIZES
+from tests.support.weights import load_images
+
+MODEL = "ecaresnet50d_pruned"
+INPUT = "s3://images/run"
+OUTPUT = "s3://results/run"
+COLUMNS = ("id", "uri", "width", "height", "index", "prob", "label", "embedding")
+
+
+@pytest.fixture(scope="module")
+def uploaded(photographs: Path, ray_server: RayHead) -> str:
+    """The photographs and two files that are no images, in the store."""
+    filesystem, path = open_filesystem(INPUT)
+    filesystem.put(f"{photographs}/", f"{path}/", recursive=True)
+    filesystem.pipe({f"{path}/zz-text.jpg": b"no image", f"{path}/zz-empty.jpg": b"", f"{path}/left-out.json": b"{}"})
+    return INPUT
+
+
+@pytest.fixture(scope="module")
+def sections(telling_weights: Callable[[str], Path]) -> dict[str, Any]:
+    return {"model": {"name": MODEL, "weights": str(telling_weights(MODEL))}}
+
+
+@pytest.fixture(scope="module")
+def summary(ray_server: RayHead, uploaded: str, sections: dict[str, Any]) -> dict[str, Any]:
+    """One run from S3 to S3."""
+    where = {"input": {"uri": uploaded, "exclude": ["*.json"]}, "output": {"uri": OUTPUT}}
+    return infer(ray_server, **where, **sections)
+
+
+@pytest.fixture(scope="module")
+def rows(summary: dict[str, Any]) -> pa.Table:
+    return read_kind(OUTPUT, "part")
+
+
+def timms_answer(name: str, weights: Path, photographs: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and embeddings by timm alone: its transform, its model, one process."""
+    model: Any = timm.create_model(name, checkpoint_path=str(weights)).eval()
+    with torch.inference_mode():
+        features = model.forward_features(load_images(model, photographs))
+        return model(load_images(model, photographs)).softmax(-1), model.forward_head(features, pre_logits=True)
+
+
+def assert_equals_timm(rows: pa.Table, name: str, weights: Path, photographs: Path) -> None:
+    prob, embedding = timms_answer(name, weights, photographs)
+    assert len(prob.argmax(-1).unique()) > 0.6 * NUM_PHOTOGRAPHS, "these weights do not tell the photographs apart"
+    expected = prob.topk(5)
+    paths = [uri.rpartition("/")[2] for uri in rows["uri"].to_pylist()]
+    assert paths == sorted(path.name for path in photographs.iterdir())
+    assert rows["index"].to_pylist() == expected.indices.tolist()
+    np.testing.assert_allclose(np.array(rows["prob"].to_pylist()), expected.values.numpy(), atol=1e-5, rtol=0)
+    ours = np.array(rows["embedding"].to_pylist())
+    scale = np.linalg.norm(embedding.numpy(), axis=1, keepdims=True)
+    assert (np.linalg.norm(ours - embedding.numpy(), axis=1, keepdims=True) / scale).max() < 1e-4
+    np.testing.assert_allclose(ours, embedding.numpy(), rtol=1e-4, atol=1e-4 * float(embedding.abs().max()))
+
+
+def test_equals_timms_single_process_result(
+    rows: pa.Table, photographs: Path, telling_weights: Callable[[str], Path]
+) -> None:
+    assert_equals_timm(rows, MODEL, telling_weights(MODEL), photographs)
+
+
+def test_each_input_is_accounted_for_once(summary: dict[str, Any], rows: pa.Table) -> None:
+    failed = read_kind(OUTPUT, "failed")
+    ids = sorted(rows["id"].to_pylist() + failed["id"].to_pylist())
+    assert ids == list(range(NUM_PHOTOGRAPHS + 2))
+    assert dict(zip([uri[-12:] for uri in failed["uri"].to_pylist()], failed["error_kind"].to_pylist())) == {
+        "zz-empty.jpg": "empty",
+        "/zz-text.jpg": "not_an_image",
+    }
+    assert failed.schema.names == ["id", "uri", "error_kind", "error_message"]
+    assert (summary["num_inputs"], summary["num_ok"], summary["num_failed"]) == (68, 66, 2)
+    assert summary["num_excluded"] == 1
+
+
+def test_the_summary_has_the_keys_of_the_contract(summary: dict[str, Any]) -> None:
+    assert set(summary) >= {
+        *("num_inputs", "num_ok", "num_failed", "num_excluded", "num_resumed", "num_files"),
+        *("wall_time_s", "images_per_s", "output_uri"),
+    }
+    assert summary["output_uri"] == OUTPUT
+    assert summary["num_files"] == len([name for name in list_names(OUTPUT) if name.endswith(".parquet")])
+
+
+def test_rows_have_the_columns_and_sizes_of_the_contract(rows: pa.Table) -> None:
+    assert tuple(rows.schema.names) == COLUMNS
+    assert rows.schema.types == [
+        *(pa.int64(), pa.string(), pa.int32(), pa.int32(), pa.list_(pa.int32()), pa.list_(pa.float32())),
+        *(pa.list_(pa.string()), pa.list_(pa.float32(), 2022)),
+    ]
+    assert all(column.null_count == 0 for column in rows.columns)
+    sizes = list(zip(rows["width"].to_pylist(), rows["height"].to_pylist()))
+    assert sizes == [SIZES[index % len(SIZES)] for index in range(NUM_PHOTOGRAPHS)]
+
+
+def test_run_json_and_marks(summary: dict[str, Any]) -> None:
+    assert {"_SUCCESS", "_run.json", "_manifest"} <= set(list_names(OUTPUT))
+    record = json.loads(read_bytes(uris.join(OUTPUT, "_run.json")))
+    assert record["summary"] == summary
+    assert record["config"]["input"]["uri"] == INPUT
+    assert record["transform"]["input_size"] == [224, 224]
+    assert len(record["fingerprint"]) == 64
+
+
+def test_other_readers_find_plain_types_without_ray(summary: dict[str, Any], tmp_path: Path, own_home: Path) -> None:
+    filesystem, path = open_filesystem(OUTPUT)
+    filesystem.get(path, str(tmp_path / "out"), recursive=True)
+    code = f"""
+import json, sys
+import duckdb, pandas, polars, pyarrow.parquet as pq
+files = "{tmp_path}/out/part-*.parquet"
+frame = polars.read_parquet(files)
+assert frame.schema["embedding"] == polars.Array(polars.Float32, 2022), frame.schema
+assert frame.schema["label"] == polars.List(polars.String)
+first = sorted(__import__("glob").glob(files))[0]
+table = pandas.concat([pandas.read_parquet(name) for name in sorted(__import__("glob").glob(files))])
+assert len(table) == {NUM_PHOTOGRAPHS} and {{len(value) for value in table["embedding"]}} == {{2022}}
+lengths = duckdb.sql(f"select distinct len(embedding) from '{{files}}'").fetchall()
+assert lengths == [(2022,)], lengths
+metadata = pq.read_schema(first).metadata
+assert len(metadata[b"fingerprint"]) == 64 and len(json.loads(metadata[b"label_names"])) == 1000
+assert "ray" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("source", "target"), [("s3", "local"), ("local", "s3"), ("local", "local")])
+def test_every_way_between_stores_gives_the_same_rows(
+    source: str,
+    target: str,
+    ray_server: RayHead,
+    rows: pa.Table,
+    photographs: Path,
+    sections: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    input_uri = INPUT if source == "s3" else str(photographs)
+    output_uri = f"s3://results/{tmp_path.name}" if target == "s3" else str(tmp_path / "out")
+    exclude = ["zz-*", "*.json"]
+    infer(ray_server, input={"uri": input_uri, "exclude": exclude}, output={"uri": output_uri}, **sections)
+    other = read_kind(output_uri, "part")
+    for name in ("id", "width", "height", "index", "prob", "label", "embedding"):
+        assert other[name].to_pylist() == rows[name].to_pylist(), name
+    assert [uri.rpartition("/")[2] for uri in other["uri"].to_pylist()] == [
+        uri.rpartition("/")[2] for uri in rows["uri"].to_pylist()
+    ]
+
+
+def test_a_finished_run_is_left_as_it_is_and_a_torn_one_is_completed(
+    ray_server: RayHead, photographs: Path, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for path in sorted(photographs.iterdir())[:16]:
+        shutil.copy(path, source)
+    request = {"input": {"uri": str(source)}, "output": {"uri": str(output), "commit_rows": 4}, **sections}
+    request["compute"] = {"batch_size": 8}
+    first = infer(ray_server, **request)
+    assert (first["num_ok"], first["num_files"], first["num_resumed"]) == (16, 4, 0)
+    before = read_kind(str(output), "part")
+    (source / "later.jpg").write_bytes(b"added after the listing")
+    second = infer(ray_server, **request)
+    assert (second["num_inputs"], second["num_resumed"], second["images_per_s"]) == (16, 16, 0.0)
+    (output / "_SUCCESS").unlink()
+    (output / "part-000000000004.parquet").unlink()
+    third = infer(ray_server, **request)
+    assert (third["num_resumed"], third["num_ok"], third["num_files"]) == (12, 16, 4)
+    assert read_kind(str(output), "part").equals(before)
+    assert (output / "_SUCCESS").exists()
+    with pytest.raises(RequestError, match=r"another run: outputs\.topk was 5, is 3"):
+        infer(ray_server, **request, outputs={"topk": 3})
+
+
+def test_files_appear_while_the_run_goes_on(summary: dict[str, Any]) -> None:
+    filesystem, path = open_filesystem(OUTPUT)
+    times = sorted(
+        info["LastModified"] for info in filesystem.ls(path, detail=True) if info["name"].endswith(".parquet")
+    )
+    assert times[-1] > times[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(MODEL_CARDS) - {MODEL}))
+def test_the_other_models_equal_timms_too(
+    name: str, ray_server: RayHead, photographs: Path, telling_weights: Callable[[str], Path], tmp_path: Path
+) -> None:
+    weights = telling_weights(name)
+    model = {"name": name, "weights": str(weights)}
+    infer(ray_server, input={"uri": str(photographs)}, output={"uri": str(tmp_path / "out")}, model=model)
+    found = read_kind(str(tmp_path / "out"), "part")
+    assert found.schema.field("embedding").type.list_size == timm.create_model(name).num_features
+    assert_equals_timm(found, name, weights, photographs)
+
+
+@pytest.mark.slow
+def test_another_timm_classifier_works(ray_server: RayHead, photographs: Path, tmp_path: Path) -> None:
+    model = {"name": "mobilenetv3_small_050", "weights": "random"}
+    infer(ray_server, input={"uri": str(photographs)}, output={"uri": str(tmp_path / "out")}, model=model)
+    table = pq.read_table(sorted((tmp_path / "out").glob("part-*.parquet")))
+    assert table.num_rows == NUM_PHOTOGRAPHS
+    assert table.schema.field("embedding").type.list_size == 1024

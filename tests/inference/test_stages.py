@@ -1,0 +1,125 @@
+"""The stages by themselves, without Ray."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.predict import PredictOptions, Predictor
+from pipelines.inference.progress import Progress
+from pipelines.inference.schema import IMAGES, parts_schema
+from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelBundle
+from pipelines.models.resolve import resolve_bundle
+
+BATCH_SIZE = 8
+OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False, num_threads=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(telling_weights: "object") -> ModelBundle:
+    assert callable(telling_weights)
+    name = "ecaresnet50d_pruned"
+    return resolve_bundle(ModelConfig(name=name, weights=str(telling_weights(name))), PreprocessConfig())
+
+
+@pytest.fixture(scope="module")
+def images(bundle: ModelBundle, photographs: Path) -> pa.Table:
+    """11 good rows and a failed one, in the middle."""
+    paths = [str(path) for path in sorted(photographs.iterdir())[:11]]
+    paths.insert(4, "/absent.jpg")
+    batch = pa.table({"id": pa.array(range(12), pa.int64()), "uri": paths})
+    return FetchAndDecode(bundle.transform, 10**8, 10**8)(batch)
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: ModelBundle) -> Predictor:
+    return Predictor(bundle, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def predictions(predictor: Predictor, images: pa.Table) -> pa.Table:
+    return predictor(images)
+
+
+def test_rows_keep_their_order_and_failed_ones_their_error(images: pa.Table, predictions: pa.Table) -> None:
+    assert predictions["uri"].to_pylist() == images["uri"].to_pylist()
+    assert predictions["error_kind"].to_pylist() == [None] * 4 + ["not_found"] + [None] * 7
+    assert predictions["embedding"].is_null().to_pylist() == [position == 4 for position in range(12)]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(predictor: Predictor, images: pa.Table, predictions: pa.Table) -> None:
+    order = np.random.default_rng(0).permutation(12)
+    shuffled = predictor(images.take(pa.array(order)))
+    alone = pa.concat_tables([predictor(images.slice(position, 1)) for position in range(12)])
+    for other in (shuffled.sort_by("id"), alone):
+        for name in ("index", "prob", "label", "embedding"):
+            assert other[name].to_pylist() == predictions[name].to_pylist(), name
+
+
+def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle, predictions: pa.Table) -> None:
+    for row in predictions.filter(
+        pa.array([kind is None for kind in predictions["error_kind"].to_pylist()])
+    ).to_pylist():
+        assert row["prob"] == sorted(row["prob"], reverse=True)
+        assert row["label"] == [bundle.label_names[index] for index in row["index"]]
+
+
+def test_a_batch_of_failures_alone(predictor: Predictor) -> None:
+    row = {"id": 3, "uri": "x", "error_kind": "truncated", "error_message": "y"}
+    batch = pa.Table.from_pylist([row], schema=IMAGES)
+    assert predictor(batch)["error_kind"].to_pylist() == ["truncated"]
+
+
+def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table) -> None:
+    only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, 1, False, False, 2))(images)
+    only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, 0, True, False, 2))(images)
+    assert "embedding" not in only_labels.column_names
+    assert not {"index", "prob", "label"} & set(only_embeddings.column_names)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_stays_near(bundle: ModelBundle, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
+    from dataclasses import replace
+
+    lower = Predictor(replace(bundle, dtype=dtype), OPTIONS)(images)
+    ours = np.array([row for row in lower["embedding"].to_pylist() if row])
+    exact = np.array([row for row in predictions["embedding"].to_pylist() if row])
+    cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.98
+
+
+def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tmp_path: Path) -> None:
+    writer = PartWriter(str(tmp_path), parts_schema(5, 2022), {"fingerprint": "f", "label_names": "[]"})
+    receipt = writer(predictions).to_pylist()
+    assert receipt == [{"num_ok": 11, "num_failed": 1, "num_files": 2}]
+    again = writer(predictions).to_pylist()
+    assert again == receipt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "failed-000000000004.parquet",
+        "part-000000000000.parquet",
+    ]
+    part = pq.read_table(tmp_path / "part-000000000000.parquet")
+    assert part.schema.field("embedding").type == pa.list_(pa.float32(), 2022)
+    assert part.schema.metadata[b"fingerprint"] == b"f"
+    assert all(column.null_count == 0 for column in part.columns)
+
+
+def test_progress_says_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(num_total=100, num_resumed=20) as progress:
+        assert "20 of 100 images, starting" in progress.line()
+        progress.add(30, 2, 1)
+        assert progress.line().startswith("52 of 100 images, 2 failed, ")
+        assert "left, 1 files" in progress.line()
+    assert "52 of 100" in capsys.readouterr().err
+
+
+def test_parquet_bytes_hold_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
+    PartWriter(str(tmp_path), parts_schema(5, 2022), {})(predictions)
+    schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000.parquet").read_bytes()))
+    assert not any(isinstance(field.type, pa.ExtensionType) for field in schema)

@@ -1,0 +1,193 @@
+import os
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cluster.local import ObjectStore
+from pipelines.errors import ItemError, RequestError
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.schema import parts_schema
+from pipelines.inference.write import PartWriter
+from pipelines.storage import bulk, filesystem, uris
+from pipelines.storage.filesystem import is_there, list_names, read_bytes, write_bytes
+from pipelines.storage.listing import list_objects
+from pipelines.storage.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
+from tests.images.test_transform import IMAGENET
+
+ODD_KEYS = (
+    "with space.jpg",
+    "100%.jpg",
+    "a#b.jpg",
+    "grün/ü.jpg",
+    "emoji 🐈.jpg",
+    "a+b&c=d.jpg",
+    "deep/er/x.jpg",
+    "no-suffix",
+)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place of either kind."""
+    if request.param == "local":
+        return str(tmp_path)
+    request.getfixturevalue("store")
+    return f"s3://scratch/{tmp_path.name}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "normalized"),
+    [
+        ("s3://bucket/a/", "s3://bucket/a"),
+        ("S3://bucket/A b", "s3://bucket/A b"),
+        ("/a/../b/", "/b"),
+        ("file:///a/b", "/a/b"),
+        ("x", os.path.abspath("x")),
+    ],
+)
+def test_uris_have_one_spelling(uri: str, normalized: str) -> None:
+    assert uris.normalize(uri) == normalized
+
+
+def test_a_sibling_with_the_same_beginning_is_not_inside() -> None:
+    assert uris.contains("s3://b/in", "s3://b/in/out")
+    assert uris.contains("/a", "/a/")
+    assert not uris.contains("s3://b/in", "s3://b/in-2")
+
+
+def test_what_is_written_is_read_and_listed(root: str) -> None:
+    for key in ODD_KEYS:
+        write_bytes(uris.join(root, key), key.encode())
+    table = list_objects(root, []).table
+    assert table["uri"].to_pylist() == sorted(uris.join(root, key) for key in ODD_KEYS)
+    assert table["size_bytes"].to_pylist() == [
+        len(uri.removeprefix(f"{root}/").encode()) for uri in table["uri"].to_pylist()
+    ]
+    assert all(table["etag"].to_pylist())
+    assert all(read_bytes(uris.join(root, key)) == key.encode() for key in ODD_KEYS)
+    assert list_names(root) == sorted({key.partition("/")[0] for key in ODD_KEYS})
+
+
+def test_bulk_reads_return_each_object_once_and_say_what_failed(root: str) -> None:
+    for key in ODD_KEYS:
+        write_bytes(uris.join(root, key), key.encode())
+    write_bytes(uris.join(root, "empty"), b"")
+    write_bytes(uris.join(root, "large"), b"x" * 2000)
+    wanted = [uris.join(root, key) for key in (*ODD_KEYS, "empty", "large", "absent")]
+    found = dict(bulk.fetch_many(wanted, max_bytes=1000))
+    assert [found[position] for position in range(len(ODD_KEYS))] == [key.encode() for key in ODD_KEYS]
+    kinds = [
+        error.kind for position in range(len(ODD_KEYS), len(wanted)) if isinstance(error := found[position], ItemError)
+    ]
+    assert kinds == ["empty", "too_many_bytes", "not_found"]
+
+
+def test_keys_that_no_file_system_has(store: ObjectStore) -> None:
+    import s3fs
+
+    client = s3fs.S3FileSystem()
+    keys = ["odd/line\nbreak.jpg", "odd/tab\t.jpg", "odd/" + "/".join(["k" * 200] * 5)]
+    for key in keys:
+        client.call_s3("put_object", Bucket="scratch", Key=key, Body=key.encode())
+    listed = list_objects("s3://scratch/odd", []).table["uri"].to_pylist()
+    found = dict(bulk.fetch_many(listed, max_bytes=10_000))
+    assert [found[position] for position in range(len(listed))] == [
+        uris.split_bucket(uri)[1].encode() for uri in listed
+    ]
+    assert len(listed) == len(keys)
+
+
+def test_exclude_counts_what_it_leaves_out(root: str) -> None:
+    for key in ("a.jpg", "b.json", "thumbs/c.jpg"):
+        write_bytes(uris.join(root, key), b"x")
+    listing = list_objects(root, ["*.json", "thumbs/*"])
+    assert listing.table["uri"].to_pylist() == [uris.join(root, "a.jpg")]
+    assert listing.num_excluded == 2
+    with pytest.raises(RequestError, match="leaves none of the 3"):
+        list_objects(root, ["*"])
+
+
+def test_one_object_is_an_input_too(root: str) -> None:
+    write_bytes(uris.join(root, "only.jpg"), b"x")
+    write_bytes(uris.join(root, "only.jpg.txt"), b"x")
+    assert list_objects(uris.join(root, "only.jpg"), []).table["uri"].to_pylist() == [uris.join(root, "only.jpg")]
+
+
+def test_many_prefixes_are_listed_whole(root: str) -> None:
+    keys = [f"{outer:02d}/{inner:02d}/{index}" for outer in range(4) for inner in range(30) for index in range(3)]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: write_bytes(uris.join(root, key), b"x"), [*keys, "top"]))
+    assert list_objects(root, []).table.num_rows == len(keys) + 1
+
+
+def test_nothing_there_is_said(root: str) -> None:
+    assert not is_there(uris.join(root, "absent"))
+    with pytest.raises(RequestError, match=r"no input|does not exist"):
+        list_objects(uris.join(root, "absent"), [])
+
+
+def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").write_bytes(b"x")
+    (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "gone").symlink_to(tmp_path / "nowhere")
+    listed = list_objects(str(tmp_path / "data"), []).table["uri"].to_pylist()
+    assert [Path(uri).name for uri in listed] == ["a", "gone"]
+
+
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(str(tmp_path / "x"), b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_is_pinned(root: str) -> None:
+    for key in ("b", "a", "c"):
+        write_bytes(uris.join(root, f"in/{key}"), key.encode())
+    output = uris.join(root, "out")
+    assert find_manifest(output) is None
+    listing = list_objects(uris.join(root, "in"), ["c"])
+    written = write_manifest(output, uris.join(root, "in"), ["c"], listing)
+    write_bytes(uris.join(root, "in/later"), b"x")
+    assert find_manifest(output) == written
+    table = read_manifest(output, written)
+    assert table.schema.equals(MANIFEST_SCHEMA)
+    assert table["id"].to_pylist() == [0, 1]
+    assert [uri[-1] for uri in table["uri"].to_pylist()] == ["a", "b"]
+    assert written.num_excluded == 1
+
+
+def test_no_credential_is_pickled(store: ObjectStore) -> None:
+    # What the stages ship to the workers, after this process itself has used the store.
+    write_bytes("s3://scratch/pickled", b"x")
+    assert dict(bulk.fetch_many(["s3://scratch/pickled"], 10)) == {0: b"x"}
+    stages = [FetchAndDecode(IMAGENET, 1, 1), PartWriter("s3://scratch/out", parts_schema(5, 8), {"model": "x"})]
+    for stage in stages:
+        content = pickle.dumps(stage)
+        assert store.secret_key.encode() not in content
+        assert store.access_key.encode() not in content.replace(b"ecaray.", b"")
+
+
+def test_unknown_protocols_are_refused() -> None:
+    with pytest.raises(RequestError, match="no file system"):
+        filesystem.open_filesystem("nosuch://bucket/key")
+
+
+def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: Path) -> None:
+    paths = sorted(photographs.iterdir())[:5]
+    for path in paths:
+        write_bytes(uris.join(root, path.name), path.read_bytes())
+    wanted = [uris.join(root, path.name) for path in paths] + [uris.join(root, "absent")]
+    batch = pa.table({"id": pa.array(range(10, 16), pa.int64()), "uri": wanted})
+    images = FetchAndDecode(IMAGENET, 10**8, 10**8)(batch)
+    assert images["uri"].to_pylist() == wanted
+    assert images["error_kind"].to_pylist() == [None] * 5 + ["not_found"]
+    assert {len(image) for image in images["image"].to_pylist()[:5]} == {224 * 224 * 3}
