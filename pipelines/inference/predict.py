@@ -1,7 +1,5 @@
 """Predict: uint8 images to top-k and embedding, on a replica that loads the weights once. Rows 1:1."""
 
-import contextlib
-import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +11,11 @@ from numpy.typing import NDArray
 
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
+
+# Activations are freed and allocated anew by every layer, in blocks so large that glibc maps each of them and hands it
+# back: on two cores, a fifth of the forward pass is page faults. With these glibc keeps what is freed, in one arena for
+# all threads (Ray runs a replica's calls in a thread of its own, whose arena could not grow as large).
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,6 @@ class Predictor:
     """
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
-        _keep_freed_memory()
         torch.set_num_threads(options.num_threads)
         self.bundle = bundle
         self.options = options
@@ -118,19 +120,6 @@ class PredictorActor(Predictor):
 
     def __init__(self, bundle: "ray.ObjectRef[ModelBundle]", options: PredictOptions) -> None:
         super().__init__(ray.get(bundle), options)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what torch frees, in place of handing it back to the kernel and faulting it in again.
-
-    Activations of a batch are freed and allocated anew by every layer, in blocks so large that glibc maps each of them:
-    without this, two cores spend a fifth of the forward pass in page faults. Does nothing with another C library.
-    """
-    m_mmap_max, m_trim_threshold = -4, -1  # of malloc.h
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _stack(good: pa.Table, input_size: tuple[int, int]) -> NDArray[np.uint8]:

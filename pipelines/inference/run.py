@@ -22,7 +22,7 @@ from pipelines.inference import commit
 from pipelines.inference.cluster import plan_for_cluster, this_machine
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
-from pipelines.inference.predict import PredictOptions, PredictorActor
+from pipelines.inference.predict import KEEP_FREED_MEMORY, PredictOptions, PredictorActor
 from pipelines.inference.progress import Progress
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
@@ -135,6 +135,7 @@ def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
             compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
             num_cpus=plan.num_cpus_per_worker,
             num_gpus=plan.num_gpus_per_worker or None,
+            runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
         )
         # N:1. As many rows as a file takes; a receipt for each file comes back.
         .map_batches(
