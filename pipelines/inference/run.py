@@ -7,55 +7,30 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
-from pipelines.errors import RequestError, RunError
+from pipelines.errors import RunError
 from pipelines.inference import commit
 from pipelines.inference.cluster import plan_for_cluster, this_machine
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
-from pipelines.inference.predict import KEEP_FREED_MEMORY, PredictOptions, PredictorActor
 from pipelines.inference.progress import Progress
+from pipelines.inference.request import Request, describe_run, identify, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
-from pipelines.models.bundle import ModelBundle
-from pipelines.models.resolve import resolve_bundle
 from pipelines.ray_session import is_cluster_named, ray_session
-from pipelines.storage import uris
-from pipelines.storage.filesystem import is_there
-from pipelines.storage.listing import list_objects
-from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest, write_manifest
+from pipelines.storage.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
 # A small run is cut into at least this many files, so that its first results appear while it goes on.
 MIN_FILES_PER_RUN = 16
-
-
-@dataclass(frozen=True)
-class Request:
-    """A config whose every question is answered."""
-
-    config: InferConfig
-    bundle: ModelBundle
-    manifest: ManifestInfo
-    topk: int
-    done: NDArray[np.bool_]
-    num_files_before: int
-    num_failed_before: int
-
-    @property
-    def num_todo(self) -> int:
-        """Inputs without a row yet."""
-        return int(self.done.size - np.count_nonzero(self.done))
 
 
 def run(config: InferConfig) -> dict[str, Any]:
@@ -70,7 +45,7 @@ def run(config: InferConfig) -> dict[str, Any]:
     started = time.monotonic()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    request = resolve(config)
+    request = resolve_request(config)
     if not request.num_todo:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
         return _commit(request, Progress(0), started)
@@ -82,40 +57,18 @@ def run(config: InferConfig) -> dict[str, Any]:
     return _commit(request, progress, started)
 
 
-def resolve(config: InferConfig) -> Request:
-    """Answer every question of a config, cheapest first, and pin the manifest.
-
-    Raises:
-        RequestError: one of the answers is no.
-    """
-    input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
-    if uris.contains(input_uri, output_uri):
-        raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
-    output = config.output.model_copy(update={"uri": output_uri})
-    config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
-    is_output_there = is_there(output_uri)
-    found = commit.find_run(output_uri) if is_output_there else None
-    manifest = find_manifest(output_uri) if found else None
-    if manifest is None and not is_there(input_uri):
-        raise RequestError(f"no input: nothing lies under {input_uri}")
-    bundle = resolve_bundle(config.model, config.preprocess)
-    topk = _resolve_topk(config, bundle)
-    identity = _identity(config, bundle, topk)
-    if found:
-        commit.refuse_other_run(output_uri, found, identity)
-    # List before the first write, so that a request without input leaves nothing behind; never list again.
-    listing = None if manifest else list_objects(input_uri, config.input.exclude)
-    commit.write_run(output_uri, _run_record(config, bundle, identity, found or {}))
-    if listing is not None:
-        manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
-    assert manifest is not None
-    done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
-    return Request(config, bundle, manifest, topk, done, num_files, num_failed)
-
-
 def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
     """The chain. Each stage is one module; counts say how its rows relate to those of the stage before."""
+    from pipelines.inference.predict import KEEP_FREED_MEMORY, PredictOptions, PredictorActor  # late: torch
+
     config, bundle = request.config, request.bundle
+    options = PredictOptions(
+        batch_size=plan.batch_size,
+        topk=request.topk,
+        embedding=config.outputs.embedding,
+        use_gpu=plan.num_gpus_per_worker > 0,
+        num_threads=plan.num_threads_per_worker,
+    )
     chain = (
         # What is missing, one block for each batch of the model: a block becomes one task.
         ray.data.from_arrow(_blocks(request, plan.batch_size))
@@ -131,7 +84,7 @@ def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
             PredictorActor,
             batch_format="pyarrow",
             batch_size=None,
-            fn_constructor_args=(ray.put(bundle), _predict_options(request, plan)),
+            fn_constructor_args=(ray.put(bundle), options),
             compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
             num_cpus=plan.num_cpus_per_worker,
             num_gpus=plan.num_gpus_per_worker or None,
@@ -163,16 +116,6 @@ def _rows_per_file(request: Request, batch_size: int) -> int:
     return min(request.config.output.commit_rows, max(batch_size, fair_share))
 
 
-def _predict_options(request: Request, plan: ComputePlan) -> PredictOptions:
-    return PredictOptions(
-        batch_size=plan.batch_size,
-        topk=request.topk,
-        embedding=request.config.outputs.embedding,
-        use_gpu=plan.num_gpus_per_worker > 0,
-        num_threads=plan.num_threads_per_worker,
-    )
-
-
 def _writer(request: Request) -> PartWriter:
     bundle = request.bundle
     return PartWriter(
@@ -185,41 +128,6 @@ def _writer(request: Request) -> PartWriter:
             "label_names": json.dumps(bundle.label_names),
         },
     )
-
-
-def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
-    if config.outputs.topk <= bundle.num_classes:
-        return config.outputs.topk
-    if config.outputs.is_set("topk"):
-        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {bundle.num_classes} classes")
-    return bundle.num_classes
-
-
-def _identity(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
-    """What has to be the same for two runs to share an output."""
-    return {
-        "input.uri": config.input.uri,
-        "input.exclude": config.input.exclude,
-        "model.name": bundle.name,
-        "fingerprint": bundle.fingerprint,
-        "outputs.topk": topk,
-        "outputs.embedding": config.outputs.embedding,
-    }
-
-
-def _run_record(
-    config: InferConfig, bundle: ModelBundle, identity: dict[str, Any], earlier: dict[str, Any]
-) -> dict[str, Any]:
-    record = {
-        "config": config.model_dump(),
-        "identity": identity,
-        "fingerprint": bundle.fingerprint,
-        "transform": asdict(bundle.transform),
-        "num_classes": bundle.num_classes,
-        "num_features": bundle.num_features,
-        "label_names": list(bundle.label_names),
-    }
-    return record | ({"summary": earlier["summary"]} if "summary" in earlier else {})
 
 
 def _commit(request: Request, progress: Progress, started: float) -> dict[str, Any]:
@@ -242,8 +150,8 @@ def _commit(request: Request, progress: Progress, started: float) -> dict[str, A
         "output_uri": output_uri,
     }
     if num_new or not commit.is_complete(output_uri):
-        identity = _identity(request.config, request.bundle, request.topk)
-        commit.write_run(output_uri, _run_record(request.config, request.bundle, identity, {"summary": summary}))
+        identity = identify(request.config, request.bundle, request.topk)
+        commit.write_run(output_uri, describe_run(request.config, request.bundle, identity, {"summary": summary}))
         commit.mark_complete(output_uri)
     return summary
 
@@ -252,8 +160,8 @@ def _describe(request: Request, plan: ComputePlan) -> str:
     where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
     height, width = request.bundle.transform.input_size
     return (
-        f"{request.num_todo:,} images to label by {request.bundle.name} at {height} x {width}: {plan.num_workers} "
-        f"replicas on {where} each, batches of {plan.batch_size}"
+        f"{request.num_todo:,} images for {request.bundle.name} at {height} x {width}; "
+        f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
     )
 
 

@@ -1,0 +1,114 @@
+"""A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.config.infer import InferConfig
+from pipelines.errors import RequestError
+from pipelines.inference import commit
+from pipelines.models.bundle import ModelBundle
+from pipelines.storage import uris
+from pipelines.storage.filesystem import is_there
+from pipelines.storage.listing import list_objects
+from pipelines.storage.manifest import ManifestInfo, find_manifest, write_manifest
+
+
+@dataclass(frozen=True)
+class Request:
+    """A config whose every question is answered.
+
+    Attributes:
+        config: with normalized URIs.
+        bundle: the model.
+        manifest: the pinned inputs.
+        topk: classes per row.
+        done: one flag an id, whether the output holds its row already.
+        num_files_before: Parquet files that the output holds already.
+        num_failed_before: failed rows among those done.
+    """
+
+    config: InferConfig
+    bundle: ModelBundle
+    manifest: ManifestInfo
+    topk: int
+    done: NDArray[np.bool_]
+    num_files_before: int
+    num_failed_before: int
+
+    @property
+    def num_todo(self) -> int:
+        """Inputs without a row yet."""
+        return int(self.done.size - np.count_nonzero(self.done))
+
+
+def resolve_request(config: InferConfig) -> Request:
+    """Answer every question of a config, cheapest first, and pin the manifest.
+
+    Raises:
+        RequestError: one of the answers is no.
+    """
+    input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
+    if uris.contains(input_uri, output_uri):
+        raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
+    output = config.output.model_copy(update={"uri": output_uri})
+    config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
+    is_output_there = is_there(output_uri)
+    found = commit.find_run(output_uri) if is_output_there else None
+    manifest = find_manifest(output_uri) if found else None
+    if manifest is None and not is_there(input_uri):
+        raise RequestError(f"no input: nothing lies under {input_uri}")
+    # Imported late: torch and timm take seconds, and what is wrong with the places is known without them.
+    from pipelines.models.resolve import resolve_bundle
+
+    bundle = resolve_bundle(config.model, config.preprocess)
+    topk = _resolve_topk(config, bundle)
+    identity = identify(config, bundle, topk)
+    if found:
+        commit.refuse_other_run(output_uri, found, identity)
+    # List before the first write, so that a request without input leaves nothing behind; never list again.
+    listing = None if manifest else list_objects(input_uri, config.input.exclude)
+    commit.write_run(output_uri, describe_run(config, bundle, identity, found or {}))
+    if listing is not None:
+        manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
+    assert manifest is not None
+    done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
+    return Request(config, bundle, manifest, topk, done, num_files, num_failed)
+
+
+def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
+    if config.outputs.topk <= bundle.num_classes:
+        return config.outputs.topk
+    if config.outputs.is_set("topk"):
+        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {bundle.num_classes} classes")
+    return bundle.num_classes
+
+
+def identify(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
+    """What has to be the same for two runs to share an output."""
+    return {
+        "input.uri": config.input.uri,
+        "input.exclude": config.input.exclude,
+        "model.name": bundle.name,
+        "fingerprint": bundle.fingerprint,
+        "outputs.topk": topk,
+        "outputs.embedding": config.outputs.embedding,
+    }
+
+
+def describe_run(
+    config: InferConfig, bundle: ModelBundle, identity: dict[str, Any], earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """What `_run.json` says: the resolved config and what came of it, with the summary where there is one."""
+    record = {
+        "config": config.model_dump(),
+        "identity": identity,
+        "fingerprint": bundle.fingerprint,
+        "transform": asdict(bundle.transform),
+        "num_classes": bundle.num_classes,
+        "num_features": bundle.num_features,
+        "label_names": list(bundle.label_names),
+    }
+    return record | ({"summary": earlier["summary"]} if "summary" in earlier else {})
