@@ -11,6 +11,9 @@ from pipelines.errors import RequestError
 
 # Ray's job manager sets the second in a submitted job.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+# Ray ends a worker that was idle for a second where there are more of them, actors included, than CPUs. On two cores
+# that is every worker between two of its tasks, and each new one costs seconds of imports.
+LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 120_000}
 
 
 def is_cluster_named() -> bool:
@@ -31,7 +34,7 @@ def ray_session() -> Iterator[None]:
         if is_cluster_named():
             ray.init(logging_level=logging.WARNING)
         else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, _system_config=LOCAL_RAY)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
     try:
@@ -47,6 +50,8 @@ def _quieten_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the job prints its own progress, in images
     context.print_on_execution_start = False
+    # Off: a thread in each worker that sums the pages of the process every second, with the memory locked meanwhile.
+    context.memory_usage_poll_interval_s = None
     # Ray Data sets its logger up on first use, with a level of its own.
     ray.data._internal.logging.configure_logging()
     for name in ("ray.data", "ray.data._internal.progress"):

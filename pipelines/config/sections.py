@@ -109,8 +109,9 @@ class ComputeConfig(Section):
     the replicas (half of them on nodes of fewer than 4 CPUs), so that fetching, decoding and writing go on."""
 
     num_threads_per_worker: int | None = Field(default=None, ge=1)
-    """torch threads of each replica on CPUs. Default: the node's CPUs shared among its replicas."""
+    """Batches that each replica on CPUs predicts at the same time, a core each. Default: the node's CPUs shared among
+    its replicas."""
 
     batch_size: int | None = Field(default=None, ge=1)
     """Images per forward pass; batches that are not full are padded to it. On CPUs it is rounded up to a multiple of 8,
-    so that each image's result is the same wherever it stands. Default: 32 on CPUs, 256 on GPUs."""
+    so that each image's result is the same wherever it stands. Default: 16 on CPUs, 256 on GPUs."""

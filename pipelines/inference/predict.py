@@ -27,14 +27,12 @@ class PredictOptions:
         topk: classes kept per image; 0 for none.
         embedding: whether the pooled features are kept.
         use_gpu: run on the GPU that Ray gave this process, else on the CPU.
-        num_threads: torch's, on the CPU.
     """
 
     batch_size: int
     topk: int
     embedding: bool
     use_gpu: bool
-    num_threads: int
 
 
 class Predictor:
@@ -42,10 +40,13 @@ class Predictor:
 
     Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of
     machine a row's result is then independent of its neighbours, bit for bit.
+
+    On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
+    share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores.
     """
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
-        torch.set_num_threads(options.num_threads)
+        torch.set_num_threads(1)  # for each calling thread
         self.bundle = bundle
         self.options = options
         self.device = torch.device("cuda" if options.use_gpu else "cpu")

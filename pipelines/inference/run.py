@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipelines.inference.progress import Progress
 from pipelines.inference.request import Request, describe_run, identify, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelBundle
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage.manifest import read_manifest
 
@@ -49,29 +51,37 @@ def run(config: InferConfig) -> dict[str, Any]:
     if not request.num_todo:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
         return _commit(request, Progress(0), started)
-    with ray_session():
-        plan = plan or plan_for_cluster(config.compute)
-        log.info("%s", _describe(request, plan))
-        with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
-            _execute(request, plan, progress)
+    # Folding goes on beside Ray's start, which leaves the driver idle for seconds.
+    with ThreadPoolExecutor(1) as beside:
+        bundle = beside.submit(_prepare, request)
+        with ray_session():
+            plan = plan or plan_for_cluster(config.compute)
+            log.info("%s", _describe(request, plan))
+            with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
+                _execute(request, bundle.result(), plan, progress)
     return _commit(request, progress, started)
 
 
-def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
+def _prepare(request: Request) -> ModelBundle:
+    from pipelines.models.resolve import prepare_bundle  # late: torch and timm
+
+    return prepare_bundle(request.bundle)
+
+
+def _execute(request: Request, bundle: ModelBundle, plan: ComputePlan, progress: Progress) -> None:
     """The chain. Each stage is one module; counts say how its rows relate to those of the stage before."""
     from pipelines.inference.predict import KEEP_FREED_MEMORY, PredictOptions, PredictorActor  # late: torch
 
-    config, bundle = request.config, request.bundle
+    config = request.config
     options = PredictOptions(
         batch_size=plan.batch_size,
         topk=request.topk,
         embedding=config.outputs.embedding,
         use_gpu=plan.num_gpus_per_worker > 0,
-        num_threads=plan.num_threads_per_worker,
     )
     chain = (
         # What is missing, one block for each batch of the model: a block becomes one task.
-        ray.data.from_arrow(_blocks(request, plan.batch_size))
+        ray.data.from_blocks(_blocks(request, plan.batch_size))
         # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
         .map_batches(
             FetchAndDecode(bundle.transform, config.input.max_bytes, config.preprocess.max_pixels),
@@ -85,7 +95,11 @@ def _execute(request: Request, plan: ComputePlan, progress: Progress) -> None:
             batch_format="pyarrow",
             batch_size=None,
             fn_constructor_args=(ray.put(bundle), options),
-            compute=ray.data.ActorPoolStrategy(size=plan.num_workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=plan.num_workers,
+                max_concurrent_calls_per_actor=plan.num_threads_per_worker,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=plan.num_cpus_per_worker,
             num_gpus=plan.num_gpus_per_worker or None,
             runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},

@@ -61,35 +61,33 @@ def create(name: str, num_classes: int | None = None) -> TimmModule:
     return timm.create_model(name, **options).eval()
 
 
-def create_with_weights(name: str, num_classes: int, state_dict: Mapping[str, torch.Tensor]) -> TimmModule:
-    """Timm's module in eval mode with weights that fit it, without drawing random ones first where that is possible."""
-    module = build_on_meta(name, num_classes)
+def load_weights(module: TimmModule, name: str, state_dict: Mapping[str, torch.Tensor]) -> TimmModule:
+    """A module of `build_on_meta` with weights that fit it; none are drawn at random where that can be avoided."""
     module.load_state_dict(state_dict, assign=True)
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors):  # buffers that timm computes and no checkpoint holds
-        module = create(name, num_classes)
+        module = create(name, module.num_classes)
         module.load_state_dict(state_dict)
     return module
 
 
-def describe(name: str, num_classes: int | None, input_size: tuple[int, int]) -> Architecture:
+def describe(module: TimmModule, input_size: tuple[int, int]) -> Architecture:
     """The shape of a model at an input size.
 
     Args:
-        name: timm's name, with or without a tag.
-        num_classes: length of the logits; the model's own by default.
+        module: of `build_on_meta`.
         input_size: height and width, in pixels.
 
     Raises:
         RequestError: the model does not take that size, or is no classifier of RGB images.
     """
-    module = build_on_meta(name, num_classes)
     try:
         with torch.inference_mode():
             logits, embedding = HeadAndFeatures(module)(torch.empty(1, 3, *input_size, device="meta"))
     except (RuntimeError, AssertionError, ValueError, AttributeError, TypeError) as error:
         height, width = input_size
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        name = module.pretrained_cfg["architecture"]
         raise RequestError(f"{name} does not take images of {height} x {width} pixels: {reason}") from None
     return Architecture(logits.shape[-1], embedding.shape[-1])
 
@@ -137,7 +135,7 @@ def prepare_for_inference(module: nn.Module) -> nn.Module:
     """Fold each batch norm into the convolution before it, and make the gates' rounding independent of the batch.
 
     Folding saves a pass over every activation, a tenth to a quarter of the time on CPUs; it is done in float64, so that
-    the result stays as near to timm's as float32 allows. A module that fx cannot trace is returned as it is.
+    the result stays as near to timm's as float32 allows. A module that fx cannot trace keeps its batch norms.
 
     Args:
         module: float32, in eval mode.
@@ -146,9 +144,9 @@ def prepare_for_inference(module: nn.Module) -> nn.Module:
         folded: fx.GraphModule = cast(fx.GraphModule, fuse(module.double()).float())
     except Exception as error:  # tracing fails in as many ways as models are written
         log.info("batch norm stays as it is: %s", error)
-        return module.float()
+        return module.float().requires_grad_(False)
     _sigmoid_in_float64(folded)
-    return folded
+    return folded.requires_grad_(False)
 
 
 def _sigmoid_in_float64(module: fx.GraphModule) -> None:

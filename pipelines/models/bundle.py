@@ -20,8 +20,7 @@ class ModelBundle:
         label_names: one a class.
         transform: from decoded image to the model's input.
         dtype: precision of the forward pass.
-        module: batch x 3 x H x W, normalized, to logits and features; float32, on the CPU, in eval mode, with batch
-            norm folded where it can be.
+        module: batch x 3 x H x W, normalized, to logits and features; float32, on the CPU, in eval mode.
         fingerprint: SHA-256 of weights, timm's version, model, transform and dtype.
     """
 

@@ -1,19 +1,11 @@
 """Everything about the model that the driver decides, once for all replicas."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
-
-from torch import nn
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.images.transform import EvalTransform
-from pipelines.models.build import (
-    HeadAndFeatures,
-    create_with_weights,
-    describe,
-    prepare_for_inference,
-    resolve_transform,
-)
+from pipelines.models.build import HeadAndFeatures, describe, load_weights, prepare_for_inference, resolve_transform
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.fingerprint import fingerprint, hash_state_dict
 from pipelines.models.labels import resolve_label_names
@@ -28,22 +20,22 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
     """
     weights = resolve_weights(model)
     transform = resolve_transform(weights.pretrained_cfg, preprocess.image_size, preprocess.use_test_size)
-    architecture = describe(weights.name, weights.num_classes, transform.input_size)
+    architecture = describe(weights.module, transform.input_size)
     return ModelBundle(
         name=weights.name,
         num_classes=architecture.num_classes,
         num_features=architecture.num_features,
-        label_names=resolve_label_names(weights.checkpoint_config, weights.num_classes),
+        label_names=resolve_label_names(weights.checkpoint_config, architecture.num_classes),
         transform=transform,
         dtype=model.dtype,
-        module=_inference_module(weights),
+        module=HeadAndFeatures(load_weights(weights.module, weights.name, weights.state_dict)).eval(),
         fingerprint=fingerprint(_identity(weights, transform, model.dtype, preprocess.mode)),
     )
 
 
-def _inference_module(weights: Weights) -> nn.Module:
-    module = create_with_weights(weights.name, weights.num_classes, weights.state_dict)
-    return prepare_for_inference(HeadAndFeatures(module).eval()).requires_grad_(False)
+def prepare_bundle(bundle: ModelBundle) -> ModelBundle:
+    """The bundle as replicas take it: folded, and free of timm, so that they start without importing it."""
+    return replace(bundle, module=prepare_for_inference(bundle.module))
 
 
 def _identity(weights: Weights, transform: EvalTransform, dtype: str, mode: str) -> dict[str, Any]:

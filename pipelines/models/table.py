@@ -47,7 +47,7 @@ def measure(name: str) -> dict[str, Any]:
         "test_input_size": (cfg.get("test_input_size") or cfg["input_size"])[-1],
         "test_crop_pct": cfg.get("test_crop_pct") or cfg["crop_pct"],
         "interpolation": cfg["interpolation"],
-        "num_features": describe(name, None, native_size).num_features,
+        "num_features": describe(module, native_size).num_features,
         "num_classes": module.num_classes,
         "tags": [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0])],
         "card": None if card is None else {"num_macs": card.num_macs, "state_dict_bytes": card.state_dict_bytes},

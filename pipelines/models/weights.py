@@ -15,7 +15,7 @@ from timm.models import load_state_dict
 
 from pipelines.config.sections import ModelConfig
 from pipelines.errors import RequestError
-from pipelines.models.build import build_on_meta, check_model_name, create
+from pipelines.models.build import TimmModule, build_on_meta, check_model_name, create
 from pipelines.models.hub import load_pretrained
 from pipelines.storage import uris
 from pipelines.storage.filesystem import download, in_plain_words, list_names, read_bytes
@@ -31,14 +31,14 @@ class Weights:
 
     Attributes:
         name: timm's name, with the tag where one was given.
-        num_classes: length of the classifier's output.
+        module: timm's, on the meta device: the architecture that the weights fit.
         state_dict: on the CPU.
         pretrained_cfg: timm's, of the checkpoint where it has one, else of the model.
         checkpoint_config: `config.json` of a timm directory; empty otherwise.
     """
 
     name: str
-    num_classes: int
+    module: TimmModule
     state_dict: dict[str, torch.Tensor]
     pretrained_cfg: dict[str, Any]
     checkpoint_config: dict[str, Any]
@@ -89,7 +89,9 @@ def _from_directory(config: ModelConfig, location: str) -> Weights:
 
 
 def _model_cfg(name: str) -> dict[str, Any]:
-    return dict(build_on_meta(name).pretrained_cfg)
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None, "timm knows the name"
+    return dict(cfg.to_dict())
 
 
 def _load_file(location: str) -> dict[str, torch.Tensor]:
@@ -121,8 +123,8 @@ def _checked(
     pretrained_cfg: dict[str, Any],
     checkpoint_config: dict[str, Any],
 ) -> Weights:
-    num_classes = _num_classes(state_dict, pretrained_cfg)
-    expected = build_on_meta(name, num_classes).state_dict()
+    module = build_on_meta(name, _num_classes(state_dict, pretrained_cfg))
+    expected = module.state_dict()
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - expected.keys())
     reshaped = sorted(
@@ -135,12 +137,11 @@ def _checked(
             if keys
         ]
         raise RequestError(f"the weights {config.weights} do not fit {name}: tensors {', '.join(counts)}")
-    if num_classes is None:
-        num_classes = int(build_on_meta(name).num_classes)
-    return Weights(name, num_classes, state_dict, pretrained_cfg, checkpoint_config)
+    return Weights(name, module, state_dict, pretrained_cfg, checkpoint_config)
 
 
 def _num_classes(state_dict: dict[str, torch.Tensor], pretrained_cfg: dict[str, Any]) -> int | None:
+    """Rows of the classifier in the checkpoint; None, the model's own, where it has none."""
     classifier = pretrained_cfg.get("classifier")
     first = classifier[0] if isinstance(classifier, list | tuple) and classifier else classifier
     weight = state_dict.get(f"{first}.weight")

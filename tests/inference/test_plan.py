@@ -28,7 +28,7 @@ def test_replicas_leave_room_for_a_decode_and_a_write_task(nodes: list[Node]) ->
 
 def test_two_cores_get_one_replica_with_both_as_threads() -> None:
     plan = plan_compute(ComputeConfig(), [Node(2, 0)])
-    assert (plan.num_workers, plan.num_threads_per_worker, plan.batch_size) == (1, 2, 32)
+    assert (plan.num_workers, plan.num_threads_per_worker, plan.batch_size) == (1, 2, 16)
 
 
 def test_replicas_grow_with_the_cores() -> None:

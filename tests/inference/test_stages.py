@@ -1,6 +1,7 @@
 """The stages by themselves, without Ray."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,18 @@ from pipelines.inference.progress import Progress
 from pipelines.inference.schema import IMAGES, parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle
-from pipelines.models.resolve import resolve_bundle
+from pipelines.models.resolve import prepare_bundle, resolve_bundle
 
 BATCH_SIZE = 8
-OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False, num_threads=2)
+OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False)
 
 
 @pytest.fixture(scope="module")
 def bundle(telling_weights: "object") -> ModelBundle:
     assert callable(telling_weights)
     name = "ecaresnet50d_pruned"
-    return resolve_bundle(ModelConfig(name=name, weights=str(telling_weights(name))), PreprocessConfig())
+    weights = str(telling_weights(name))
+    return prepare_bundle(resolve_bundle(ModelConfig(name=name, weights=weights), PreprocessConfig()))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,14 @@ def test_a_row_does_not_depend_on_its_neighbours(predictor: Predictor, images: p
             assert other[name].to_pylist() == predictions[name].to_pylist(), name
 
 
+def test_batches_predicted_at_the_same_time_give_the_same_rows(
+    predictor: Predictor, images: pa.Table, predictions: pa.Table
+) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        for other in threads.map(predictor, [images] * 8):
+            assert other.equals(predictions)
+
+
 def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle, predictions: pa.Table) -> None:
     for row in predictions.filter(
         pa.array([kind is None for kind in predictions["error_kind"].to_pylist()])
@@ -77,8 +87,8 @@ def test_a_batch_of_failures_alone(predictor: Predictor) -> None:
 
 
 def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table) -> None:
-    only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, 1, False, False, 2))(images)
-    only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, 0, True, False, 2))(images)
+    only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, 1, False, False))(images)
+    only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, 0, True, False))(images)
     assert "embedding" not in only_labels.column_names
     assert not {"index", "prob", "label"} & set(only_embeddings.column_names)
 

@@ -12,7 +12,7 @@ from cluster.local import ObjectStore
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError
 from pipelines.models import hub
-from pipelines.models.build import describe, resolve_transform
+from pipelines.models.build import build_on_meta, describe, resolve_transform
 from pipelines.models.catalogue import FAMILY, MODEL_CARDS
 from pipelines.models.fingerprint import hash_state_dict
 from pipelines.models.labels import resolve_label_names
@@ -64,7 +64,7 @@ def test_other_timm_classifiers_are_described(name: str) -> None:
     module: Any = timm.create_model(name).eval()
     with torch.inference_mode():
         features = module.forward_features(torch.zeros(1, 3, 224, 224))
-    architecture = describe(name, None, (224, 224))
+    architecture = describe(build_on_meta(name), (224, 224))
     assert architecture.num_classes == 1000
     assert architecture.num_features == module.forward_head(features, pre_logits=True).shape[-1]
 
