@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import ray.data
 
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError
@@ -51,7 +50,7 @@ def run(config: InferConfig) -> dict[str, Any]:
     if not request.num_todo:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
         return _commit(request, Progress(0), started)
-    # Folding goes on beside Ray's start, which leaves the driver idle for seconds.
+    # Ray's start leaves this process idle for seconds.
     with ThreadPoolExecutor(1) as beside:
         bundle = beside.submit(_prepare, request)
         with ray_session():
@@ -63,7 +62,10 @@ def run(config: InferConfig) -> dict[str, Any]:
 
 
 def _prepare(request: Request) -> ModelBundle:
-    from pipelines.models.resolve import prepare_bundle  # late: torch and timm
+    """What takes a second each and needs no Ray: the import of `ray.data`, and folding."""
+    import ray.data  # noqa: F401
+
+    from pipelines.models.resolve import prepare_bundle
 
     return prepare_bundle(request.bundle)
 
