@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.ray_session import RAYLET_CONFIG
+
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 # weed listens at each of its ports and at that port + 10,000 (gRPC).
@@ -133,7 +135,8 @@ def ray_head(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Jobs begin with `python`: on a node, that is the one this package is installed for.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    variables = inherited | {"PATH": path, "HOME": str(home)} | dict(environment or {})
+    tuning = {f"RAY_{name}": str(value) for name, value in RAYLET_CONFIG.items()}
+    variables = inherited | tuning | {"PATH": path, "HOME": str(home)} | dict(environment or {})
     try:
         with open(home / "ray.log", "wb") as log:
             process = subprocess.Popen(

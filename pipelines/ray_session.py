@@ -13,7 +13,7 @@ from pipelines.errors import RequestError
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 # Ray ends a worker that was idle for a second where there are more of them, actors included, than CPUs. On two cores
 # that is every worker between two of its tasks, and each new one costs seconds of imports.
-LOCAL_RAY = {"idle_worker_killing_time_threshold_ms": 120_000}
+RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000}
 
 
 def is_cluster_named() -> bool:
@@ -34,7 +34,7 @@ def ray_session() -> Iterator[None]:
         if is_cluster_named():
             ray.init(logging_level=logging.WARNING)
         else:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, _system_config=LOCAL_RAY)
+            ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
     try:

@@ -25,6 +25,7 @@ class Request:
         bundle: the model.
         manifest: the pinned inputs.
         topk: classes per row.
+        identity: what another run must share to go on in the same output.
         done: one flag an id, whether the output holds its row already.
         num_files_before: Parquet files that the output holds already.
         num_failed_before: failed rows among those done.
@@ -34,6 +35,7 @@ class Request:
     bundle: ModelBundle
     manifest: ManifestInfo
     topk: int
+    identity: dict[str, Any]
     done: NDArray[np.bool_]
     num_files_before: int
     num_failed_before: int
@@ -65,7 +67,7 @@ def resolve_request(config: InferConfig) -> Request:
 
     bundle = resolve_bundle(config.model, config.preprocess)
     topk = _resolve_topk(config, bundle)
-    identity = identify(config, bundle, topk)
+    identity = _identify(config, bundle, topk)
     if found:
         commit.refuse_other_run(output_uri, found, identity)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
@@ -75,7 +77,7 @@ def resolve_request(config: InferConfig) -> Request:
         manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
     assert manifest is not None
     done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
-    return Request(config, bundle, manifest, topk, done, num_files, num_failed)
+    return Request(config, bundle, manifest, topk, identity, done, num_files, num_failed)
 
 
 def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
@@ -86,7 +88,7 @@ def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
     return bundle.num_classes
 
 
-def identify(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
+def _identify(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
     """What has to be the same for two runs to share an output."""
     return {
         "input.uri": config.input.uri,

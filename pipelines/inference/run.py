@@ -21,7 +21,7 @@ from pipelines.inference.cluster import plan_for_cluster, this_machine
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
-from pipelines.inference.request import Request, describe_run, identify, resolve_request
+from pipelines.inference.request import Request, describe_run, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle
@@ -86,7 +86,7 @@ def _execute(request: Request, bundle: ModelBundle, plan: ComputePlan, progress:
         ray.data.from_blocks(_blocks(request, plan.batch_size))
         # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
         .map_batches(
-            FetchAndDecode(bundle.transform, config.input.max_bytes, config.preprocess.max_pixels),
+            FetchAndDecode(request.bundle.transform, config.input.max_bytes, config.preprocess.max_pixels),
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.num_cpus_per_decode_task,
@@ -166,8 +166,8 @@ def _commit(request: Request, progress: Progress, started: float) -> dict[str, A
         "output_uri": output_uri,
     }
     if num_new or not commit.is_complete(output_uri):
-        identity = identify(request.config, request.bundle, request.topk)
-        commit.write_run(output_uri, describe_run(request.config, request.bundle, identity, {"summary": summary}))
+        described = describe_run(request.config, request.bundle, request.identity, {"summary": summary})
+        commit.write_run(output_uri, described)
         commit.mark_complete(output_uri)
     return summary
 
@@ -182,8 +182,11 @@ def _describe(request: Request, plan: ComputePlan) -> str:
 
 
 def _root_cause(error: BaseException) -> str:
-    cause = error
-    while cause.__cause__ is not None:
+    """The last line of the innermost error that says anything; Ray Data ends its chains with an empty one."""
+    cause: BaseException | None = error
+    said = type(error).__name__
+    while cause is not None:
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        said = f"{type(cause).__name__}: {lines[-1]}" if lines else said
         cause = cause.__cause__
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else ''}"
+    return said
