@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipelines.inference.schema import FAILED, RECEIPTS
 from pipelines.storage import uris
-from pipelines.storage.filesystem import write_bytes
+from pipelines.storage.bulk import store_object
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PartWriter:
         dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
         pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
         name = f"{kind}-{table['id'][0].as_py():012d}.parquet"
-        write_bytes(uris.join(self.output_uri, name), buffer.getvalue())
+        store_object(uris.join(self.output_uri, name), buffer.getvalue())
         return 1
 
 

@@ -191,3 +191,12 @@ def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: P
     assert images["uri"].to_pylist() == wanted
     assert images["error_kind"].to_pylist() == [None] * 5 + ["not_found"]
     assert {len(image) for image in images["image"].to_pylist()[:5]} == {224 * 224 * 3}
+
+
+@pytest.mark.parametrize("name", ["part-000000000000.parquet", "a b/ü.bin", "100%.bin", "large.bin"])
+def test_what_is_stored_is_read_back(store: ObjectStore, tmp_path: Path, name: str) -> None:
+    content = os.urandom(12 * 1024**2 if name == "large.bin" else 1000)
+    for folder in ("s3://scratch/stored", str(tmp_path)):
+        bulk.store_object(uris.join(folder, name), content)
+        bulk.store_object(uris.join(folder, name), content[::-1])
+        assert read_bytes(uris.join(folder, name)) == content[::-1]
