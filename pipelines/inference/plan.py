@@ -73,7 +73,7 @@ def plan_compute(config: ComputeConfig, nodes: list[Node]) -> ComputePlan:
         num_workers=num_workers,
         num_cpus_per_worker=cpus_each,
         num_gpus_per_worker=int(config.use_gpu),
-        num_threads_per_worker=config.num_threads_per_worker or threads,
+        num_threads_per_worker=threads,
         batch_size=_batch_size(config),
         # A whole CPU where there are plenty. On small machines one task of each kind fits beside the replicas, and no
         # second one: starting its process would cost more than it ever saves.
@@ -102,7 +102,8 @@ def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int
             f"compute.num_workers = {num_workers}, but the cluster has {total_cpus:g} CPUs, and a replica on CPUs "
             "needs one of its own"
         )
-    return num_workers, _round_down(min(shares) / math.ceil(crowding)), max(1, int(threads / crowding))
+    threads = config.num_threads_per_worker or max(1, int(threads / crowding))
+    return num_workers, _round_down(min(shares) / math.ceil(crowding)), threads
 
 
 def _plan_gpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
