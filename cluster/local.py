@@ -96,13 +96,11 @@ class RayHead:
         address: for drivers, as `RAY_ADDRESS`.
         job_server: for `ray job submit`, as `RAY_ADDRESS`.
         home: HOME of the head and its clients; Ray keeps its access token there.
-        pid: of `ray start`.
     """
 
     address: str
     job_server: str
     home: Path
-    pid: int
 
     def environment(self) -> dict[str, str]:
         """The variables that lead `ray job` to this head."""
@@ -110,17 +108,12 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(
-    num_cpus: int | None = None,
-    environment: Mapping[str, str] | None = None,
-    arguments: Sequence[str] = (),
-) -> Iterator[RayHead]:
+def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None = None) -> Iterator[RayHead]:
     """Run `ray start --head` with its job server for the length of a `with` block.
 
     Args:
         num_cpus: what it offers; the machine's by default.
         environment: variables for it and its workers, such as the object store's.
-        arguments: more of `ray start`.
 
     Raises:
         RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
@@ -130,7 +123,7 @@ def ray_head(
         zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), _free_ports(4))
     )
     command = [_program("ray"), "start", "--head", "--block", "--include-dashboard=true", f"--temp-dir={home}/ray"]
-    command += [*(f"--{name}={port}" for name, port in ports.items()), *arguments]
+    command += [f"--{name}={port}" for name, port in ports.items()]
     command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Jobs begin with `python`: on a node, that is the one this package is installed for.
@@ -142,7 +135,7 @@ def ray_head(
             process = subprocess.Popen(
                 command, env=variables, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
             )
-        head = RayHead(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", home, process.pid)
+        head = RayHead(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", home)
         try:
             _wait_for_job_server(variables | head.environment(), process, home / "ray.log")
             yield head
