@@ -166,9 +166,17 @@ def _start_weed(folder: Path, ports: Mapping[str, int], access_key: str, secret_
     command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
+    # weed takes credentials in its environment, such as another store's, for identities of its own.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     with open(folder / "weed.log", "wb") as log:
         return subprocess.Popen(
-            command, cwd=folder, stdout=log, stderr=log, start_new_session=True, preexec_fn=_be_killed_with_parent
+            command,
+            cwd=folder,
+            env=variables,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_be_killed_with_parent,
         )
 
 
