@@ -1,18 +1,21 @@
 """Label and embed images: top-k predictions and embeddings as Parquet."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from pipelines.config.infer import InferConfig
 from pipelines.job import run_job
+from pipelines.models.process import ModelProcess
 
 
-def _load_run() -> Callable[[InferConfig], dict[str, Any]]:
-    from pipelines.inference.run import run
+def label_and_embed(config: InferConfig) -> dict[str, Any]:
+    """Run the job; returns the summary."""
+    with ModelProcess(config.model, config.preprocess) as model:
+        # Ray and Arrow take a second to import; the model's process imports torch and timm meanwhile.
+        from pipelines.inference.run import run
 
-    return run
+        return run(config, model)
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.infer", InferConfig, _load_run))
+    sys.exit(run_job("jobs.infer", InferConfig, label_and_embed))

@@ -1,18 +1,18 @@
 """Print the ECA family: what the model cards say beside what this installation measures."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from pipelines.config.models import ModelsConfig
 from pipelines.job import run_job
 
 
-def _load_run() -> Callable[[ModelsConfig], dict[str, Any]]:
-    from pipelines.models.table import run
+def print_models(config: ModelsConfig) -> dict[str, Any]:
+    """Run the job; returns the summary."""
+    from pipelines.models.table import run  # late: torch and timm
 
-    return run
+    return run(config)
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.models", ModelsConfig, _load_run))
+    sys.exit(run_job("jobs.models", ModelsConfig, print_models))

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from pipelines.config.parse import parse_config
 from pipelines.errors import RequestError, RunError
+from pipelines.logs import log_to_stderr
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -19,7 +20,7 @@ DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 def run_job(
     prog: str,
     schema: type[Schema],
-    load_run: Callable[[], Callable[[Schema], Mapping[str, Any]]],
+    run: Callable[[Schema], Mapping[str, Any]],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run one job from its command line.
@@ -27,8 +28,8 @@ def run_job(
     Args:
         prog: the module's name, as in `python -m PROG`.
         schema: what the job can be told.
-        load_run: imports and returns the job's `run(config) -> summary`; called only once the config is good, since
-            torch and ray take seconds to import.
+        run: does the job and returns its summary; called only once the config is good. It imports what is slow to
+            import (torch, ray) itself, so that `--help` and refusals come at once.
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
@@ -47,7 +48,8 @@ def run_job(
         if is_dry_run:
             print(config.model_dump_json(indent=2))
             return DONE
-        summary = load_run()(config)
+        log_to_stderr()
+        summary = run(config)
     except RequestError as error:
         return _report(prog, error, WRONG_REQUEST)
     except RunError as error:

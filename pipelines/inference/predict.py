@@ -1,38 +1,14 @@
-"""Predict: uint8 images to top-k and embedding, on a replica that loads the weights once. Rows 1:1."""
-
-from dataclasses import dataclass
+"""Predict: uint8 images to top-k and embedding, as a replica does it. Rows 1:1."""
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 import torch
 from numpy.typing import NDArray
 
+from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
-
-# Activations are freed and allocated anew by every layer, in blocks so large that glibc maps each of them and hands it
-# back: on two cores, a fifth of the forward pass is page faults. With these glibc keeps what is freed, in one arena for
-# all threads (Ray runs a replica's calls in a thread of its own, whose arena could not grow as large).
-KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """How a replica runs.
-
-    Attributes:
-        batch_size: images per forward pass; fewer are padded to it.
-        topk: classes kept per image; 0 for none.
-        embedding: whether the pooled features are kept.
-        use_gpu: run on the GPU that Ray gave this process, else on the CPU.
-    """
-
-    batch_size: int
-    topk: int
-    embedding: bool
-    use_gpu: bool
 
 
 class Predictor:
@@ -114,13 +90,6 @@ class Predictor:
         columns = {name: results[name].take(positions) for name in results.column_names}
         columns |= {name: batch[name] for name in batch.column_names if name != "image"}
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
-
-
-class PredictorActor(Predictor):
-    """A replica in a Ray actor: takes the bundle out of the object store, where the driver put it once."""
-
-    def __init__(self, bundle: "ray.ObjectRef[ModelBundle]", options: PredictOptions) -> None:
-        super().__init__(ray.get(bundle), options)
 
 
 def _stack(good: pa.Table, input_size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RequestError
 from pipelines.inference import commit
-from pipelines.models.bundle import ModelBundle
+from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there
 from pipelines.storage.listing import list_objects
@@ -22,7 +23,7 @@ class Request:
 
     Attributes:
         config: with normalized URIs.
-        bundle: the model.
+        model: what it is, without its weights.
         manifest: the pinned inputs.
         topk: classes per row.
         identity: what another run must share to go on in the same output.
@@ -32,7 +33,7 @@ class Request:
     """
 
     config: InferConfig
-    bundle: ModelBundle
+    model: ModelFacts
     manifest: ManifestInfo
     topk: int
     identity: dict[str, Any]
@@ -46,8 +47,12 @@ class Request:
         return int(self.done.size - np.count_nonzero(self.done))
 
 
-def resolve_request(config: InferConfig) -> Request:
+def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]) -> Request:
     """Answer every question of a config, cheapest first, and pin the manifest.
+
+    Args:
+        config: as the user gave it.
+        resolve_model: answers those about the model; called once both places have been found to be there.
 
     Raises:
         RequestError: one of the answers is no.
@@ -62,55 +67,52 @@ def resolve_request(config: InferConfig) -> Request:
     manifest = find_manifest(output_uri) if found else None
     if manifest is None and not is_there(input_uri):
         raise RequestError(f"no input: nothing lies under {input_uri}")
-    # Imported late: torch and timm take seconds, and what is wrong with the places is known without them.
-    from pipelines.models.resolve import resolve_bundle
-
-    bundle = resolve_bundle(config.model, config.preprocess)
-    topk = _resolve_topk(config, bundle)
-    identity = _identify(config, bundle, topk)
+    model = resolve_model()
+    topk = _resolve_topk(config, model)
+    identity = _identify(config, model, topk)
     if found:
         commit.refuse_other_run(output_uri, found, identity)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
     listing = None if manifest else list_objects(input_uri, config.input.exclude)
-    commit.write_run(output_uri, describe_run(config, bundle, identity, found or {}))
+    commit.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
         manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
     assert manifest is not None
     done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
-    return Request(config, bundle, manifest, topk, identity, done, num_files, num_failed)
+    return Request(config, model, manifest, topk, identity, done, num_files, num_failed)
 
 
-def _resolve_topk(config: InferConfig, bundle: ModelBundle) -> int:
-    if config.outputs.topk <= bundle.num_classes:
+def _resolve_topk(config: InferConfig, model: ModelFacts) -> int:
+    if config.outputs.topk <= model.num_classes:
         return config.outputs.topk
     if config.outputs.is_set("topk"):
-        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {bundle.num_classes} classes")
-    return bundle.num_classes
+        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
+    return model.num_classes
 
 
-def _identify(config: InferConfig, bundle: ModelBundle, topk: int) -> dict[str, Any]:
+def _identify(config: InferConfig, model: ModelFacts, topk: int) -> dict[str, Any]:
     """What has to be the same for two runs to share an output."""
     return {
         "input.uri": config.input.uri,
         "input.exclude": config.input.exclude,
-        "model.name": bundle.name,
-        "fingerprint": bundle.fingerprint,
+        "model.name": model.name,
+        "fingerprint": model.fingerprint,
         "outputs.topk": topk,
         "outputs.embedding": config.outputs.embedding,
     }
 
 
 def describe_run(
-    config: InferConfig, bundle: ModelBundle, identity: dict[str, Any], earlier: dict[str, Any]
+    config: InferConfig, model: ModelFacts, identity: dict[str, Any], earlier: dict[str, Any]
 ) -> dict[str, Any]:
     """What `_run.json` says: the resolved config and what came of it, with the summary where there is one."""
     record = {
         "config": config.model_dump(),
         "identity": identity,
-        "fingerprint": bundle.fingerprint,
-        "transform": asdict(bundle.transform),
-        "num_classes": bundle.num_classes,
-        "num_features": bundle.num_features,
-        "label_names": list(bundle.label_names),
+        "fingerprint": model.fingerprint,
+        "transform": asdict(model.transform),
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "label_names": list(model.label_names),
     }
     return record | ({"summary": earlier["summary"]} if "summary" in earlier else {})

@@ -5,14 +5,13 @@ manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding)
 
 import json
 import logging
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data
 
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError
@@ -21,10 +20,11 @@ from pipelines.inference.cluster import plan_for_cluster, this_machine
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
+from pipelines.inference.replica import KEEP_FREED_MEMORY, PredictOptions, PredictorActor
 from pipelines.inference.request import Request, describe_run, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
-from pipelines.models.bundle import ModelBundle
+from pipelines.models.process import ModelProcess
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage.manifest import read_manifest
 
@@ -34,46 +34,30 @@ log = logging.getLogger(__name__)
 MIN_FILES_PER_RUN = 16
 
 
-def run(config: InferConfig) -> dict[str, Any]:
-    """Label and embed every input; returns the summary.
+def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
+    """Label and embed every input with the model that `model` is resolving; returns the summary.
 
     Raises:
         RequestError: the request is wrong, before anything was computed.
         RunError: the run failed; what it committed stays, and the same command goes on from there.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("pipelines").setLevel(logging.INFO)
     started = time.monotonic()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    request = resolve_request(config)
+    request = resolve_request(config, model.facts)
     if not request.num_todo:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
         return _commit(request, Progress(0), started)
-    # Ray's start leaves this process idle for seconds.
-    with ThreadPoolExecutor(1) as beside:
-        bundle = beside.submit(_prepare, request)
-        with ray_session():
-            plan = plan or plan_for_cluster(config.compute)
-            log.info("%s", _describe(request, plan))
-            with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
-                _execute(request, bundle.result(), plan, progress)
+    with ray_session():
+        plan = plan or plan_for_cluster(config.compute)
+        log.info("%s", _describe(request, plan))
+        with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
+            _execute(request, model.pickled_bundle(), plan, progress)
     return _commit(request, progress, started)
 
 
-def _prepare(request: Request) -> ModelBundle:
-    """What takes a second each and needs no Ray: the import of `ray.data`, and folding."""
-    import ray.data  # noqa: F401
-
-    from pipelines.models.resolve import prepare_bundle
-
-    return prepare_bundle(request.bundle)
-
-
-def _execute(request: Request, bundle: ModelBundle, plan: ComputePlan, progress: Progress) -> None:
+def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress) -> None:
     """The chain. Each stage is one module; counts say how its rows relate to those of the stage before."""
-    from pipelines.inference.predict import KEEP_FREED_MEMORY, PredictOptions, PredictorActor  # late: torch
-
     config = request.config
     options = PredictOptions(
         batch_size=plan.batch_size,
@@ -86,7 +70,7 @@ def _execute(request: Request, bundle: ModelBundle, plan: ComputePlan, progress:
         ray.data.from_blocks(_blocks(request, plan.batch_size))
         # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
         .map_batches(
-            FetchAndDecode(request.bundle.transform, config.input.max_bytes, config.preprocess.max_pixels),
+            FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels),
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.num_cpus_per_decode_task,
@@ -96,7 +80,7 @@ def _execute(request: Request, bundle: ModelBundle, plan: ComputePlan, progress:
             PredictorActor,
             batch_format="pyarrow",
             batch_size=None,
-            fn_constructor_args=(ray.put(bundle), options),
+            fn_constructor_args=(ray.put(pickled_bundle), options),
             compute=ray.data.ActorPoolStrategy(
                 size=plan.num_workers,
                 max_concurrent_calls_per_actor=plan.num_threads_per_worker,
@@ -133,15 +117,15 @@ def _rows_per_file(request: Request, batch_size: int) -> int:
 
 
 def _writer(request: Request) -> PartWriter:
-    bundle = request.bundle
+    model = request.model
     return PartWriter(
         output_uri=request.config.output.uri,
-        parts_schema=parts_schema(request.topk, bundle.num_features if request.config.outputs.embedding else 0),
+        parts_schema=parts_schema(request.topk, model.num_features if request.config.outputs.embedding else 0),
         metadata={
-            "fingerprint": bundle.fingerprint,
-            "model": bundle.name,
-            "transform": json.dumps(asdict(bundle.transform)),
-            "label_names": json.dumps(bundle.label_names),
+            "fingerprint": model.fingerprint,
+            "model": model.name,
+            "transform": json.dumps(asdict(model.transform)),
+            "label_names": json.dumps(model.label_names),
         },
     )
 
@@ -166,7 +150,7 @@ def _commit(request: Request, progress: Progress, started: float) -> dict[str, A
         "output_uri": output_uri,
     }
     if num_new or not commit.is_complete(output_uri):
-        described = describe_run(request.config, request.bundle, request.identity, {"summary": summary})
+        described = describe_run(request.config, request.model, request.identity, {"summary": summary})
         commit.write_run(output_uri, described)
         commit.mark_complete(output_uri)
     return summary
@@ -174,9 +158,9 @@ def _commit(request: Request, progress: Progress, started: float) -> dict[str, A
 
 def _describe(request: Request, plan: ComputePlan) -> str:
     where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
-    height, width = request.bundle.transform.input_size
+    height, width = request.model.transform.input_size
     return (
-        f"{request.num_todo:,} images for {request.bundle.name} at {height} x {width}; "
+        f"{request.num_todo:,} images for {request.model.name} at {height} x {width}; "
         f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
     )
 

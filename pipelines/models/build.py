@@ -141,7 +141,7 @@ def prepare_for_inference(module: nn.Module) -> nn.Module:
         module: float32, in eval mode.
     """
     try:
-        folded: fx.GraphModule = cast(fx.GraphModule, fuse(module.double()).float())
+        folded: fx.GraphModule = cast(fx.GraphModule, fuse(module.double(), inplace=True).float())
     except Exception as error:  # tracing fails in as many ways as models are written
         log.info("batch norm stays as it is: %s", error)
         return module.float().requires_grad_(False)

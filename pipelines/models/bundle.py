@@ -1,6 +1,6 @@
-"""All that a replica needs of a model, as one object. Imports no timm: replicas start in half the time."""
+"""All that a job needs of a model. Imports neither torch nor timm: driver and replicas start in half the time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from pipelines.images.transform import EvalTransform
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelBundle:
-    """A model, resolved once on the driver and shipped to the replicas through Ray's object store.
+class ModelFacts:
+    """What is known of a resolved model, without its weights.
 
     Attributes:
         name: timm's name, with the tag where one was given.
@@ -20,7 +20,6 @@ class ModelBundle:
         label_names: one a class.
         transform: from decoded image to the model's input.
         dtype: precision of the forward pass.
-        module: batch x 3 x H x W, normalized, to logits and features; float32, on the CPU, in eval mode.
         fingerprint: SHA-256 of weights, timm's version, model, transform and dtype.
     """
 
@@ -30,5 +29,19 @@ class ModelBundle:
     label_names: tuple[str, ...]
     transform: EvalTransform
     dtype: str
-    module: "nn.Module"
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class ModelBundle(ModelFacts):
+    """A model, resolved once for all replicas and shipped to them through Ray's object store.
+
+    Attributes:
+        module: batch x 3 x H x W, normalized, to logits and features; float32, on the CPU, in eval mode.
+    """
+
+    module: "nn.Module"
+
+    def facts(self) -> ModelFacts:
+        """All but the module."""
+        return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})

@@ -11,8 +11,9 @@ import pytest
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.predict import PredictOptions, Predictor
+from pipelines.inference.predict import Predictor
 from pipelines.inference.progress import Progress
+from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle

@@ -19,13 +19,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def infer(ray_server: RayHead, **sections: Any) -> dict[str, Any]:
-    """Run the job's own `run` in this process, on the tests' Ray; returns its summary."""
-    from pipelines.inference.run import run
+    """Run the job in this process, on the tests' Ray; returns its summary."""
+    from jobs.infer import label_and_embed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_server.address)
         patch.setenv("HOME", str(ray_server.home))
-        return run(InferConfig.model_validate(sections))
+        return label_and_embed(InferConfig.model_validate(sections))
 
 
 def run_command(*arguments: str, timeout_s: float = 120, **variables: str) -> "subprocess.CompletedProcess[str]":

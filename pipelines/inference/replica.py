@@ -1,0 +1,43 @@
+"""A replica in a Ray actor, as the driver describes it. Imports no torch: drivers need none."""
+
+import pickle
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+
+# Activations are freed and allocated anew by every layer, in blocks so large that glibc maps each of them and hands it
+# back: on two cores, a fifth of the forward pass is page faults. With these glibc keeps what is freed, in one arena for
+# all threads (Ray runs a replica's calls in a thread of its own, whose arena could not grow as large).
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How a replica runs.
+
+    Attributes:
+        batch_size: images per forward pass; fewer are padded to it.
+        topk: classes kept per image; 0 for none.
+        embedding: whether the pooled features are kept.
+        use_gpu: run on the GPU that Ray gave this process, else on the CPU.
+    """
+
+    batch_size: int
+    topk: int
+    embedding: bool
+    use_gpu: bool
+
+
+class PredictorActor:
+    """Takes the bundle out of the object store, where the driver put it once, and loads it once. Rows 1:1."""
+
+    def __init__(self, pickled_bundle: "ray.ObjectRef[bytes]", options: PredictOptions) -> None:
+        from pipelines.inference.predict import Predictor
+
+        bundle = pickle.loads(ray.get(pickled_bundle))  # noqa: S301 - our own driver's, never from a file
+        self._predict = Predictor(bundle, options)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`IMAGES` to `predictions_schema`."""
+        return self._predict(batch)
