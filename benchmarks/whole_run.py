@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     with object_store(buckets=("images", "results")) as store, tempfile.TemporaryDirectory() as folder:
         os.environ.update(store.environment())
-        num_bytes = write_crops("s3://images/photographs", args.num_images)
+        num_bytes = write_crops("s3://images/photographs", args.num_images, quality=94)
         print(f"{args.num_images} photographs, {num_bytes / args.num_images / 1000:.0f} KB each, {args.model}")
         weights = _save_random_weights(args.model, Path(folder) / "weights.safetensors")
         for index in range(args.rounds):

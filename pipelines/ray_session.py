@@ -12,8 +12,9 @@ from pipelines.errors import RequestError
 # Ray's job manager sets the second in a submitted job.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 # Ray ends a worker that was idle for a second where there are more of them, actors included, than CPUs. On two cores
-# that is every worker between two of its tasks, and each new one costs seconds of imports.
-RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000}
+# that is every worker between two of its tasks, and each new one costs seconds of imports. Nobody reads the metrics of
+# a Ray without dashboard, which every one of its processes would gather.
+RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000, "enable_metrics_collection": False}
 
 
 def is_cluster_named() -> bool:

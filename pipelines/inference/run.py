@@ -112,8 +112,9 @@ def _blocks(request: Request, batch_size: int) -> list[pa.Table]:
 
 
 def _rows_per_file(request: Request, batch_size: int) -> int:
-    fair_share = request.num_todo // MIN_FILES_PER_RUN
-    return min(request.config.output.commit_rows, max(batch_size, fair_share))
+    rows = min(request.config.output.commit_rows, max(batch_size, request.num_todo // MIN_FILES_PER_RUN))
+    # Blocks come in whole batches of the model: what one write leaves of a block would become a file of its own.
+    return rows // batch_size * batch_size or rows
 
 
 def _writer(request: Request) -> PartWriter:
