@@ -72,7 +72,7 @@ def object_store(buckets: tuple[str, ...] = (), ports: Mapping[str, int] | None 
     Raises:
         RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
     """
-    chosen = dict(ports or zip(("master", "volume", "filer", "s3"), _free_ports(4)))
+    chosen = dict(ports or zip(("master", "volume", "filer", "s3"), free_ports(4)))
     folder = Path(tempfile.mkdtemp(prefix="ecaray-store-"))
     access_key, secret_key = "ecaray", secrets.token_urlsafe(24)
     try:
@@ -120,7 +120,7 @@ def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None 
     """
     home = Path(tempfile.mkdtemp(prefix="ecaray-ray-"))
     ports = dict(
-        zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), _free_ports(4))
+        zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), free_ports(4))
     )
     command = [_program("ray"), "start", "--head", "--block", "--include-dashboard=true", f"--temp-dir={home}/ray"]
     command += [f"--{name}={port}" for name, port in ports.items()]
@@ -225,7 +225,7 @@ def _wait_until(attempt: Callable[[], bool], process: "subprocess.Popen[bytes]",
     raise RuntimeError(f"{what} did not come up within {START_TIMEOUT_S:.0f} s ({reason}):\n{tail}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of which each, and each + 10,000, can be listened at now."""
     found: list[int] = []
     while len(found) < count:

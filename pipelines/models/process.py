@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class ModelProcess:
-    """Starts at once; answers when it is asked. Ends with its `with` block, or with the process that started it."""
+    """Starts at once; answers when it is asked. Ends with its `with` block, or with the process that started it.
+
+    Attributes:
+        pid: its process id.
+    """
 
     def __init__(self, model: ModelConfig, preprocess: PreprocessConfig) -> None:
         self._connection, theirs = Pipe()
@@ -35,6 +39,7 @@ class ModelProcess:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         theirs.close()
+        self.pid = self._process.pid
         self._connection.send((model, preprocess))
         self._receiver = ThreadPoolExecutor(1)
         self._facts = self._receiver.submit(self._receive)

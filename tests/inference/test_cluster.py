@@ -1,11 +1,16 @@
 """What a cluster has and whether it can grow, on real clusters."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.local import RayHead
+import pytest
+
+from cluster.local import RayHead, free_ports
 from pipelines.inference.cluster import this_machine
 from tests.support.infer import REPOSITORY
 
@@ -13,12 +18,13 @@ from tests.support.infer import REPOSITORY
 def ask(address: str, home: Path, question: str) -> str:
     """Evaluate a question about the cluster in a process of its own, connected to it."""
     code = (
-        "import ray; from pipelines.inference.cluster import can_grow, list_nodes; "
+        "import ray; from pipelines.config.sections import ComputeConfig; "
+        "from pipelines.inference.cluster import can_grow, list_nodes, plan_for_cluster; "
         f"ray.init(logging_level='error'); print({question})"
     )
     environment = os.environ | {"RAY_ADDRESS": address, "HOME": str(home)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -31,3 +37,26 @@ def test_this_machine_has_its_cores() -> None:
 def test_a_cluster_without_an_autoscaler_cannot_grow(ray_server: RayHead) -> None:
     assert ask(ray_server.address, ray_server.home, "can_grow()") == "False"
     assert ask(ray_server.address, ray_server.home, "list_nodes()") == "[Node(num_cpus=2.0, num_gpus=0)]"
+
+
+@pytest.fixture
+def growing_head() -> Iterator[tuple[str, Path]]:
+    """Address and home of a head without CPUs, whose autoscaler may add one node of two."""
+    folder = Path(tempfile.mkdtemp(prefix="ecaray-"))  # short: Ray's sockets lie below it
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "tests.support.autoscaling_head", str(folder), str(port)]
+    head = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert head.stdout is not None
+        assert head.stdout.readline() == "up\n"
+        yield f"127.0.0.1:{port}", folder
+    finally:
+        head.communicate(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_plan_waits_until_the_autoscaler_has_brought_its_nodes(growing_head: tuple[str, Path]) -> None:
+    address, home = growing_head
+    assert ask(address, home, "(can_grow(), list_nodes())") == "(True, [])"
+    plan = "plan_for_cluster(ComputeConfig(num_workers=1)).num_workers"
+    assert ask(address, home, f"({plan}, list_nodes())") == "(1, [Node(num_cpus=2.0, num_gpus=0)])"
