@@ -1,6 +1,6 @@
 """The base of every schema: unknown keys refused, values fixed, field docstrings kept for `--help`."""
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,9 +19,17 @@ def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """The dotted names of all keys under a schema, each with its pydantic `FieldInfo`, in order."""
     leaves: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            leaves |= leaf_fields(annotation, f"{prefix}{name}.")
+        section = _section_of(field.annotation)
+        if section is not None:
+            leaves |= leaf_fields(section, f"{prefix}{name}.")
         else:
             leaves[f"{prefix}{name}"] = field
     return leaves
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a section, or of one that may be left out."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

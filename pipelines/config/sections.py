@@ -10,7 +10,8 @@ from pipelines.config.base import Section
 PILLOW_MAX_PIXELS = 178_956_970
 
 
-def _without_credentials(uri: str) -> str:
+def without_credentials(uri: str) -> str:
+    """Refuse a URI that holds a user and password."""
     authority = uri.partition("://")[2].partition("/")[0]
     if ":" in authority.rpartition("@")[0]:
         raise ValueError("a URI may not hold a user and password: give credentials by the standard variables")
@@ -31,7 +32,7 @@ class InputConfig(Section):
     max_bytes: int = Field(default=256 * 1024**2, gt=0)
     """Largest object fetched, in bytes; a larger one becomes a failed row (`too_many_bytes`). Default: 256 MiB."""
 
-    _no_credentials = field_validator("uri")(_without_credentials)
+    _no_credentials = field_validator("uri")(without_credentials)
 
 
 class OutputConfig(Section):
@@ -45,7 +46,7 @@ class OutputConfig(Section):
     """Rows per Parquet file at most, and so the images that a kill may cost for each write in flight. Small runs
     write smaller files, so that results appear while the run goes on. Default: 2,048."""
 
-    _no_credentials = field_validator("uri")(_without_credentials)
+    _no_credentials = field_validator("uri")(without_credentials)
 
 
 class ModelConfig(Section):
@@ -63,7 +64,7 @@ class ModelConfig(Section):
     """Precision of the forward pass; embeddings and probabilities are written as float32 whatever it is. Default:
     float32."""
 
-    _no_credentials = field_validator("weights")(_without_credentials)
+    _no_credentials = field_validator("weights")(without_credentials)
 
 
 class OutputsConfig(Section):

@@ -20,14 +20,16 @@ def ask(address: str, home: Path, question: str) -> str:
     code = (
         "import ray; from pipelines.config.sections import ComputeConfig; "
         "from pipelines.inference.cluster import can_grow, list_nodes, plan_for_cluster; "
-        f"ray.init(logging_level='error'); print({question})"
+        f"ray.init(logging_level='error'); print('answer:', {question})"
     )
     environment = os.environ | {"RAY_ADDRESS": address, "HOME": str(home)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+    # The autoscaler's messages go to stdout too.
+    (answer,) = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
+    return answer.removeprefix("answer: ")
 
 
 def test_this_machine_has_its_cores() -> None:

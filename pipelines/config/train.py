@@ -1,0 +1,266 @@
+"""The request of `jobs.train`."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from pipelines.config.base import Section
+from pipelines.config.sections import PILLOW_MAX_PIXELS, without_credentials
+
+
+class LabelledInputConfig(Section):
+    """A set of labelled images."""
+
+    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    """Folder or prefix whose folders are named for the classes (`cat/1.jpg`), or a `.csv` or `.parquet` list with the
+    columns `uri` and `label`: a local path, `s3://bucket/prefix`, or what fsspec knows."""
+
+    exclude: list[str] = []
+    """Shell patterns (`*.txt`, `thumbs/*`), matched against the path below `uri`; what matches is no image of the set.
+    Default: nothing is left out."""
+
+
+class DataConfig(Section):
+    """The images to learn from and those to measure with."""
+
+    train: LabelledInputConfig
+    validation: LabelledInputConfig | None = None
+    """Default: no validation; the last checkpoint is then the best."""
+
+    max_bytes: int = Field(default=256 * 1024**2, gt=0)
+    """Largest object fetched, in bytes; a larger one counts as failed. Default: 256 MiB."""
+
+
+class TrainOutputConfig(Section):
+    """Where the result goes."""
+
+    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    """Folder or prefix for checkpoints, metrics and curves: a local path or `s3://bucket/prefix`. The same command on
+    the same output goes on from its last checkpoint. On a cluster of several nodes a local path has to be one that all
+    nodes share."""
+
+
+class TrainModelConfig(Section):
+    """The network and what it starts from."""
+
+    name: str = "ecaresnet50d"
+    """timm's name of the architecture, with or without a tag. Default: ecaresnet50d, or, where `model.weights` names a
+    directory, the architecture that its config.json names."""
+
+    weights: Annotated[str, AfterValidator(without_credentials)] = Field(default="pretrained", min_length=1)
+    """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file or
+    of a directory written by train or export; or `random` (by `optim.seed`). Where their classes are others than those
+    of the images, the classifier is made anew."""
+
+    drop_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the classifier. Default: 0."""
+
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth. Default: 0."""
+
+    freeze_backbone: bool = False
+    """Train the classifier alone; batch norm then keeps its statistics. Default: false."""
+
+    freeze_batch_norm: bool = False
+    """Batch norm keeps its statistics and its scale. Default: false."""
+
+    sync_batch_norm: bool = False
+    """Batch statistics over all workers; on GPUs only. Default: false."""
+
+
+class TrainPreprocessConfig(Section):
+    """From bytes to the model's input."""
+
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""
+
+    max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
+    """Largest source image decoded, width times height; a larger one counts as failed. Default: Pillow's own limit,
+    178,956,970."""
+
+
+class AugmentConfig(Section):
+    """Random changes of the training images, by timm's names."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's area, as a share of the image. Default: 0.08 to 1."""
+
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's width over height. Default: 3/4 to 4/3."""
+
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip. Default: 0.5."""
+
+    vflip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a vertical flip. Default: 0."""
+
+    color_jitter: float = Field(default=0.4, ge=0)
+    """Random brightness, contrast and saturation, up to this factor; off with `auto_augment`. Default: 0.4."""
+
+    auto_augment: str | None = None
+    """timm's RandAugment, AutoAugment or AugMix string, such as `rand-m7-mstd0.5-inc1`. Default: none."""
+
+    random_erase_prob: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a rectangle is filled with noise. Default: 0."""
+
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of mixup. Default: 0, off."""
+
+    cutmix: float = Field(default=0.0, ge=0)
+    """Alpha of CutMix. Default: 0, off."""
+
+    interpolation: Literal["bilinear", "bicubic", "random"] = "random"
+    """Filter of the random crop's resize. Default: random, one of the two for each image."""
+
+
+class OptimConfig(Section):
+    """Optimizer, schedule and length of the training, by timm's names."""
+
+    epochs: int = Field(default=100, ge=1)
+    """Passes over the training images. Default: 100."""
+
+    global_batch_size: int = Field(default=256, ge=1)
+    """Images a step, over all workers and gradient accumulation. It stays what it is when the number of workers
+    changes, and so do the rate and the number of steps. Default: 256."""
+
+    grad_accum_steps: int = Field(default=1, ge=1)
+    """Passes that each worker splits its share of a batch into, to save memory. Default: 1."""
+
+    opt: str = "sgd"
+    """Optimizer, by timm's name (`sgd`, `adamw`, `lamb`, ...). Default: sgd, with Nesterov's momentum."""
+
+    lr: float = Field(default=0.1, gt=0)
+    """Learning rate for the whole global batch. Default: 0.1."""
+
+    momentum: float = Field(default=0.9, ge=0)
+    """Default: 0.9."""
+
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Not on biases and norms. Default: 1e-4."""
+
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Factor on the rate from each layer to the one before it. Default: none."""
+
+    sched: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = "cosine"
+    """Schedule of the rate, updated at each step. Default: cosine."""
+
+    warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs of linear warm-up. Default: 0."""
+
+    warmup_lr: float = Field(default=1e-5, ge=0)
+    """Rate at the start of the warm-up. Default: 1e-5."""
+
+    min_lr: float = Field(default=0.0, ge=0)
+    """Rate at the end of the schedule. Default: 0."""
+
+    decay_epochs: float = Field(default=30, gt=0)
+    """Epochs between decays of `step`. Default: 30."""
+
+    decay_rate: float = Field(default=0.1, gt=0)
+    """Factor of each decay of `step`. Default: 0.1."""
+
+    decay_milestones: list[int] = []
+    """Epochs at which `multistep` decays. Default: none."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target spread over all classes. Default: 0."""
+
+    bce_loss: bool = False
+    """Binary cross-entropy, each class by itself, in place of softmax cross-entropy. Default: false."""
+
+    clip_grad: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient. Default: none."""
+
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is then measured and exported beside the model.
+    Default: none."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of forward and backward pass (autocast; float16 with a scaled gradient). Default: float32."""
+
+    compile: bool = False
+    """Whether the model is compiled by torch. Default: false."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of everything random. Default: 0."""
+
+
+def _one_or_two(value: object) -> object:
+    # The command line hands every value of a field that may be a range over as a list.
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+class ScalingConfig(Section):
+    """The workers, by the names of Ray Train's `ScalingConfig`."""
+
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_one_or_two)] = 1
+    """Training workers, or the least and the most of them, between which Ray resizes the run. Default: 1."""
+
+    use_gpu: bool = False
+    """Whether each worker takes a GPU. Default: false."""
+
+    resources_per_worker: dict[str, float] | None = None
+    """What Ray sets aside for each worker. Default: with a GPU, that and one CPU; else half of the CPUs shared among
+    the workers, so that fetching and decoding go on."""
+
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How the workers are placed on the nodes. Default: PACK."""
+
+    accelerator_type: str | None = None
+    """Type of GPU that the nodes must have, by Ray's name. Default: any."""
+
+
+class CheckpointConfig(Section):
+    """When the state is saved."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints within an epoch; each epoch's end is one too. Default: epochs' ends only."""
+
+
+class FailureConfig(Section):
+    """What a run survives."""
+
+    max_failures: int = Field(default=3, ge=-1)
+    """Losses of workers after which the run is given up, each followed by a restart from the last checkpoint; -1 never
+    gives up. Default: 3."""
+
+    max_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Share of the training images that may fail before the run stops. Default: 0.05."""
+
+
+class LoggingConfig(Section):
+    """What is said while it works."""
+
+    every_s: float = Field(default=5.0, gt=0)
+    """Seconds between lines of progress. Default: 5."""
+
+
+class TrainConfig(Section):
+    """Train or fine-tune a classifier."""
+
+    data: DataConfig
+    output: TrainOutputConfig
+    model: TrainModelConfig = TrainModelConfig()
+    preprocess: TrainPreprocessConfig = TrainPreprocessConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    failure: FailureConfig = FailureConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _sync_batch_norm_needs_gpus(self) -> "TrainConfig":
+        if self.model.sync_batch_norm and not self.scaling.use_gpu:
+            raise ValueError("model.sync_batch_norm needs scaling.use_gpu: torch has no synchronized norm on CPUs")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides_among_workers(self) -> "TrainConfig":
+        workers, batch = self.scaling.num_workers, self.optim.global_batch_size
+        if isinstance(workers, int) and batch % (workers * self.optim.grad_accum_steps):
+            raise ValueError(
+                f"optim.global_batch_size = {batch} is no multiple of scaling.num_workers = {workers} times "
+                f"optim.grad_accum_steps = {self.optim.grad_accum_steps}"
+            )
+        return self
