@@ -48,6 +48,8 @@ def split_among_workers(
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a share is one block, however large
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     return dataset.streaming_split(loader.world_size, equal=False)
 
 

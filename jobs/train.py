@@ -1,0 +1,18 @@
+"""Train or fine-tune a classifier, on any number of workers."""
+
+import sys
+from typing import Any
+
+from pipelines.config.train import TrainConfig
+from pipelines.job import run_job
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run the job; returns the summary."""
+    from pipelines.training.run import run  # late: torch, timm and Ray
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("jobs.train", TrainConfig, train))

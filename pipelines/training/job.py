@@ -1,0 +1,50 @@
+"""What the driver hands to each training worker, and the names that both use."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray
+
+from pipelines.config.train import TrainConfig
+from pipelines.training.order import EpochOrder
+from pipelines.training.start import StartingPoint
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images in the object store.
+
+    Attributes:
+        images: a table of `uri` and `target`; an image's id is its row.
+        num_images: its rows.
+    """
+
+    images: "ray.ObjectRef[pa.Table]"
+    num_images: int
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A request whose every question is answered.
+
+    Attributes:
+        config: with normalized URIs.
+        start: a `StartingPoint` in the object store.
+        train: the images to learn from.
+        validation: those to measure with, if there are any.
+        num_threads: of torch in each worker; None leaves it to torch.
+        num_cpus_per_task: what Ray sets aside for each share in the making.
+    """
+
+    config: TrainConfig
+    start: "ray.ObjectRef[StartingPoint]"
+    train: ImageSet
+    validation: ImageSet | None
+    num_threads: int | None
+    num_cpus_per_task: float
+
+    @property
+    def order(self) -> EpochOrder:
+        """Which image is seen when."""
+        optim = self.config.optim
+        return EpochOrder(self.train.num_images, optim.global_batch_size, optim.seed)

@@ -1,0 +1,315 @@
+"""What learns: model, average, optimizer, schedule and loss, by timm's factories. One step, and one share measured.
+
+Nothing here knows of Ray. Where torch.distributed is up, gradients are averaged over the workers by DDP.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.config.train import TrainConfig
+from pipelines.errors import RequestError
+from pipelines.models.build import TimmModule
+from pipelines.training.batches import PADDING_ID
+
+# timm's own tables: channels-last speeds the others up by a third and slows these down by a tenth.
+SLOWER_IN_CHANNELS_LAST = ("ecaresnet50d_pruned", "ecaresnet101d_pruned")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt.
+
+    Attributes:
+        architecture: timm's name, without a tag.
+        num_classes: length of the logits.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        steps_per_epoch: global batches.
+    """
+
+    architecture: str
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    steps_per_epoch: int
+
+
+class Learner:
+    """The state of a training run on one worker.
+
+    Attributes:
+        module: timm's model, without wrappers.
+        average: its exponential moving average, if there is one.
+        step: updates made, over all epochs.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: Task,
+        module: TimmModule,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config, self.task, self.device = config, task, device
+        self.rank, self.world_size = rank, world_size
+        self.step = 0
+        keeps_layout = task.architecture in SLOWER_IN_CHANNELS_LAST
+        self._layout = torch.contiguous_format if keeps_layout else torch.channels_last
+        self.module = module.to(device).to(memory_format=self._layout)
+        _freeze(self.module, config)
+        optim = config.optim
+        self.average = ModelEmaV3(self.module, decay=optim.ema_decay) if optim.ema_decay else None
+        self._optimizer = _optimizer(config, self.module)
+        self._schedule = _schedule(config, self._optimizer, task.steps_per_epoch)
+        self._scaler = NativeScaler(device.type) if optim.precision == "float16" else None
+        self._model: Any = self._wrapped()
+        self._mixup = _mixup(config, task.num_classes)
+        self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
+        self._train_loss = _train_loss(config, is_soft=self._mixup is not None)
+        self._mean = torch.tensor(task.mean, device=device).view(1, -1, 1, 1)
+        self._std = torch.tensor(task.std, device=device).view(1, -1, 1, 1)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def learn(self, share: dict[str, NDArray[Any]]) -> float:
+        """One step on this worker's share of a global batch.
+
+        Each image counts 1 / global_batch_size, however the batch was shared out; failed ones count nothing.
+
+        Args:
+            share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `ShareLoader` makes it.
+
+        Returns:
+            This worker's part of the loss, to be summed over the workers.
+        """
+        self._seed_generators()
+        self._set_mode()
+        total = 0.0
+        pieces, weight = self._pieces(share)
+        for position, piece in enumerate(pieces):
+            is_last = position == len(pieces) - 1
+            with self._synchronized(is_last):
+                loss = self._loss(share, piece) * weight
+                self._backward(loss * self.world_size, is_last)  # DDP takes the mean over the workers
+            total += float(loss.detach())
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.module, step=self.step)
+        self._schedule.step_update(num_updates=self.step)
+        return total
+
+    def agree_on_statistics(self) -> None:
+        """Average the running statistics of batch norm over the workers: before measuring and saving."""
+        if self.world_size > 1:
+            for module in (self.module, *([self.average.module] if self.average is not None else [])):
+                distribute_bn(module, self.world_size, reduce=True)
+
+    @torch.inference_mode()
+    def measure(self, share: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        """Counts on one share, of the model and of its average: to be summed over shares and workers.
+
+        Returns:
+            For each of `model` and, where there is one, `average`: images, hits of top-1 and top-5 and the sum of the
+            cross-entropy, as 4 float64 values. Failed images count nowhere.
+        """
+        good = _good_rows(share)
+        modules = {"model": self.module} | ({"average": self.average.module} if self.average is not None else {})
+        if not len(good):
+            return {name: torch.zeros(4, dtype=torch.float64, device=self.device) for name in modules}
+        images, target = self._images(share, good), self._target(share, good)
+        return {name: self._count(module.eval(), images, target) for name, module in modules.items()}
+
+    def state(self) -> dict[str, Any]:
+        """All that goes on from here: tensors and plain values, loadable with `weights_only=True`."""
+        return {
+            "step": self.step,
+            "state_dict": self.module.state_dict(),
+            "state_dict_ema": None if self.average is None else self.average.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`. Schedule and generators follow from the step."""
+        self.step = state["step"]
+        self.module.load_state_dict(state["state_dict"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["state_dict_ema"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        self._schedule.step_update(num_updates=self.step)
+
+    def _wrapped(self) -> Any:
+        if self.config.model.sync_batch_norm:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+        model: Any = torch.compile(self.module) if self.config.optim.compile else self.module
+        if self.world_size > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=device_ids)
+        return model
+
+    def _seed_generators(self) -> None:
+        # Dropout, mixup and erasing draw from all three; a run that goes on from a checkpoint draws the same.
+        draws = np.random.SeedSequence([self.config.optim.seed, self.step, self.rank]).generate_state(3)
+        random.seed(int(draws[0]))
+        np.random.seed(int(draws[1]))
+        torch.manual_seed(int(draws[2]))
+
+    def _set_mode(self) -> None:
+        self._model.train()
+        if self.config.model.freeze_backbone or self.config.model.freeze_batch_norm:
+            for module in _batch_norms(self.module):
+                module.eval()
+
+    def _pieces(self, share: dict[str, NDArray[Any]]) -> tuple[list[NDArray[np.int64]], float]:
+        """The rows of each pass of gradient accumulation, and the weight of their loss."""
+        good = _good_rows(share)
+        if len(good) > 1:
+            num_passes = min(self.config.optim.grad_accum_steps, len(good) // 2)  # batch norm wants two images
+            return np.array_split(good, num_passes), 1.0
+        # Every worker has to take part in the step: images that don't count stand in.
+        num_rows = len(share["id"])
+        return [np.arange(num_rows)], len(good) / num_rows
+
+    def _synchronized(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        is_wrapped = isinstance(self._model, DistributedDataParallel)
+        return self._model.no_sync() if is_wrapped and not is_last else contextlib.nullcontext()
+
+    def _loss(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
+        if self._mixup is not None:
+            rows = rows[: len(rows) // 2 * 2]  # timm mixes pairs
+        images, target = self._images(share, rows), self._target(share, rows)
+        if self._mixup is not None:
+            images, target = self._mixup(images, target)
+        images = self._erase(images)
+        with self._autocast():
+            logits = self._model(images)
+        mean: torch.Tensor = self._train_loss(logits.float(), target)
+        return mean * (len(rows) / self.config.optim.global_batch_size)
+
+    def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        clip_grad = self.config.optim.clip_grad
+        if self._scaler is not None:
+            self._scaler(loss, self._optimizer, clip_grad=clip_grad, parameters=parameters, need_update=is_last)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+            if is_last and clip_grad is not None:
+                dispatch_clip_grad(parameters, clip_grad)
+            if is_last:
+                self._optimizer.step()
+        if is_last:
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def _count(self, module: nn.Module, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            logits = module(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        counts = [torch.tensor(len(target), device=self.device), best[:, 0].sum(), best.sum(), loss]
+        return torch.stack([count.double() for count in counts])
+
+    def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
+        """Rows x 3 x height x width, normalized, in the model's layout."""
+        pixels = torch.from_numpy(share["image"][rows]).to(self.device, non_blocking=True)
+        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+        return scaled.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
+
+    def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(share["target"][rows]).to(self.device, non_blocking=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        precision = self.config.optim.precision
+        if precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, precision))
+
+
+def _good_rows(share: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
+    return np.flatnonzero((share["id"] != PADDING_ID) & (share["error"] == ""))
+
+
+def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    return (child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
+
+
+def _freeze(module: TimmModule, config: TrainConfig) -> None:
+    if config.model.freeze_backbone:
+        module.requires_grad_(False)
+        module.get_classifier().requires_grad_(True)
+    if config.model.freeze_batch_norm:
+        for norm in _batch_norms(module):
+            norm.requires_grad_(False)
+
+
+def _optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    optim = config.optim
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=optim.opt,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+        )
+    except (ValueError, AssertionError) as error:
+        raise RequestError(f"optim.opt = {optim.opt}: {error}") from None
+
+
+def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    optim = config.optim
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.sched,
+        num_epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        warmup_lr=optim.warmup_lr,
+        min_lr=optim.min_lr,
+        decay_epochs=optim.decay_epochs,
+        decay_rate=optim.decay_rate,
+        decay_milestones=optim.decay_milestones,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    schedule.step_update(num_updates=0)
+    return schedule
+
+
+def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    augment = config.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    smoothing = config.optim.label_smoothing
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+
+def _train_loss(config: TrainConfig, is_soft: bool) -> nn.Module:
+    smoothing = config.optim.label_smoothing
+    if config.optim.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0 if is_soft else smoothing)
+    if is_soft:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -1,0 +1,54 @@
+"""What each training worker gets of the machines, so that fetching and decoding keep their share."""
+
+from dataclasses import dataclass
+
+from pipelines.config.train import ScalingConfig
+from pipelines.errors import RequestError
+from pipelines.inference.cluster import can_grow, list_nodes
+
+# Workers on CPUs share half of the cores. Below this share of one each, they only wait for each other.
+MIN_CPUS_PER_WORKER = 0.25
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """A plan.
+
+    Attributes:
+        per_worker: what Ray sets aside for each worker.
+        num_threads: of torch in each worker; None leaves it to torch.
+        num_cpus_per_task: what Ray sets aside for each share in the making.
+    """
+
+    per_worker: dict[str, float]
+    num_threads: int | None
+    num_cpus_per_task: float
+
+
+def plan_workers(scaling: ScalingConfig) -> WorkerResources:
+    """Share out the cluster at hand.
+
+    Raises:
+        RequestError: the cluster can't grow, and the least number of workers does not fit on it.
+    """
+    nodes = list_nodes()
+    num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
+    workers = scaling.num_workers
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    if scaling.use_gpu:
+        if num_gpus < least and not can_grow():
+            raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
+        return WorkerResources(scaling.resources_per_worker or {"GPU": 1, "CPU": 1}, None, 1.0)
+    share = num_cpus / 2 / most
+    wanted = (scaling.resources_per_worker or {}).get("CPU", max(share, MIN_CPUS_PER_WORKER))
+    if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not can_grow():
+        raise RequestError(
+            f"scaling.num_workers = {least} at {wanted:g} CPUs each asks for {wanted * least:g} of {num_cpus:g} CPUs, "
+            f"and leaves none for fetching and decoding"
+        )
+    left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
+    return WorkerResources(
+        scaling.resources_per_worker or {"CPU": wanted},
+        max(1, int(num_cpus / most)),
+        min(1.0, left / 2),
+    )

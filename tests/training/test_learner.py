@@ -1,0 +1,154 @@
+"""One step at a time, on CPUs, without Ray; two workers by gloo."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+
+from pipelines.config.train import TrainConfig
+from pipelines.training.batches import PADDING_ID
+from pipelines.training.learner import Learner, Task
+
+CPU = torch.device("cpu")
+TASK = Task("ecaresnet26t", num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, steps_per_epoch=5)
+
+
+def config(**sections: Any) -> TrainConfig:
+    base: dict[str, Any] = {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}}
+    base["optim"] = {"global_batch_size": 8, "epochs": 4, "lr": 0.05, **sections.pop("optim", {})}
+    return TrainConfig.model_validate(base | sections)
+
+
+def module(num_classes: int = 4) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(TASK.architecture, num_classes=num_classes)
+
+
+def share(step: int = 0, start: int = 0, stop: int = 8) -> dict[str, NDArray[Any]]:
+    """Rows of a global batch of 8, whose class shows in the colour."""
+    random: Any = np.random.default_rng(step)
+    target = random.integers(0, 4, 8)
+    image = random.integers(0, 60, (8, 32, 32, 3)).astype(np.uint8)
+    image[..., 0] += (target * 60)[:, None, None].astype(np.uint8)
+    rows: dict[str, NDArray[Any]] = {"id": np.arange(8), "target": target, "image": image}
+    rows["error"] = np.array([""] * 8, dtype=object)
+    return {name: values[start:stop] for name, values in rows.items()}
+
+
+def losses(learner: Learner, num_steps: int, start: int = 0, stop: int = 8) -> list[float]:
+    return [learner.learn(share(learner.step, start, stop)) for _ in range(num_steps)]
+
+
+def weights_of(learner: Learner) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in learner.module.state_dict().values()]
+
+
+def test_it_learns() -> None:
+    learner = Learner(config(), TASK, module(), CPU)
+    for _ in range(20):
+        learner.learn(share(step=3))
+    images, top1, top5, _ = learner.measure(share(step=3))["model"].tolist()
+    assert (images, top1, top5) == (8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optim": {"ema_decay": 0.9, "clip_grad": 1.0, "opt": "lamb", "lr": 0.01}},
+        {"augment": {"mixup": 0.2, "cutmix": 1.0, "random_erase_prob": 0.5}, "optim": {"bce_loss": True}},
+        {"model": {"drop_path_rate": 0.1}, "optim": {"grad_accum_steps": 2, "sched": "step", "decay_epochs": 1}},
+        {"optim": {"precision": "bfloat16", "label_smoothing": 0.1}},
+    ],
+)
+def test_it_goes_on_from_its_state_bit_for_bit(sections: dict[str, Any]) -> None:
+    whole = Learner(config(**sections), TASK, module(), CPU)
+    losses(whole, 3)
+    file = io.BytesIO()
+    torch.save(whole.state(), file)
+    expected = losses(whole, 3)
+    file.seek(0)
+    resumed = Learner(config(**sections), TASK, module(), CPU)
+    resumed.load_state(torch.load(file, weights_only=True))
+    assert losses(resumed, 3) == expected
+    assert resumed.lr == whole.lr
+    assert all(map(torch.equal, weights_of(resumed), weights_of(whole)))
+
+
+def test_the_rate_follows_the_schedule() -> None:
+    learner = Learner(
+        config(optim={"sched": "step", "decay_epochs": 2, "warmup_epochs": 1, "epochs": 4}), TASK, module(), CPU
+    )
+    rates = []
+    for _ in range(20):
+        rates.append(round(learner.lr, 6))
+        learner.learn(share(stop=2))
+    assert rates[0] == 1e-5
+    assert rates[1:5] == sorted(rates[1:5])
+    assert rates[5:10] == [0.05] * 5
+    assert rates[10:20] == [0.005] * 10
+
+
+def test_failed_and_filling_rows_count_nothing() -> None:
+    rows = share()
+    rows["error"][2] = "corrupt: x"
+    rows["id"][5] = PADDING_ID
+    learner, other = (Learner(config(), TASK, module(), CPU) for _ in range(2))
+    assert learner.measure(rows)["model"][0] == 6
+    changed = {name: values.copy() for name, values in rows.items()}
+    changed["image"][[2, 5]] = 255
+    assert learner.learn(rows) == other.learn(changed)
+    assert all(map(torch.equal, weights_of(learner), weights_of(other)))
+
+
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_a_share_of_hardly_any_good_image_is_survived(num_good: int) -> None:
+    rows = share()
+    rows["error"][num_good:] = "corrupt: x"
+    learner = Learner(config(optim={"grad_accum_steps": 4}), TASK, module(), CPU)
+    loss = learner.learn(rows)
+    assert np.isfinite(loss)
+    assert (loss == 0) == (num_good == 0)
+
+
+def test_a_frozen_backbone_stays_as_it_is() -> None:
+    learner = Learner(config(model={"freeze_backbone": True}), TASK, module(), CPU)
+    before = {name: tensor.clone() for name, tensor in learner.module.state_dict().items()}
+    losses(learner, 2)
+    after = learner.module.state_dict()
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head"} or changed == {"fc"}
+
+
+def test_the_average_lags_behind() -> None:
+    learner = Learner(config(optim={"ema_decay": 0.5}), TASK, module(), CPU)
+    losses(learner, 4)
+    assert learner.average is not None
+    now, mean = learner.module.fc.weight, learner.average.module.fc.weight
+    assert not torch.equal(now, mean)
+    assert set(learner.measure(share())) == {"model", "average"}
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    learner = Learner(config(model={"freeze_batch_norm": True}), TASK, module(), CPU, rank, world_size=2)
+    found = losses(learner, 20, start=rank * 4, stop=rank * 4 + 4)
+    learner.agree_on_statistics()
+    torch.save({"losses": found, "weights": weights_of(learner)}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_workers_learn_what_one_does(tmp_path: Path) -> None:
+    alone = Learner(config(model={"freeze_batch_norm": True}), TASK, module(), CPU)
+    expected = losses(alone, 20)
+    spawn(_worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    np.testing.assert_allclose(np.add(first["losses"], second["losses"]), expected, rtol=1e-3)
+    assert all(map(torch.equal, first["weights"], second["weights"]))
