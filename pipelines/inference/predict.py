@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
+from pipelines.models.normalize import Normalizer
 
 
 class Predictor:
@@ -30,8 +31,7 @@ class Predictor:
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.model = bundle.module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
-        self.mean = self._per_channel(bundle.transform.mean)
-        self.std = self._per_channel(bundle.transform.std)
+        self.normalize = Normalizer(bundle.transform.mean, bundle.transform.std, self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
@@ -44,9 +44,6 @@ class Predictor:
         results = pa.concat_tables(chunks) if chunks else self._empty_results()
         return self._join(batch, results)
 
-    def _per_channel(self, values: tuple[float, ...]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
-
     @torch.inference_mode()
     def _predict_batch(self, images: NDArray[np.uint8]) -> pa.Table:
         """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
@@ -54,7 +51,7 @@ class Predictor:
         if num_images < self.options.batch_size:
             missing = self.options.batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-        logits, features = self.model(self._normalize(torch.from_numpy(images)))
+        logits, features = self.model(self.normalize(torch.from_numpy(images)).to(self.dtype))
         columns: dict[str, pa.Array] = {}
         if self.options.topk:
             prob, index = logits[:num_images].float().softmax(dim=-1).topk(self.options.topk)
@@ -63,12 +60,6 @@ class Predictor:
             values = features[:num_images].float().cpu().numpy()
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])
         return pa.table(columns)
-
-    def _normalize(self, images: torch.Tensor) -> torch.Tensor:
-        # The steps of torchvision's ToTensor and Normalize, in their order, for the same bits. The permuted view of
-        # height x width x channels is channels-last already.
-        scaled = images.to(self.device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        return scaled.sub_(self.mean).div_(self.std).to(self.dtype)
 
     def _topk_columns(self, prob: NDArray[np.float32], index: NDArray[np.int64]) -> dict[str, pa.Array]:
         offsets = pa.array(np.arange(0, index.size + 1, self.options.topk), pa.int32())

@@ -5,7 +5,6 @@ Ray's tasks, whose generators no checkpoint holds, and are the same wherever and
 """
 
 import functools
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from pipelines.config.train import AugmentConfig
 from pipelines.images.transform import EvalTransform
+from pipelines.training.seeds import seed_generators
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,7 @@ class TrainPixels:
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> NDArray[np.uint8]:
         """An RGB image of any size to uint8 height x width x 3, as drawn for this epoch and id."""
-        import torch
-
-        # timm and torchvision draw from all three generators.
-        draws = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3)
-        random.seed(int(draws[0]))
-        np.random.seed(int(draws[1]))
-        torch.manual_seed(int(draws[2]))
+        seed_generators(self.seed, epoch, index)
         pixels: NDArray[np.uint8] = np.asarray(_train_transform(self)(image))
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 

@@ -4,7 +4,6 @@ Nothing here knows of Ray. Where torch.distributed is up, gradients are averaged
 """
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.models.build import TimmModule
+from pipelines.models.normalize import Normalizer
 from pipelines.training.batches import PADDING_ID
+from pipelines.training.seeds import seed_generators
 
 # timm's own tables: channels-last speeds the others up by a third and slows these down by a tenth.
 SLOWER_IN_CHANNELS_LAST = ("ecaresnet50d_pruned", "ecaresnet101d_pruned")
@@ -83,8 +84,7 @@ class Learner:
         self._mixup = _mixup(config, task.num_classes)
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = _train_loss(config, is_soft=self._mixup is not None)
-        self._mean = torch.tensor(task.mean, device=device).view(1, -1, 1, 1)
-        self._std = torch.tensor(task.std, device=device).view(1, -1, 1, 1)
+        self._normalize = Normalizer(task.mean, task.std, device)
 
     @property
     def lr(self) -> float:
@@ -102,7 +102,7 @@ class Learner:
         Returns:
             This worker's part of the loss, to be summed over the workers.
         """
-        self._seed_generators()
+        seed_generators(self.config.optim.seed, self.step, self.rank)  # for dropout, mixup and erasing
         self._set_mode()
         total = 0.0
         pieces, weight = self._pieces(share)
@@ -169,13 +169,6 @@ class Learner:
             model = DistributedDataParallel(model, device_ids=device_ids)
         return model
 
-    def _seed_generators(self) -> None:
-        # Dropout, mixup and erasing draw from all three; a run that goes on from a checkpoint draws the same.
-        draws = np.random.SeedSequence([self.config.optim.seed, self.step, self.rank]).generate_state(3)
-        random.seed(int(draws[0]))
-        np.random.seed(int(draws[1]))
-        torch.manual_seed(int(draws[2]))
-
     def _set_mode(self) -> None:
         self._model.train()
         if self.config.model.freeze_backbone or self.config.model.freeze_batch_norm:
@@ -233,12 +226,10 @@ class Learner:
 
     def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows x 3 x height x width, normalized, in the model's layout."""
-        pixels = torch.from_numpy(share["image"][rows]).to(self.device, non_blocking=True)
-        scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-        return scaled.sub_(self._mean).div_(self._std).contiguous(memory_format=self._layout)
+        return self._normalize(torch.from_numpy(share["image"][rows])).contiguous(memory_format=self._layout)
 
     def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(share["target"][rows]).to(self.device, non_blocking=True)
+        return torch.from_numpy(share["target"][rows]).to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         precision = self.config.optim.precision

@@ -114,15 +114,17 @@ class Worker:
     def _after_step(self) -> None:
         every_steps = self.config.checkpoint.every_steps
         step = self.learner.step
-        if step % self.steps_per_epoch == 0:
+        is_epoch_end = step % self.steps_per_epoch == 0
+        if not is_epoch_end and (every_steps is None or step % every_steps):
+            return
+        self._gather_errors()
+        self.learner.agree_on_statistics()
+        if is_epoch_end:
             self._end_epoch()
-        elif every_steps is not None and step % every_steps == 0:
-            self._gather_errors()
+        else:
             self._report({SCORE: NO_SCORE, "step": step}, is_best=False)
 
     def _end_epoch(self) -> None:
-        self._gather_errors()
-        self.learner.agree_on_statistics()
         epoch = self.learner.step // self.steps_per_epoch
         record: dict[str, Any] = {"epoch": epoch, "step": self.learner.step, "lr": self.learner.lr}
         record["train_loss"] = float(self._summed(torch.tensor([self._loss_sum]))[0]) / self.steps_per_epoch
@@ -130,8 +132,8 @@ class Worker:
         record["images_per_s"] = self.steps_per_epoch * self.config.optim.global_batch_size / elapsed_s
         if self.job.validation is not None:
             record |= self._measure(self.job.validation)
-        is_best = all(record.get(SCORE, epoch) > earlier.get(SCORE, 0) for earlier in self.history)
         self.history.append(record)
+        is_best = final_score(self.history) is record
         self._loss_sum, self._epoch_started = 0.0, time.monotonic()
         if self.rank == 0:
             log.info("%s", _line(record, self.config.optim.epochs))
@@ -159,7 +161,6 @@ class Worker:
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
         """Hand metrics and, from the first worker, a checkpoint to Ray Train; every worker has to come here."""
-        self.learner.agree_on_statistics()
         loss_sum = float(self._summed(torch.tensor([self._loss_sum]))[0])
         if self.rank:
             ray.train.report(metrics)
@@ -279,10 +280,11 @@ def _line(record: dict[str, Any], num_epochs: int) -> str:
 
 
 def final_score(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of the best epoch: the highest top-1, or the last where nothing was measured."""
-    if not history:
-        return {}
-    return max(history, key=lambda record: record.get(SCORE, record["epoch"]))
+    """The record of the best epoch: the highest top-1, or the last where nothing was measured.
+
+    Of epochs that are equal it is the last, which is the one whose checkpoint Ray Train keeps.
+    """
+    return max(history, key=lambda record: (record.get(SCORE, 0.0), record["epoch"]), default={})
 
 
 def mean_rate(history: list[dict[str, Any]]) -> float:

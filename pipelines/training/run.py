@@ -8,14 +8,13 @@ import posixpath
 import time
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
 from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines.config.train import LabelledInputConfig, TrainConfig
+from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.inference import commit
 from pipelines.ray_session import ray_session
@@ -50,19 +49,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if "summary" in found:
             log.info("nothing to do: %s holds a finished run", output_uri)
             return dict(found["summary"])
-    train = _labelled(output_uri, "train", config.data.train)
-    validation = _labelled(output_uri, "validation", config.data.validation) if config.data.validation else None
-    EpochOrder(train.table.num_rows, config.optim.global_batch_size, config.optim.seed)
-    start = resolve_start(config, train.class_names())
+    sections = {"train": config.data.train, "validation": config.data.validation}
+    wanted = {name: section for name, section in sections.items() if section is not None}
+    pinned = {name: find_pinned(output_uri, name) for name in wanted}
+    sets = {name: pinned[name] or read_labelled(section.uri, section.exclude) for name, section in wanted.items()}
+    # Refuses a set too small for one batch, before the weights are read.
+    EpochOrder(sets["train"].table.num_rows, config.optim.global_batch_size, config.optim.seed)
+    start = resolve_start(config, sets["train"].class_names())
     class_names = list(start.class_names)
-    tables = {"train": _table(train, class_names)}
-    if validation is not None:
-        tables["validation"] = _table(validation, class_names)
+    tables = {name: _table(images, class_names) for name, images in sets.items()}
     record = {"config": config.model_dump(mode="json"), "identity": identity, "label_names": class_names}
     commit.write_run(output_uri, record)
-    pin(output_uri, "train", train)
-    if validation is not None:
-        pin(output_uri, "validation", validation)
+    for name, images in sets.items():
+        if pinned[name] is None:
+            pin(output_uri, name, images)
     with ray_session():
         result = _fit(config, start, tables, plan_workers(config.scaling))
     summary = _summary(config, result, started)
@@ -141,13 +141,9 @@ def _normalized(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"output": config.output.model_copy(update={"uri": output_uri})})
 
 
-def _labelled(output_uri: str, name: str, section: LabelledInputConfig) -> LabelledImages:
-    return find_pinned(output_uri, name) or read_labelled(section.uri, section.exclude)
-
-
 def _table(images: LabelledImages, class_names: list[str]) -> pa.Table:
     """`uri` and `target`."""
-    return pa.table({"uri": images.table["uri"], "target": np.asarray(images.targets(class_names))})
+    return pa.table({"uri": images.table["uri"], "target": images.targets(class_names)})
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
