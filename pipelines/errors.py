@@ -34,3 +34,14 @@ class ItemError(Exception):
         super().__init__(kind, message)
         self.kind: ErrorKind = kind
         self.message = message
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line of the innermost error that says anything; Ray Data ends its chains with an empty one."""
+    cause: BaseException | None = error
+    said = type(error).__name__
+    while cause is not None:
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        said = f"{type(cause).__name__}: {lines[-1]}" if lines else said
+        cause = cause.__cause__
+    return said

@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from pipelines.config.base import Section
 
+# Larger than any photograph; what is larger is no image, or not one to be read by the million.
+MAX_BYTES = 256 * 1024**2
 # Pillow's own limit, above which it refuses to open an image (twice its warning limit of a quarter GiB of RGB).
 PILLOW_MAX_PIXELS = 178_956_970
 
@@ -29,8 +31,22 @@ class InputConfig(Section):
     """Shell patterns (`*.json`, `thumbs/*`), matched against the path below `input.uri`; what matches is not an
     input, and the summary counts it in `num_excluded`. Default: nothing is left out."""
 
-    max_bytes: int = Field(default=256 * 1024**2, gt=0)
+    max_bytes: int = Field(default=MAX_BYTES, gt=0)
     """Largest object fetched, in bytes; a larger one becomes a failed row (`too_many_bytes`). Default: 256 MiB."""
+
+    _no_credentials = field_validator("uri")(without_credentials)
+
+
+class LabelledInputConfig(Section):
+    """A set of labelled images."""
+
+    uri: str = Field(min_length=1)
+    """Folder or prefix whose folders are named for the classes (`cat/1.jpg`), or a `.csv` or `.parquet` list with the
+    columns `uri` and `label`: a local path, `s3://bucket/prefix`, or what fsspec knows."""
+
+    exclude: list[str] = []
+    """Shell patterns (`*.txt`, `thumbs/*`), matched against the path below `uri`; what matches is no image of the set.
+    Default: nothing is left out."""
 
     _no_credentials = field_validator("uri")(without_credentials)
 

@@ -5,19 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipelines.config.base import Section
-from pipelines.config.sections import PILLOW_MAX_PIXELS, without_credentials
-
-
-class LabelledInputConfig(Section):
-    """A set of labelled images."""
-
-    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
-    """Folder or prefix whose folders are named for the classes (`cat/1.jpg`), or a `.csv` or `.parquet` list with the
-    columns `uri` and `label`: a local path, `s3://bucket/prefix`, or what fsspec knows."""
-
-    exclude: list[str] = []
-    """Shell patterns (`*.txt`, `thumbs/*`), matched against the path below `uri`; what matches is no image of the set.
-    Default: nothing is left out."""
+from pipelines.config.sections import MAX_BYTES, PILLOW_MAX_PIXELS, LabelledInputConfig, without_credentials
 
 
 class DataConfig(Section):
@@ -27,7 +15,7 @@ class DataConfig(Section):
     validation: LabelledInputConfig | None = None
     """Default: no validation; the last checkpoint is then the best."""
 
-    max_bytes: int = Field(default=256 * 1024**2, gt=0)
+    max_bytes: int = Field(default=MAX_BYTES, gt=0)
     """Largest object fetched, in bytes; a larger one counts as failed. Default: 256 MiB."""
 
 

@@ -1,82 +1,19 @@
-"""Commit: what an output already holds, what a run says of itself, and the mark that it is whole.
+"""Commit: which of its inputs an output already holds.
 
-`_run.json` is written when a run starts and again when it ends; `_SUCCESS` comes last. The ids in the files that are
-there are the checkpoint: a rerun does what is missing.
+The ids in the files that are there are the checkpoint: a rerun does what is missing.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.errors import RequestError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, write_bytes
+from pipelines.storage.filesystem import list_names, read_bytes
 
 NUM_READERS = 8
-RUN_FILE = "_run.json"
-SUCCESS_FILE = "_SUCCESS"
-
-
-def find_run(output_uri: str) -> dict[str, Any] | None:
-    """The `_run.json` of an output; None where no run began.
-
-    Raises:
-        RequestError: there is something, but no job of ours wrote it.
-    """
-    with in_plain_words("read", output_uri):
-        names = list_names(output_uri)
-        if RUN_FILE not in names:
-            foreign = [name for name in names if not name.startswith((".", "_manifest"))]
-            if foreign:
-                raise RequestError(
-                    f"{output_uri} is not empty, and holds no {RUN_FILE} of an earlier run: found {foreign[0]}"
-                )
-            return None
-        content = read_bytes(uris.join(output_uri, RUN_FILE))
-    try:
-        found: dict[str, Any] = json.loads(content)
-        found["identity"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RequestError(f"{uris.join(output_uri, RUN_FILE)} is damaged: it is not what a job wrote there") from None
-    return found
-
-
-def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse to mix rows of two kinds in one output.
-
-    Raises:
-        RequestError: names what differs, with both values.
-    """
-    keys = sorted(found["identity"].keys() | identity.keys())
-    pairs = [(key, found["identity"].get(key), identity.get(key)) for key in keys]
-    differences = [f"{key} was {old!r}, is {new!r}" for key, old, new in pairs if old != new]
-    if differences:
-        raise RequestError(f"{output_uri} holds the output of another run: {'; '.join(differences)}")
-
-
-def is_complete(output_uri: str) -> bool:
-    """Whether a run ended well."""
-    return SUCCESS_FILE in list_names(output_uri)
-
-
-def write_run(output_uri: str, run: dict[str, Any]) -> None:
-    """Write `_run.json`; the first time, this is also the proof that the output can be written.
-
-    Raises:
-        RequestError: it cannot.
-    """
-    with in_plain_words("write to", output_uri):
-        write_bytes(uris.join(output_uri, RUN_FILE), json.dumps(run, indent=2).encode())
-
-
-def mark_complete(output_uri: str) -> None:
-    """Write `_SUCCESS`, the last file of a run."""
-    write_bytes(uris.join(output_uri, SUCCESS_FILE), b"")
 
 
 def find_done(output_uri: str, num_inputs: int) -> tuple[NDArray[np.bool_], int, int]:

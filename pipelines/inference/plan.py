@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
+from pipelines.nodes import Node
 
 CPUS_PER_REPLICA = 4  # threads share the weights and the start-up; beyond a few, Python's lock comes between them
 SMALL_NODE_CPUS = 4
@@ -16,14 +17,6 @@ CPU_BATCH_SIZE = 16  # as fast as 32 (within 4 %), and half the memory: about 15
 GPU_BATCH_SIZE = 256
 # Matrix products round the rows of an incomplete block of rows in another way: an image would depend on its place.
 CPU_BATCH_MULTIPLE = 8
-
-
-@dataclass(frozen=True)
-class Node:
-    """What one machine offers to Ray."""
-
-    num_cpus: float
-    num_gpus: float
 
 
 @dataclass(frozen=True)

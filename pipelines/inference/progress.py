@@ -52,7 +52,9 @@ class Progress:
             return f"{text}, starting, {self.elapsed_s:.0f} s"
         rate = num_new / self.elapsed_s
         left_s = (self.num_total - num_done) / rate
-        return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left, {self.num_files:,} files"
+        return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left" + (
+            f", {self.num_files:,} files" if self.num_files else ""
+        )
 
     def _report(self) -> None:
         every_s = 0.5 if self._is_terminal else LINE_EVERY_S

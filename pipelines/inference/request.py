@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RequestError
-from pipelines.inference import commit
+from pipelines.inference.commit import find_done
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there
@@ -63,7 +64,7 @@ def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]
     output = config.output.model_copy(update={"uri": output_uri})
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
     is_output_there = is_there(output_uri)
-    found = commit.find_run(output_uri) if is_output_there else None
+    found = run_record.find_run(output_uri) if is_output_there else None
     manifest = find_manifest(output_uri) if found else None
     if manifest is None and not is_there(input_uri):
         raise RequestError(f"no input: nothing lies under {input_uri}")
@@ -71,14 +72,14 @@ def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]
     topk = _resolve_topk(config, model)
     identity = _identify(config, model, topk)
     if found:
-        commit.refuse_other_run(output_uri, found, identity)
+        run_record.refuse_other_run(output_uri, found, identity)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
     listing = None if manifest else list_objects(input_uri, config.input.exclude)
-    commit.write_run(output_uri, describe_run(config, model, identity, found or {}))
+    run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
         manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
     assert manifest is not None
-    done, num_files, num_failed = commit.find_done(output_uri, manifest.num_inputs)
+    done, num_files, num_failed = find_done(output_uri, manifest.num_inputs)
     return Request(config, model, manifest, topk, identity, done, num_files, num_failed)
 
 

@@ -13,10 +13,10 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from pipelines import run_record
 from pipelines.config.infer import InferConfig
-from pipelines.errors import RunError
-from pipelines.inference import commit
-from pipelines.inference.cluster import plan_for_cluster, this_machine
+from pipelines.errors import RunError, root_cause
+from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
@@ -24,7 +24,9 @@ from pipelines.inference.replica import KEEP_FREED_MEMORY, PredictOptions, Predi
 from pipelines.inference.request import Request, describe_run, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
+from pipelines.nodes import this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage.manifest import read_manifest
 
@@ -50,27 +52,26 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
         return _commit(request, Progress(0), started)
     with ray_session():
         plan = plan or plan_for_cluster(config.compute)
-        log.info("%s", _describe(request, plan))
+        log.info("%s", describe(request.num_todo, request.model, plan))
         with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
             _execute(request, model.pickled_bundle(), plan, progress)
     return _commit(request, progress, started)
 
 
-def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress) -> None:
-    """The chain. Each stage is one module; counts say how its rows relate to those of the stage before."""
-    config = request.config
-    options = PredictOptions(
-        batch_size=plan.batch_size,
-        topk=request.topk,
-        embedding=config.outputs.embedding,
-        use_gpu=plan.num_gpus_per_worker > 0,
-    )
-    chain = (
-        # What is missing, one block for each batch of the model: a block becomes one task.
-        ray.data.from_blocks(_blocks(request, plan.batch_size))
+def predict(
+    images: pa.Table, pickled_bundle: bytes, decode: FetchAndDecode, options: PredictOptions, plan: ComputePlan
+) -> ray.data.Dataset:
+    """From `id` and `uri` to `predictions_schema`, by a pool of replicas.
+
+    Each stage is one module; counts say how its rows relate to those of the stage before.
+    """
+    starts = range(0, images.num_rows, options.batch_size)
+    chain: ray.data.Dataset = (
+        # One block for each batch of the model: a block becomes one task.
+        ray.data.from_blocks([images.slice(start, options.batch_size) for start in starts])
         # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
         .map_batches(
-            FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels),
+            decode,
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=plan.num_cpus_per_decode_task,
@@ -90,25 +91,36 @@ def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progres
             num_gpus=plan.num_gpus_per_worker or None,
             runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
         )
+    )
+    return chain
+
+
+def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress) -> None:
+    config = request.config
+    decode = FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels)
+    options = PredictOptions(
+        batch_size=plan.batch_size,
+        topk=request.topk,
+        embedding=config.outputs.embedding,
+        use_gpu=plan.num_gpus_per_worker > 0,
+    )
+    chain = predict(_missing(request), pickled_bundle, decode, options, plan).map_batches(
         # N:1. As many rows as a file takes; a receipt for each file comes back.
-        .map_batches(
-            _writer(request),
-            batch_format="pyarrow",
-            batch_size=_rows_per_file(request, plan.batch_size),
-            num_cpus=plan.num_cpus_per_write_task,
-        )
+        _writer(request),
+        batch_format="pyarrow",
+        batch_size=_rows_per_file(request, plan.batch_size),
+        num_cpus=plan.num_cpus_per_write_task,
     )
     try:
         for receipt in chain.iter_rows():
             progress.add(receipt["num_ok"], receipt["num_failed"], receipt["num_files"])
     except ray.exceptions.RayError as error:
-        raise RunError(f"{_root_cause(error)}; what is done stays, and the same command goes on from there") from error
+        raise RunError(f"{root_cause(error)}; what is done stays, and the same command goes on from there") from error
 
 
-def _blocks(request: Request, batch_size: int) -> list[pa.Table]:
+def _missing(request: Request) -> pa.Table:
     manifest = read_manifest(request.config.output.uri, request.manifest).select(["id", "uri"])
-    missing = manifest.filter(pa.array(~request.done)).combine_chunks()
-    return [missing.slice(start, batch_size) for start in range(0, missing.num_rows, batch_size)]
+    return manifest.filter(pa.array(~request.done)).combine_chunks()
 
 
 def _rows_per_file(request: Request, batch_size: int) -> int:
@@ -150,28 +162,18 @@ def _commit(request: Request, progress: Progress, started: float) -> dict[str, A
         "images_per_s": round(num_new / wall_time_s, 3),
         "output_uri": output_uri,
     }
-    if num_new or not commit.is_complete(output_uri):
+    if num_new or not run_record.is_complete(output_uri):
         described = describe_run(request.config, request.model, request.identity, {"summary": summary})
-        commit.write_run(output_uri, described)
-        commit.mark_complete(output_uri)
+        run_record.write_run(output_uri, described)
+        run_record.mark_complete(output_uri)
     return summary
 
 
-def _describe(request: Request, plan: ComputePlan) -> str:
+def describe(num_images: int, model: ModelFacts, plan: ComputePlan) -> str:
+    """What is about to be done, in one line."""
     where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
-    height, width = request.model.transform.input_size
+    height, width = model.transform.input_size
     return (
-        f"{request.num_todo:,} images for {request.model.name} at {height} x {width}; "
+        f"{num_images:,} images for {model.name} at {height} x {width}; "
         f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
     )
-
-
-def _root_cause(error: BaseException) -> str:
-    """The last line of the innermost error that says anything; Ray Data ends its chains with an empty one."""
-    cause: BaseException | None = error
-    said = type(error).__name__
-    while cause is not None:
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        said = f"{type(cause).__name__}: {lines[-1]}" if lines else said
-        cause = cause.__cause__
-    return said

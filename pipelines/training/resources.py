@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipelines.config.train import ScalingConfig
 from pipelines.errors import RequestError
-from pipelines.inference.cluster import can_grow, list_nodes
+from pipelines.nodes import can_grow, list_nodes
 
 # Workers on CPUs share half of the cores. Below this share of one each, they only wait for each other.
 MIN_CPUS_PER_WORKER = 0.25

@@ -14,13 +14,13 @@ import ray.train
 from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
+from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.inference import commit
 from pipelines.ray_session import ray_session
 from pipelines.storage import uris
+from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled
 from pipelines.training.job import ImageSet, TrainJob
-from pipelines.training.labelled import LabelledImages, find_pinned, pin, read_labelled
 from pipelines.training.loop import SCORE, final_score, mean_rate, train_worker
 from pipelines.training.order import EpochOrder
 from pipelines.training.resources import WorkerResources, plan_workers
@@ -43,9 +43,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = _normalized(config)
     output_uri = config.output.uri
     identity = _identity(config)
-    found = commit.find_run(output_uri)
+    found = run_record.find_run(output_uri)
     if found is not None:
-        commit.refuse_other_run(output_uri, found, identity)
+        run_record.refuse_other_run(output_uri, found, identity)
         if "summary" in found:
             log.info("nothing to do: %s holds a finished run", output_uri)
             return dict(found["summary"])
@@ -59,15 +59,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
     class_names = list(start.class_names)
     tables = {name: _table(images, class_names) for name, images in sets.items()}
     record = {"config": config.model_dump(mode="json"), "identity": identity, "label_names": class_names}
-    commit.write_run(output_uri, record)
+    run_record.write_run(output_uri, record)
     for name, images in sets.items():
         if pinned[name] is None:
             pin(output_uri, name, images)
     with ray_session():
         result = _fit(config, start, tables, plan_workers(config.scaling))
     summary = _summary(config, result, started)
-    commit.write_run(output_uri, record | {"history": result.return_value["history"], "summary": summary})
-    commit.mark_complete(output_uri)
+    run_record.write_run(output_uri, record | {"history": result.return_value["history"], "summary": summary})
+    run_record.mark_complete(output_uri)
     return summary
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import RayHead, free_ports
-from pipelines.inference.cluster import this_machine
+from pipelines.nodes import this_machine
 from tests.support.infer import REPOSITORY
 
 
@@ -19,7 +19,8 @@ def ask(address: str, home: Path, question: str) -> str:
     """Evaluate a question about the cluster in a process of its own, connected to it."""
     code = (
         "import ray; from pipelines.config.sections import ComputeConfig; "
-        "from pipelines.inference.cluster import can_grow, list_nodes, plan_for_cluster; "
+        "from pipelines.inference.cluster import plan_for_cluster; "
+        "from pipelines.nodes import can_grow, list_nodes; "
         f"ray.init(logging_level='error'); print('answer:', {question})"
     )
     environment = os.environ | {"RAY_ADDRESS": address, "HOME": str(home)}

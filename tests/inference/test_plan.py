@@ -2,7 +2,8 @@ import pytest
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
-from pipelines.inference.plan import Node, plan_compute
+from pipelines.inference.plan import plan_compute
+from pipelines.nodes import Node
 
 CPU_CLUSTERS = {
     "one core": [Node(1, 0)],

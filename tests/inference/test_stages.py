@@ -134,12 +134,3 @@ def test_parquet_bytes_hold_no_ray_types(predictions: pa.Table, tmp_path: Path) 
     PartWriter(str(tmp_path), parts_schema(5, 2022), {})(predictions)
     schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000.parquet").read_bytes()))
     assert not any(isinstance(field.type, pa.ExtensionType) for field in schema)
-
-
-def test_a_failure_is_told_by_the_innermost_error_that_says_anything() -> None:
-    from pipelines.inference.run import _root_cause
-
-    innermost, middle, outermost = RuntimeError(), ValueError("traceback\n\nthe weights are torn "), OSError("a task")
-    middle.__cause__, outermost.__cause__ = innermost, middle
-    assert _root_cause(outermost) == "ValueError: the weights are torn"
-    assert _root_cause(RuntimeError()) == "RuntimeError"

@@ -7,7 +7,7 @@ import pytest
 from cluster.local import ObjectStore
 from pipelines.errors import RequestError
 from pipelines.storage.filesystem import write_bytes
-from pipelines.training.labelled import LabelledImages, find_pinned, pin, read_labelled
+from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled
 
 FILES = ("cat/1.jpg", "cat/deep/2.jpg", "dog/3.jpg", "ant/4.png", "ant/notes.txt")
 

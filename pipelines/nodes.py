@@ -1,0 +1,42 @@
+"""The machines that Ray has, and whether it can get more."""
+
+import json
+from dataclasses import dataclass
+
+import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray._private.utils import get_num_cpus
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine offers to Ray."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def list_nodes() -> list[Node]:
+    """The living nodes that offer CPUs."""
+    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(offer.get("CPU", 0), offer.get("GPU", 0)) for offer in offers if offer.get("CPU", 0) > 0]
+
+
+def this_machine() -> Node:
+    """What this machine's own Ray will offer, known before it starts."""
+    gpus = get_accelerator_manager_for_resource("GPU")
+    return Node(get_num_cpus(), gpus.get_current_node_num_accelerators() if gpus else 0)
+
+
+def can_grow() -> bool:
+    """Whether an autoscaler may add nodes to the cluster."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        return True
+    # Autoscaler v1 reports in this key. Without one, a monitor that launches nothing reports there, under node types
+    # that are made up from node ids.
+    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report") or {}
+    node_types = (report.get("node_type_mapping") or {}).values()
+    return any(not node_type.startswith("node_") for node_type in node_types)
