@@ -18,6 +18,7 @@ class ModelFacts:
         num_classes: length of the logits.
         num_features: length of the embedding.
         label_names: one a class.
+        class_ids: one a class, what the folders of a labelled set are named for.
         transform: from decoded image to the model's input.
         dtype: precision of the forward pass.
         fingerprint: SHA-256 of weights, timm's version, model, transform and dtype.
@@ -27,6 +28,7 @@ class ModelFacts:
     num_classes: int
     num_features: int
     label_names: tuple[str, ...]
+    class_ids: tuple[str, ...]
     transform: EvalTransform
     dtype: str
     fingerprint: str

@@ -7,6 +7,14 @@ from timm.data.imagenet_info import ImageNetInfo
 from pipelines.errors import RequestError
 
 
+def resolve_class_ids(label_names: tuple[str, ...]) -> tuple[str, ...]:
+    """What the folders of a labelled set are named for: the label names, or WordNet's ids for those of ImageNet."""
+    imagenet = ImageNetInfo("imagenet-1k")
+    if label_names != tuple(imagenet.label_descriptions()):
+        return label_names
+    return tuple(imagenet.label_names())
+
+
 def resolve_label_names(checkpoint_config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
     """The checkpoint's names, else timm's ImageNet descriptions when there are 1,000 classes, else the indices.
 

@@ -8,7 +8,7 @@ from pipelines.images.transform import EvalTransform
 from pipelines.models.build import HeadAndFeatures, describe, load_weights, prepare_for_inference, resolve_transform
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.fingerprint import fingerprint, hash_state_dict
-from pipelines.models.labels import resolve_label_names
+from pipelines.models.labels import resolve_class_ids, resolve_label_names
 from pipelines.models.weights import Weights, resolve_weights, timm_version
 
 
@@ -21,11 +21,13 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
     weights = resolve_weights(model)
     transform = resolve_transform(weights.pretrained_cfg, preprocess.image_size, preprocess.use_test_size)
     architecture = describe(weights.module, transform.input_size)
+    label_names = resolve_label_names(weights.checkpoint_config, architecture.num_classes)
     return ModelBundle(
         name=weights.name,
         num_classes=architecture.num_classes,
         num_features=architecture.num_features,
-        label_names=resolve_label_names(weights.checkpoint_config, architecture.num_classes),
+        label_names=label_names,
+        class_ids=resolve_class_ids(label_names),
         transform=transform,
         dtype=model.dtype,
         module=HeadAndFeatures(load_weights(weights.module, weights.name, weights.state_dict)).eval(),

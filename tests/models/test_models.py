@@ -15,7 +15,7 @@ from pipelines.models import hub
 from pipelines.models.build import build_on_meta, describe, resolve_transform
 from pipelines.models.catalogue import FAMILY, MODEL_CARDS
 from pipelines.models.fingerprint import hash_state_dict
-from pipelines.models.labels import resolve_label_names
+from pipelines.models.labels import resolve_class_ids, resolve_label_names
 from pipelines.models.resolve import resolve_bundle
 from pipelines.models.table import format_table, measure
 from pipelines.models.weights import resolve_weights
@@ -184,6 +184,12 @@ def test_random_weights_are_the_same_each_time() -> None:
     config = ModelConfig(name="ecaresnet26t", weights="random")
     first, second = (hash_state_dict(resolve_weights(config).state_dict) for _ in range(2))
     assert first == second
+
+
+def test_folders_may_be_named_for_the_labels_or_for_wordnets_ids() -> None:
+    imagenet = resolve_label_names({}, 1000)
+    assert resolve_class_ids(imagenet)[:2] == ("n01440764", "n01443537")
+    assert resolve_class_ids(("cat", "dog")) == ("cat", "dog")
 
 
 def test_label_names() -> None:

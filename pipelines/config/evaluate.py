@@ -1,0 +1,22 @@
+"""The request of `jobs.evaluate`."""
+
+from pydantic import Field
+
+from pipelines.config.base import Section
+from pipelines.config.sections import MAX_BYTES, ComputeConfig, LabelledInputConfig, ModelConfig, PreprocessConfig
+
+
+class EvaluateInputConfig(LabelledInputConfig):
+    """The labelled images to measure with."""
+
+    max_bytes: int = Field(default=MAX_BYTES, gt=0)
+    """Largest object fetched, in bytes; a larger one counts as failed. Default: 256 MiB."""
+
+
+class EvaluateConfig(Section):
+    """Measure top-1 and top-5 over a labelled set, every image counted once."""
+
+    input: EvaluateInputConfig
+    model: ModelConfig = ModelConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    compute: ComputeConfig = ComputeConfig()
