@@ -14,5 +14,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return run(config)
 
 
+def dry_run(config: TrainConfig) -> None:
+    """Say what the job would do."""
+    from pipelines.training.run import dry_run  # late, as above
+
+    dry_run(config)
+
+
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.train", TrainConfig, train))
+    sys.exit(run_job("jobs.train", TrainConfig, train, dry_run=dry_run))

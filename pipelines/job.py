@@ -22,6 +22,7 @@ def run_job(
     schema: type[Schema],
     run: Callable[[Schema], Mapping[str, Any]],
     argv: Sequence[str] | None = None,
+    dry_run: Callable[[Schema], None] | None = None,
 ) -> int:
     """Run one job from its command line.
 
@@ -31,6 +32,7 @@ def run_job(
         run: does the job and returns its summary; called only once the config is good. It imports what is slow to
             import (torch, ray) itself, so that `--help` and refusals come at once.
         argv: arguments without the program's name; those of the process by default.
+        dry_run: says what the job would do, for `--dry-run`, which prints the resolved config either way.
 
     Returns:
         The exit status: 0 done, 1 the run failed, 2 the request was wrong. With 0, the last line on stdout is the
@@ -46,9 +48,12 @@ def run_job(
         is_dry_run = "--dry-run" in arguments
         config = parse_config(schema, [word for word in arguments if word != "--dry-run"])
         if is_dry_run:
-            print(config.model_dump_json(indent=2))
-            return DONE
+            print(config.model_dump_json(indent=2), flush=True)
         log_to_stderr()
+        if is_dry_run:
+            if dry_run is not None:
+                dry_run(config)
+            return DONE
         summary = run(config)
     except RequestError as error:
         return _report(prog, error, WRONG_REQUEST)

@@ -1,10 +1,26 @@
 """What the jobs say while they work: plain lines on stderr."""
 
 import logging
+import os
 import sys
+
+# Lines of Ray's own processes that would bury ours: Ray Train asks a dashboard for its state, which is not always
+# there, and repeats each report in full; Ray Data announces the end of each pass.
+RAYS_NOISE = (
+    "Failed to query Ray Train Controller actor state",
+    "Reporting training result",
+    "has constructor arguments in the object store",
+    "Progress bars disabled",
+    r"Dataset \S+ execution finished",
+)
 
 
 def log_to_stderr() -> None:
-    """Print the package's messages as they are, from INFO up."""
+    """Print the package's messages as they are, from INFO up, and keep Ray from printing what nobody reads.
+
+    To be called before Ray is imported, which reads its variables then.
+    """
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(RAYS_NOISE))
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # says where it found credentials, in each process

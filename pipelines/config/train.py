@@ -145,7 +145,7 @@ class OptimConfig(Section):
     """Epochs between decays of `step`. Default: 30."""
 
     decay_rate: float = Field(default=0.1, gt=0)
-    """Factor of each decay of `step`. Default: 0.1."""
+    """Factor of each decay of `step` and `multistep`; of `poly` the exponent. Default: 0.1."""
 
     decay_milestones: list[int] = []
     """Epochs at which `multistep` decays. Default: none."""

@@ -36,7 +36,7 @@ class TrainPixels:
     def __call__(self, image: Image.Image, epoch: int, index: int) -> NDArray[np.uint8]:
         """An RGB image of any size to uint8 height x width x 3, as drawn for this epoch and id."""
         seed_generators(self.seed, epoch, index)
-        pixels: NDArray[np.uint8] = np.asarray(_train_transform(self)(image))
+        pixels: NDArray[np.uint8] = np.asarray(train_transform(self)(image))
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
@@ -61,7 +61,12 @@ Pixels = TrainPixels | EvalPixels
 
 
 @functools.lru_cache(maxsize=4)
-def _train_transform(pixels: TrainPixels) -> Callable[..., "object"]:
+def train_transform(pixels: TrainPixels) -> Callable[..., "object"]:
+    """Timm's transform, from an RGB image to uint8 3 x height x width.
+
+    Raises:
+        AssertionError: timm knows no such automatic augmentation.
+    """
     from timm.data.transforms_factory import create_transform
 
     augment = pixels.augment

@@ -1,16 +1,19 @@
 """A checkpoint: the state to go on from, and the model as a timm directory, which every job takes as weights."""
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import save_for_hf
 
+from pipelines.errors import RequestError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.build import TimmModule
 
 STATE_FILE = "state.pt"
+TIMM_FILES = ("model.safetensors", "config.json")
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -19,9 +22,22 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; runs no code from the file."""
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    """Read what `save_state` wrote; runs no code from the file.
+
+    Raises:
+        RequestError: it is something else, or damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch fails on a stranger's bytes in as many ways as there are bytes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RequestError(f"{STATE_FILE} is no checkpoint that can be loaded safely: {reason}") from None
     return state
+
+
+def describe_model(name: str, class_names: tuple[str, ...], transform: EvalTransform) -> dict[str, Any]:
+    """What a state dict does not say of its model, as plain values."""
+    return {"name": name, "class_names": list(class_names), "transform": asdict(transform)}
 
 
 def save_timm_directory(

@@ -1,13 +1,16 @@
 """What the driver hands to each training worker, and the names that both use."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
 
 from pipelines.config.train import TrainConfig
 from pipelines.training.order import EpochOrder
-from pipelines.training.start import StartingPoint
+
+if TYPE_CHECKING:
+    from pipelines.training.start import StartingPoint
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,22 @@ Nothing here knows of Ray. Where torch.distributed is up, gradients are averaged
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RequestError
 from pipelines.models.build import TimmModule
 from pipelines.models.normalize import Normalizer
 from pipelines.training.batches import PADDING_ID
+from pipelines.training.recipe import batch_norms, freeze, make_loss, make_mixup, make_optimizer, make_schedule
 from pipelines.training.seeds import seed_generators
 
 # timm's own tables: channels-last speeds the others up by a third and slows these down by a tenth.
@@ -74,16 +69,16 @@ class Learner:
         keeps_layout = task.architecture in SLOWER_IN_CHANNELS_LAST
         self._layout = torch.contiguous_format if keeps_layout else torch.channels_last
         self.module = module.to(device).to(memory_format=self._layout)
-        _freeze(self.module, config)
+        freeze(self.module, config)
         optim = config.optim
         self.average = ModelEmaV3(self.module, decay=optim.ema_decay) if optim.ema_decay else None
-        self._optimizer = _optimizer(config, self.module)
-        self._schedule = _schedule(config, self._optimizer, task.steps_per_epoch)
+        self._optimizer = make_optimizer(config, self.module)
+        self._schedule = make_schedule(config, self._optimizer, task.steps_per_epoch)
         self._scaler = NativeScaler(device.type) if optim.precision == "float16" else None
         self._model: Any = self._wrapped()
-        self._mixup = _mixup(config, task.num_classes)
+        self._mixup = make_mixup(config, task.num_classes)
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
-        self._train_loss = _train_loss(config, is_soft=self._mixup is not None)
+        self._train_loss = make_loss(config, is_soft=self._mixup is not None)
         self._normalize = Normalizer(task.mean, task.std, device)
 
     @property
@@ -172,7 +167,7 @@ class Learner:
     def _set_mode(self) -> None:
         self._model.train()
         if self.config.model.freeze_backbone or self.config.model.freeze_batch_norm:
-            for module in _batch_norms(self.module):
+            for module in batch_norms(self.module):
                 module.eval()
 
     def _pieces(self, share: dict[str, NDArray[Any]]) -> tuple[list[NDArray[np.int64]], float]:
@@ -240,67 +235,3 @@ class Learner:
 
 def _good_rows(share: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
     return np.flatnonzero((share["id"] != PADDING_ID) & (share["error"] == ""))
-
-
-def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    return (child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
-
-
-def _freeze(module: TimmModule, config: TrainConfig) -> None:
-    if config.model.freeze_backbone:
-        module.requires_grad_(False)
-        module.get_classifier().requires_grad_(True)
-    if config.model.freeze_batch_norm:
-        for norm in _batch_norms(module):
-            norm.requires_grad_(False)
-
-
-def _optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    optim = config.optim
-    try:
-        return create_optimizer_v2(
-            module,
-            opt=optim.opt,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            layer_decay=optim.layer_decay,
-        )
-    except (ValueError, AssertionError) as error:
-        raise RequestError(f"optim.opt = {optim.opt}: {error}") from None
-
-
-def _schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    optim = config.optim
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=optim.sched,
-        num_epochs=optim.epochs,
-        warmup_epochs=optim.warmup_epochs,
-        warmup_lr=optim.warmup_lr,
-        min_lr=optim.min_lr,
-        decay_epochs=optim.decay_epochs,
-        decay_rate=optim.decay_rate,
-        decay_milestones=optim.decay_milestones,
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    schedule.step_update(num_updates=0)
-    return schedule
-
-
-def _mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    augment = config.augment
-    if not augment.mixup and not augment.cutmix:
-        return None
-    smoothing = config.optim.label_smoothing
-    return Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-
-
-def _train_loss(config: TrainConfig, is_soft: bool) -> nn.Module:
-    smoothing = config.optim.label_smoothing
-    if config.optim.bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0 if is_soft else smoothing)
-    if is_soft:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

@@ -6,40 +6,31 @@ images, augmentation, rate and every random draw from the step that it holds.
 
 import logging
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from numpy.typing import NDArray
-from ray.data import DataIterator
-from ray.train.collective import broadcast_from_rank_zero
 from torch import distributed
 
 from pipelines.logs import log_to_stderr
 from pipelines.models.build import TimmModule
-from pipelines.training.augment import EvalPixels, Pixels, TrainPixels
-from pipelines.training.batches import Order, SequentialOrder, ShareLoader
-from pipelines.training.checkpoint import load_state, save_state, save_timm_directory
-from pipelines.training.ingest import errors_of, iterate_shares, max_steps_per_dataset, split_among_workers
+from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
+from pipelines.training.history import NO_SCORE, SCORE, final_score
+from pipelines.training.ingest import errors_of, max_steps_per_dataset
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.learner import Learner, Task
+from pipelines.training.log import TrainingLog
+from pipelines.training.shares import WorkerShares
 from pipelines.training.start import StartingPoint, build_module
 
 log = logging.getLogger(__name__)
 
-SCORE = "top1"
-# What a checkpoint scores that was not measured: never the best.
-NO_SCORE = -1.0
-
 
 def train_worker(job: TrainJob) -> dict[str, Any]:
-    """Learn until the last epoch's end; returns what came of it, the same on every worker."""
+    """Learn until the last epoch's end; returns what came of it, the same on every worker but for `metrics`."""
     log_to_stderr()
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
@@ -47,7 +38,12 @@ def train_worker(job: TrainJob) -> dict[str, Any]:
     worker.resume()
     while worker.learner.step < worker.total_steps and worker.stopped_by is None:
         worker.learn_some()
-    return {"history": worker.history, "failed": worker.failed, "stopped_by": worker.stopped_by}
+    return {
+        "history": worker.history,
+        "failed": worker.failed,
+        "stopped_by": worker.stopped_by,
+        "metrics": worker.log.records,
+    }
 
 
 class Worker:
@@ -55,6 +51,7 @@ class Worker:
 
     Attributes:
         learner: the model and what updates it.
+        log: what the first worker says and keeps.
         history: one record an epoch.
         failed: reason by id, of images that could not be had.
         stopped_by: why the run ends before its time, if it does.
@@ -66,25 +63,19 @@ class Worker:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.steps_per_epoch = job.order.steps_per_epoch
         self.total_steps = self.steps_per_epoch * job.config.optim.epochs
+        architecture = start.name.partition(".")[0]
         transform = start.transform
-        task = Task(
-            start.name.partition(".")[0],
-            len(start.class_names),
-            transform.mean,
-            transform.std,
-            self.steps_per_epoch,
-        )
+        task = Task(architecture, len(start.class_names), transform.mean, transform.std, self.steps_per_epoch)
         device = ray.train.torch.get_device()
         module = build_module(job.config, start)
         self.learner = Learner(job.config, task, module, device, self.rank, self.world_size)
+        self.log = TrainingLog(job.config, self.steps_per_epoch)
         self.history: list[dict[str, Any]] = []
         self.failed: dict[int, str] = {}
         self.stopped_by: str | None = None
+        self._shares = WorkerShares(job, transform, self.rank, self.world_size)
         self._new_errors: dict[int, str] = {}
         self._loss_sum = 0.0
-        self._epoch_started = time.monotonic()
-        self._last_line = time.monotonic()
-        self._validation: list[DataIterator] | None = None
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, if it has one."""
@@ -95,6 +86,7 @@ class Worker:
             state = load_state(Path(folder))
         self.learner.load_state(state["learner"])
         self.history, self.failed = state["history"], state["failed"]
+        self.log.records = state["metrics"]
         self._loss_sum = state["loss_sum"] if self.rank == 0 else 0.0
         if self.rank == 0:
             log.info("going on at step %d of %d", self.learner.step, self.total_steps)
@@ -103,10 +95,13 @@ class Worker:
         """The steps of one dataset, with what falls due at their ends."""
         first = self.learner.step
         num_steps = min(self.total_steps - first, max_steps_per_dataset(self.world_size))
-        for share in self._training_shares(first, num_steps):
-            self._loss_sum += self.learner.learn(share)
+        for share in self._shares.training(first, num_steps):
+            loss = self.learner.learn(share)
+            self._loss_sum += loss
             self._new_errors |= errors_of(share)
-            self._say_how_far()
+            if self.rank == 0:
+                # The loss of the others is not asked for at each step; shares are drawn at random.
+                self.log.add_step(self.learner.step, loss * self.world_size, self.learner.lr)
             self._after_step()
             if self.stopped_by is not None:
                 return
@@ -128,36 +123,31 @@ class Worker:
         epoch = self.learner.step // self.steps_per_epoch
         record: dict[str, Any] = {"epoch": epoch, "step": self.learner.step, "lr": self.learner.lr}
         record["train_loss"] = float(self._summed(torch.tensor([self._loss_sum]))[0]) / self.steps_per_epoch
-        elapsed_s = time.monotonic() - self._epoch_started
-        record["images_per_s"] = self.steps_per_epoch * self.config.optim.global_batch_size / elapsed_s
+        record["images_per_s"] = self.log.epoch_rate()
         if self.job.validation is not None:
             record |= self._measure(self.job.validation)
         self.history.append(record)
-        is_best = final_score(self.history) is record
-        self._loss_sum, self._epoch_started = 0.0, time.monotonic()
+        self._loss_sum = 0.0
         if self.rank == 0:
-            log.info("%s", _line(record, self.config.optim.epochs))
-        self._report({SCORE: float(epoch), **record}, is_best)
+            self.log.end_epoch(record)
+        self._report({SCORE: float(epoch), **record}, is_best=final_score(self.history) is record)
 
     def _measure(self, validation: ImageSet) -> dict[str, Any]:
         """Top-1 and top-5 over the whole set, each image counted once."""
         sums: dict[str, torch.Tensor] = {}
         num_failed = 0
-        for share in self._validation_shares(validation):
+        for share in self._shares.validation(validation):
             num_failed += len(errors_of(share))
             for name, counts in self.learner.measure(share).items():
                 sums[name] = sums.get(name, torch.zeros_like(counts)) + counts
-        measured: dict[str, dict[str, float]] = {}
+        record: dict[str, Any] = {"num_validation_failed": int(self._summed(torch.tensor([num_failed]))[0])}
         for name, counts in sums.items():
             num_images, top1, top5, loss = self._summed(counts).tolist()
-            num_images = max(num_images, 1)
-            measured[name] = {"top1": top1 / num_images, "top5": top5 / num_images, "loss": loss / num_images}
-        best = max(measured, key=lambda name: measured[name]["top1"])
-        record: dict[str, Any] = {"top1": measured[best]["top1"], "top5": measured[best]["top5"], "of": best}
-        for name, figures in measured.items():
-            record |= {f"{name}_{figure}": value for figure, value in figures.items()}
-        record["num_validation_failed"] = int(self._summed(torch.tensor([num_failed]))[0])
-        return record
+            record["num_validation_images"] = int(num_images)
+            for figure, value in (("top1", top1), ("top5", top5), ("loss", loss)):
+                record[f"{name}_{figure}"] = value / max(num_images, 1)
+        best = max(sums, key=lambda name: record[f"{name}_top1"])
+        return record | {"top1": record[f"{best}_top1"], "top5": record[f"{best}_top5"], "of": best}
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
         """Hand metrics and, from the first worker, a checkpoint to Ray Train; every worker has to come here."""
@@ -169,11 +159,21 @@ class Worker:
         self._loss_sum = loss_sum
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            state = {"learner": self.learner.state(), "history": self.history, "failed": self.failed}
-            save_state(folder, state | {"loss_sum": loss_sum})
+            save_state(folder, self._state())
             if is_best:
                 save_timm_directory(folder, self._best_module(), self.start.class_names, self.start.transform)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self.log.upload(self.config.output.uri)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": describe_model(self.start.name, self.start.class_names, self.start.transform),
+            "learner": self.learner.state(),
+            "history": self.history,
+            "failed": self.failed,
+            "metrics": self.log.records,
+            "loss_sum": self._loss_sum,
+        }
 
     def _best_module(self) -> TimmModule:
         average = self.learner.average
@@ -204,89 +204,3 @@ class Worker:
         if self.world_size > 1:
             distributed.all_reduce(total)
         return total
-
-    def _say_how_far(self) -> None:
-        now = time.monotonic()
-        if self.rank or now - self._last_line < self.config.logging.every_s:
-            return
-        self._last_line = now
-        step = self.learner.step
-        epoch, within = divmod(step - 1, self.steps_per_epoch)
-        rate = (within + 1) * self.config.optim.global_batch_size / (now - self._epoch_started)
-        left_s = (self.total_steps - step) * self.config.optim.global_batch_size / rate
-        log.info(
-            "epoch %d of %d, step %d of %d, loss %.4f, %.1f images/s, %.0f s left",
-            epoch + 1,
-            self.config.optim.epochs,
-            within + 1,
-            self.steps_per_epoch,
-            self._loss_sum * self.world_size / (within + 1),
-            rate,
-            left_s,
-        )
-
-    def _training_shares(self, first_step: int, num_steps: int) -> Iterator[dict[str, NDArray[Any]]]:
-        transform, config = self.start.transform, self.config
-        pixels = TrainPixels(transform.input_size, transform.mean, config.augment, config.optim.seed)
-        num_rows = -(-config.optim.global_batch_size // self.world_size)
-        loader = self._loader(self.job.order, num_rows, pixels)
-        split = self._split(loader, self.job.train, first_step, num_steps, self.steps_per_epoch)
-        return iterate_shares(split[self.rank], self.rank, first_step, self.steps_per_epoch)
-
-    def _validation_shares(self, validation: ImageSet) -> Iterator[dict[str, NDArray[Any]]]:
-        # As many images as a share of training: what fits there in memory fits here.
-        batch_size = -(-self.config.optim.global_batch_size // self.world_size)
-        order = SequentialOrder(validation.num_images, batch_size)
-        num_steps = order.num_steps(self.world_size)
-        if self._validation is None:
-            loader = self._loader(
-                order, batch_size, EvalPixels(self.start.transform, self.config.preprocess.max_pixels)
-            )
-            self._validation = self._split(loader, validation, 0, num_steps, num_steps)
-        return iterate_shares(self._validation[self.rank], self.rank, 0, num_steps)
-
-    def _loader(self, order: Order, num_rows: int, pixels: Pixels) -> ShareLoader:
-        return ShareLoader(
-            order,
-            num_rows,
-            pixels,
-            self.start.transform.input_size,
-            self.world_size,
-            self.config.data.max_bytes,
-            self.config.preprocess.max_pixels,
-        )
-
-    def _split(
-        self, loader: ShareLoader, images: ImageSet, first_step: int, num_steps: int, steps_per_epoch: int
-    ) -> list[DataIterator]:
-        """One iterator a worker, made by the first worker and known to all."""
-        reference = None
-        if self.rank == 0:
-            split = split_among_workers(
-                loader, images.images, first_step, num_steps, steps_per_epoch, self.job.num_cpus_per_task
-            )
-            reference = [ray.put(split)]
-            self._held = reference  # alive for as long as the others may ask for it
-        (found,) = broadcast_from_rank_zero(reference)
-        iterators: list[DataIterator] = ray.get(found)
-        return iterators
-
-
-def _line(record: dict[str, Any], num_epochs: int) -> str:
-    text = f"epoch {record['epoch']} of {num_epochs} done: loss {record['train_loss']:.4f}"
-    if "top1" in record:
-        text += f", top-1 {record['top1']:.4f}, top-5 {record['top5']:.4f}"
-    return f"{text}, {record['images_per_s']:.1f} images/s"
-
-
-def final_score(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of the best epoch: the highest top-1, or the last where nothing was measured.
-
-    Of epochs that are equal it is the last, which is the one whose checkpoint Ray Train keeps.
-    """
-    return max(history, key=lambda record: (record.get(SCORE, 0.0), record["epoch"]), default={})
-
-
-def mean_rate(history: list[dict[str, Any]]) -> float:
-    """Images per second over all epochs, validation included."""
-    return float(np.mean([record["images_per_s"] for record in history])) if history else 0.0

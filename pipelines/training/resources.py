@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipelines.config.train import ScalingConfig
 from pipelines.errors import RequestError
-from pipelines.nodes import can_grow, list_nodes
+from pipelines.nodes import Node
 
 # Workers on CPUs share half of the cores. Below this share of one each, they only wait for each other.
 MIN_CPUS_PER_WORKER = 0.25
@@ -25,23 +25,27 @@ class WorkerResources:
     num_cpus_per_task: float
 
 
-def plan_workers(scaling: ScalingConfig) -> WorkerResources:
-    """Share out the cluster at hand.
+def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> WorkerResources:
+    """Share the nodes among the workers and the tasks beside them.
+
+    Args:
+        scaling: what the user asked for.
+        nodes: the machines of the cluster.
+        may_grow: whether an autoscaler may bring more.
 
     Raises:
         RequestError: the cluster can't grow, and the least number of workers does not fit on it.
     """
-    nodes = list_nodes()
     num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
     workers = scaling.num_workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if scaling.use_gpu:
-        if num_gpus < least and not can_grow():
+        if num_gpus < least and not may_grow:
             raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
         return WorkerResources(scaling.resources_per_worker or {"GPU": 1, "CPU": 1}, None, 1.0)
     share = num_cpus / 2 / most
     wanted = (scaling.resources_per_worker or {}).get("CPU", max(share, MIN_CPUS_PER_WORKER))
-    if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not can_grow():
+    if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not may_grow:
         raise RequestError(
             f"scaling.num_workers = {least} at {wanted:g} CPUs each asks for {wanted * least:g} of {num_cpus:g} CPUs, "
             f"and leaves none for fetching and decoding"

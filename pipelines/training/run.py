@@ -1,6 +1,6 @@
 """Train and fine-tune: from a config to the best checkpoint, by Ray Train.
 
-labelled (what) -> start (weights, classes) -> trainer (workers, restarts) -> loop (each worker) -> summary
+request (what, from where) -> trainer (workers, restarts) -> loop (each worker) -> summary, curves
 """
 
 import logging
@@ -8,7 +8,6 @@ import posixpath
 import time
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.train
 from ray.train import LoggingConfig
@@ -16,20 +15,22 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import run_record
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RequestError, RunError
-from pipelines.ray_session import ray_session
+from pipelines.errors import RunError
+from pipelines.nodes import can_grow, list_nodes, this_machine
+from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
-from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled
+from pipelines.storage.filesystem import write_bytes
+from pipelines.training.curves import draw_curves
+from pipelines.training.history import SCORE, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
-from pipelines.training.loop import SCORE, final_score, mean_rate, train_worker
-from pipelines.training.order import EpochOrder
+from pipelines.training.request import TrainRequest, find_summary, normalize, resolve_request
 from pipelines.training.resources import WorkerResources, plan_workers
-from pipelines.training.start import StartingPoint, resolve_start
+from pipelines.training.worker import run_worker
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that share an output.
-FREE_SECTIONS = ("scaling", "logging", "checkpoint", "failure")
+CURVES_FILE = "curves.png"
+MAX_NAMED_FAILURES = 10
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -40,42 +41,52 @@ def run(config: TrainConfig) -> dict[str, Any]:
         RunError: the run failed; its checkpoints stay, and the same command goes on from there.
     """
     started = time.monotonic()
-    config = _normalized(config)
-    output_uri = config.output.uri
-    identity = _identity(config)
-    found = run_record.find_run(output_uri)
-    if found is not None:
-        run_record.refuse_other_run(output_uri, found, identity)
-        if "summary" in found:
-            log.info("nothing to do: %s holds a finished run", output_uri)
-            return dict(found["summary"])
-    sections = {"train": config.data.train, "validation": config.data.validation}
-    wanted = {name: section for name, section in sections.items() if section is not None}
-    pinned = {name: find_pinned(output_uri, name) for name in wanted}
-    sets = {name: pinned[name] or read_labelled(section.uri, section.exclude) for name, section in wanted.items()}
-    # Refuses a set too small for one batch, before the weights are read.
-    EpochOrder(sets["train"].table.num_rows, config.optim.global_batch_size, config.optim.seed)
-    start = resolve_start(config, sets["train"].class_names())
-    class_names = list(start.class_names)
-    tables = {name: _table(images, class_names) for name, images in sets.items()}
-    record = {"config": config.model_dump(mode="json"), "identity": identity, "label_names": class_names}
-    run_record.write_run(output_uri, record)
-    for name, images in sets.items():
-        if pinned[name] is None:
-            pin(output_uri, name, images)
+    config = normalize(config)
+    summary = find_summary(config)
+    if summary is not None:
+        log.info("nothing to do: %s holds a finished run", config.output.uri)
+        return summary
+    # On this machine's own Ray, what can't be scheduled is refused before anything is read.
+    resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
+    request = resolve_request(config)
+    request.pin()
+    _say(request)
     with ray_session():
-        result = _fit(config, start, tables, plan_workers(config.scaling))
-    summary = _summary(config, result, started)
-    run_record.write_run(output_uri, record | {"history": result.return_value["history"], "summary": summary})
-    run_record.mark_complete(output_uri)
+        result = _fit(request, resources or plan_workers(config.scaling, list_nodes(), can_grow()))
+    outcome: dict[str, Any] = result.return_value
+    if outcome["stopped_by"] is not None:
+        raise RunError(outcome["stopped_by"])
+    summary = _summary(request, result, started)
+    curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
+    write_bytes(uris.join(config.output.uri, CURVES_FILE), curves)
+    run_record.write_run(config.output.uri, request.describe() | {"history": outcome["history"], "summary": summary})
+    run_record.mark_complete(config.output.uri)
     return summary
 
 
-def _fit(config: TrainConfig, start: StartingPoint, tables: dict[str, pa.Table], resources: WorkerResources) -> Any:
-    sets = {name: ImageSet(ray.put(table), table.num_rows) for name, table in tables.items()}
+def dry_run(config: TrainConfig) -> None:
+    """Say what `run` would do: batches, steps, rates, memory. Writes nothing.
+
+    Raises:
+        RequestError: the request is wrong.
+    """
+    config = normalize(config)
+    if find_summary(config) is not None:
+        log.info("nothing to do: %s holds a finished run", config.output.uri)
+    _say(resolve_request(config))
+
+
+def _say(request: TrainRequest) -> None:
+    for line in request.plan.lines():
+        log.info("%s", line)
+
+
+def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
+    config = request.config
+    sets = {name: ImageSet(ray.put(table), table.num_rows) for name, table in request.tables().items()}
     job = TrainJob(
         config=config,
-        start=ray.put(start),
+        start=ray.put(request.start),
         train=sets["train"],
         validation=sets.get("validation"),
         num_threads=resources.num_threads,
@@ -84,7 +95,7 @@ def _fit(config: TrainConfig, start: StartingPoint, tables: dict[str, pa.Table],
     num_workers: Any = config.scaling.num_workers  # a range too, which the annotations of Ray leave out
     parent, name = posixpath.split(config.output.uri)
     trainer = TorchTrainer(
-        _train_worker,
+        run_worker,  # type: ignore[arg-type] # it returns something, which Ray hands on
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers,
@@ -109,52 +120,23 @@ def _fit(config: TrainConfig, start: StartingPoint, tables: dict[str, pa.Table],
         raise RunError(f"{reason}; checkpoints stay, and the same command goes on from the last") from error
 
 
-def _train_worker(config: dict[Any, Any]) -> Any:
-    return train_worker(config["job"])
-
-
-def _summary(config: TrainConfig, result: Any, started: float) -> dict[str, Any]:
+def _summary(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
     outcome: dict[str, Any] = result.return_value
-    if outcome["stopped_by"] is not None:
-        raise RunError(outcome["stopped_by"])
     best = final_score(outcome["history"])
     checkpoint = result.get_best_checkpoint(SCORE, "max")
     assert checkpoint is not None
-    scheme = uris.protocol_of(config.output.uri)
+    output_uri = request.config.output.uri
+    scheme = uris.protocol_of(output_uri)
+    image_uris = request.sets["train"].table["uri"]
+    failed = sorted(outcome["failed"].items())
     return {
         "top1": best.get("top1"),
         "top5": best.get("top5"),
         "epochs": len(outcome["history"]),
         "images_per_s": round(mean_rate(outcome["history"]), 3),
-        "num_failed": len(outcome["failed"]),
-        "failed": [{"id": index, "error": error} for index, error in sorted(outcome["failed"].items())[:10]],
+        "num_failed": len(failed),
+        "failed": [f"{image_uris[index]}: {error}" for index, error in failed[:MAX_NAMED_FAILURES]],
         "wall_time_s": round(time.monotonic() - started, 3),
         "checkpoint_uri": checkpoint.path if scheme == "file" else f"{scheme}://{checkpoint.path}",
-        "output_uri": config.output.uri,
+        "output_uri": output_uri,
     }
-
-
-def _normalized(config: TrainConfig) -> TrainConfig:
-    output_uri = uris.normalize(config.output.uri)
-    if not posixpath.basename(output_uri) or posixpath.dirname(output_uri).endswith(":/"):
-        raise RequestError(f"output.uri {config.output.uri} names no folder below a bucket or root")
-    return config.model_copy(update={"output": config.output.model_copy(update={"uri": output_uri})})
-
-
-def _table(images: LabelledImages, class_names: list[str]) -> pa.Table:
-    """`uri` and `target`."""
-    return pa.table({"uri": images.table["uri"], "target": images.targets(class_names)})
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What has to be the same for two runs to share an output."""
-    flat = _flat(config.model_dump(mode="json"))
-    free = tuple(f"{section}." for section in FREE_SECTIONS)
-    return {key: value for key, value in flat.items() if not key.startswith(free)}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -10,6 +10,7 @@ from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig, TrainModelConfig
 from pipelines.images.transform import EvalTransform
 from pipelines.models.build import TimmModule, build_on_meta, check_model_name, describe, resolve_transform
+from pipelines.models.labels import resolve_class_ids, resolve_label_names
 from pipelines.models.weights import Weights, resolve_weights
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,11 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
         return StartingPoint(model.name, tuple(image_classes), transform, {})
     weights = resolve_weights(_without_training_keys(model))
     transform = resolve_transform(weights.pretrained_cfg, image_size, use_test_size=False)
-    describe(weights.module, transform.input_size)
-    known = weights.checkpoint_config.get("label_names") or []
-    if sorted(map(str, known)) == image_classes:
-        return StartingPoint(weights.name, tuple(map(str, known)), transform, weights.state_dict)
+    architecture = describe(weights.module, transform.input_size)
+    label_names = resolve_label_names(weights.checkpoint_config, architecture.num_classes)
+    for known in (label_names, resolve_class_ids(label_names)):
+        if sorted(known) == image_classes:
+            return StartingPoint(weights.name, known, transform, weights.state_dict)
     log.info("a new classifier of %d classes on the backbone of %s", len(image_classes), model.weights)
     return StartingPoint(weights.name, tuple(image_classes), transform, _backbone(weights, len(image_classes)))
 

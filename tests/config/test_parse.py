@@ -1,15 +1,21 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pipelines.config.base import leaf_fields
+from pipelines.config.base import Section, leaf_fields
+from pipelines.config.evaluate import EvaluateConfig
+from pipelines.config.export import ExportConfig
 from pipelines.config.infer import InferConfig
+from pipelines.config.models import ModelsConfig
 from pipelines.config.parse import parse_config
+from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from tests.support.infer import REPOSITORY, run_command
 
 NEEDED = ["--input.uri", "in", "--output.uri", "out"]
+TRAIN_NEEDED = ["--data.train.uri", "in", "--output.uri", "out"]
 
 
 def write_yaml(path: Path, content: object) -> str:
@@ -76,12 +82,14 @@ def test_files_that_are_no_config_are_refused(tmp_path: Path, content: str) -> N
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_file_loads(path: Path) -> None:
-    config = parse_config(InferConfig, ["--config", str(path), *NEEDED])
-    assert config.input.uri == "in"
+    schema, needed = (TrainConfig, TRAIN_NEEDED) if path.parent.name == "train" else (InferConfig, NEEDED)
+    config: Any = parse_config(schema, ["--config", str(path), *needed])
+    assert config.output.uri == "out"
 
 
-def test_every_key_has_a_docstring() -> None:
-    missing = [name for name, field in leaf_fields(InferConfig).items() if not field.description]
+@pytest.mark.parametrize("schema", [InferConfig, TrainConfig, EvaluateConfig, ExportConfig, ModelsConfig])
+def test_every_key_has_a_docstring(schema: type[Section]) -> None:
+    missing = [name for name, field in leaf_fields(schema).items() if not field.description]
     assert not missing
 
 

@@ -1,6 +1,8 @@
 """Processes that are not our children."""
 
+import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -20,3 +22,31 @@ def wait_until_gone(pid: int, timeout_s: float = 30) -> None:
     while is_running(pid):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.2)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process id to command line of all that a process started, and what these started."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if folder.name.isdigit():
+                found = int(folder.name)
+                parents[found] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                names[found] = (folder / "cmdline").read_text().replace("\0", " ").strip()
+    below: dict[int, str] = {}
+    level = {pid}
+    while level:
+        level = {child for child, parent in parents.items() if parent in level}
+        below |= {child: names[child] for child in level}
+    return below
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all below it, and wait for their ends."""
+    pids = [pid, *descendants(pid)]
+    for found in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found, signal.SIGKILL)
+    for found in pids[1:]:
+        wait_until_gone(found)

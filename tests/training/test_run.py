@@ -1,102 +1,338 @@
 """`jobs.train` as a user types it, on scikit-learn's digits: real images that train in a minute."""
 
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import sklearn.datasets
-from PIL import Image
+import safetensors.torch
+import timm
+import torch
 
+from cluster.digits import write_digits
+from cluster.local import ObjectStore, RayHead
+from pipelines.config.parse import parse_config
 from pipelines.config.sections import ModelConfig
+from pipelines.config.train import TrainConfig
+from pipelines.job import run_job
+from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.models.weights import resolve_weights
+from pipelines.storage import uris
+from pipelines.storage.filesystem import list_names, read_bytes
 from tests.support.infer import REPOSITORY, run_command, summary_of
+from tests.support.processes import descendants, kill_tree
+from tests.support.recorded_training import read_records
 
 SMALL = "ecaresnet26t"
+GLOBAL_BATCH_SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `train` and `validation` of digits in folders named for them; one training image is none."""
+def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `train` and `held-out` of all digits in folders named for them."""
     root = tmp_path_factory.mktemp("digits")
-    found: Any = sklearn.datasets.load_digits()
-    for index, (pixels, target) in enumerate(zip(found.images[:400], found.target[:400])):
-        folder = root / ("validation" if index % 4 == 3 else "train") / str(target)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 255 / 16).astype(np.uint8)).resize((32, 32)).save(folder / f"{index}.png")
+    write_digits(str(root / "train"), str(root / "held-out"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def digits(all_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quarter of them; one training image is none."""
+    root = tmp_path_factory.mktemp("few")
+    for path in sorted(all_digits.rglob("*.png")):
+        if int(path.stem) < 450:
+            target = root / path.relative_to(all_digits)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
     (root / "train" / "3" / "torn.png").write_bytes(b"no image")
     return root
 
 
-def arguments(digits: Path, output: Path, **keys: object) -> list[str]:
+def arguments(digits: object, output: object, **keys: object) -> list[str]:
+    """The keys of a request, with `__` for the point."""
     request: dict[str, object] = {
-        "data.train.uri": digits / "train",
-        "data.validation.uri": digits / "validation",
+        "data.train.uri": f"{digits}/train",
+        "data.validation.uri": f"{digits}/held-out",
         "output.uri": output,
         "model.name": SMALL,
         "model.weights": "random",
         "preprocess.image_size": 32,
         "optim.epochs": 3,
-        "optim.global_batch_size": 16,
+        "optim.global_batch_size": GLOBAL_BATCH_SIZE,
         "optim.lr": 0.05,
         "augment.hflip": 0,
         "augment.scale": [0.7, 1],
         "scaling.num_workers": 2,
+        "logging.every_s": 1,
     }
     request |= {key.replace("__", "."): value for key, value in keys.items()}
-    return ["jobs.train", *[word for key, value in request.items() for word in (f"--{key}", str(value))]]
+    return [word for key, value in request.items() if value is not None for word in (f"--{key}", str(value))]
 
 
-def test_training_on_two_workers_and_what_it_leaves(digits: Path, tmp_path: Path, own_home: Path) -> None:
-    output = tmp_path / "run"
-    done = run_command(*arguments(digits, output), timeout_s=200)
+def state_dict_of(summary: dict[str, Any]) -> dict[str, Any]:
+    return resolve_weights(ModelConfig(weights=summary["checkpoint_uri"])).state_dict
+
+
+def assert_same_weights(first: dict[str, Any], second: dict[str, Any]) -> None:
+    ours, theirs = state_dict_of(first), state_dict_of(second)
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+
+
+def test_training_from_s3_to_s3_and_what_it_leaves(
+    digits: Path, store: ObjectStore, own_home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.storage.filesystem import open_filesystem
+
+    filesystem, path = open_filesystem("s3://images/digits")
+    filesystem.put(f"{digits}/", f"{path}/", recursive=True)
+    output = "s3://results/digits-run"
+    request = arguments("s3://images/digits", output)
+    done = run_command("jobs.train", *request, timeout_s=200)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = summary_of(done.stdout)
     assert summary["epochs"] == 3
     assert summary["top1"] > 0.5
     assert summary["num_failed"] == 1
-    assert "not_an_image" in summary["failed"][0]["error"]
-    assert "epoch 3 of 3 done" in done.stderr + done.stdout
+    assert "torn.png: not_an_image" in summary["failed"][0]
+    assert "epoch 3 of 3 done" in done.stderr
+    assert "Failed to query" not in done.stderr
+    assert store.secret_key not in done.stderr
     weights = resolve_weights(ModelConfig(weights=summary["checkpoint_uri"]))
     assert weights.name == SMALL
     assert weights.checkpoint_config["label_names"] == [str(digit) for digit in range(10)]
     assert weights.pretrained_cfg["input_size"] == [3, 32, 32]
-    record = json.loads((output / "_run.json").read_text())
+    record = json.loads(read_bytes(uris.join(output, "_run.json")))
     assert [epoch["epoch"] for epoch in record["history"]] == [1, 2, 3]
+    names = list_names(output)
+    assert {"_SUCCESS", "curves.png", "metrics.jsonl", "tensorboard", "_data"} <= set(names)
+    assert len([name for name in names if name.startswith("checkpoint_2")]) <= 2  # the best and the last
+    lines = [json.loads(line) for line in read_bytes(uris.join(output, "metrics.jsonl")).splitlines()]
+    assert [line["top1"] for line in lines if line["kind"] == "epoch"] == [one["top1"] for one in record["history"]]
     # Again, and again with another recipe.
-    again = run_command(*arguments(digits, output))
-    assert again.returncode == 0, again.stderr
-    assert "nothing to do" in again.stderr
-    assert summary_of(again.stdout) == summary
-    other = run_command(*arguments(digits, output, optim__lr=0.1))
-    assert other.returncode == 2
-    assert "optim.lr was 0.05, is 0.1" in other.stderr
+    assert in_this_process(*request) == 0
+    assert json.loads(capfd.readouterr().out) == summary
+    assert in_this_process(*arguments("s3://images/digits", output, optim__lr=0.1)) == 2
+    assert "optim.lr was 0.05, is 0.1" in capfd.readouterr().err
+
+
+def in_this_process(*request: str) -> int:
+    """The job's exit status, without the seconds that its imports take."""
+    from jobs.train import dry_run, train
+
+    return run_job("jobs.train", TrainConfig, train, request, dry_run)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(digits: Path, tmp_path: Path) -> None:
+    done = run_command("jobs.train", *arguments(digits, tmp_path / "out"), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["optim"]["global_batch_size"] == GLOBAL_BATCH_SIZE
+    for said in ("18 steps an epoch (13 images left out of each), 54 in all", "learning rate", "memory of a worker"):
+        assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_request_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    done = run_command("jobs.train", *arguments("/absent", tmp_path / "out"), timeout_s=30)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("jobs.train: error: no input: nothing lies under /absent")
+    assert done.stdout == ""
+
+
+WRONG: dict[str, tuple[dict[str, object], str]] = {
+    "unknown optimizer": ({"optim__opt": "sdg"}, "did you mean sgd"),
+    "unknown augmentation": ({"augment__auto_augment": "nonsense"}, "augment.auto_augment"),
+    "synchronized norm on CPUs": ({"model__sync_batch_norm": True}, "torch has no synchronized norm on CPUs"),
+    "too few images": ({"optim__global_batch_size": 4096}, "make no batch"),
+    "a class that is not learnt": ({"data__validation__uri": "OTHER"}, "'eleven'"),
+    "unknown model": ({"model__name": "ecaresnet51d"}, "knows no model"),
+    "no such weights": ({"model__weights": "/absent"}, "no weights at /absent"),
+    "more workers than fit": ({"scaling__num_workers": 16}, "scaling.num_workers = 16"),
+    "an output of something else": ({"output__uri": REPOSITORY}, "is not empty"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(
+    name: str, digits: Path, tmp_path: Path, own_home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys, message = WRONG[name]
+    (tmp_path / "other" / "eleven").mkdir(parents=True)
+    (tmp_path / "other" / "eleven" / "1.png").write_bytes(b"")
+    said = {key: value if value != "OTHER" else tmp_path / "other" for key, value in keys.items()}
+    assert in_this_process(*arguments(digits, tmp_path / "out", **said)) == 2
+    printed = capfd.readouterr()
+    assert message in printed.err.splitlines()[-1]
+    assert printed.err.splitlines()[-1].startswith("jobs.train: error: ")
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_weights(digits: Path, tmp_path: Path, own_home: Path) -> None:
-    keys = {"scaling__num_workers": 1, "checkpoint__every_steps": 5, "optim__epochs": 2}
-    straight = run_command(*arguments(digits, tmp_path / "straight", **keys), timeout_s=250)
-    assert straight.returncode == 0, straight.stderr[-3000:]
-    broken = arguments(digits, tmp_path / "broken", **keys)
-    driver = subprocess.Popen(
-        [sys.executable, "-m", *broken], cwd=REPOSITORY, env=os.environ, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    # Ray Train's own list of checkpoints: what it names is there.
-    while not (tmp_path / "broken" / "checkpoint_manager_snapshot.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+def test_too_many_failed_images_stop_the_run_with_one_line(digits: Path, tmp_path: Path, own_home: Path) -> None:
+    listed = ["uri,label"]
+    for index, path in enumerate(sorted((digits / "train").rglob("*.png"))):
+        listed.append(f"{path if index % 4 else '/absent.png'},{path.parent.name}")
+    (tmp_path / "train.csv").write_text("\n".join(listed))
+    keys = {"data__train__uri": tmp_path / "train.csv"}
+    done = run_command("jobs.train", *arguments(digits, tmp_path / "out", **keys), timeout_s=200)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("jobs.train: error: ")
+    assert "more than failure.max_fraction = 0.05" in last
+    assert "not_found" in last
+
+
+def kill_worker(driver: "subprocess.Popen[bytes]") -> None:
+    """End one training worker; the run goes on by itself."""
+    workers = [pid for pid, name in descendants(driver.pid).items() if name.startswith("ray::RayTrainWorker")]
+    os.kill(workers[0], signal.SIGKILL)
+
+
+def kill_driver(driver: "subprocess.Popen[bytes]") -> None:
+    """End the driver alone; Ray notices."""
     driver.kill()
-    driver.wait()
-    resumed = run_command(*broken, timeout_s=250)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "going on at step" in resumed.stderr + resumed.stdout
-    first, second = (summary_of(run.stdout) for run in (straight, resumed))
-    assert first["top1"] == second["top1"]
-    ours, theirs = (resolve_weights(ModelConfig(weights=one["checkpoint_uri"])).state_dict for one in (first, second))
-    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+
+
+def kill_all_of_ray(driver: "subprocess.Popen[bytes]") -> None:
+    """End everything at once."""
+    kill_tree(driver.pid)
+
+
+RECORDED: dict[str, Any] = {"checkpoint__every_steps": 5, "optim__epochs": 2}
+
+
+def record(folder: Path, digits: Path, **keys: object) -> "subprocess.Popen[bytes]":
+    """Start a run that writes down its ids."""
+    request = arguments(digits, folder / "output", **(RECORDED | keys))
+    command = [sys.executable, "-m", "tests.support.recorded_training", str(folder / "record"), *request]
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def end(run: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    stdout, stderr = run.communicate(timeout=280)
+    assert run.returncode == 0, stderr[-3000:].decode()
+    return summary_of(stdout.decode())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    digits: Path, tmp_path_factory: pytest.TempPathFactory, own_home: Path
+) -> Callable[[int], tuple[dict[str, Any], list[list[dict[str, Any]]]]]:
+    """Number of workers to summary and ids of a run from its first step to its last."""
+
+    @functools.cache
+    def ran(num_workers: int) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        summary = end(record(folder, digits, scaling__num_workers=num_workers))
+        return summary, read_records(folder / "record")
+
+    return ran
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num_workers", "kill"), [(1, kill_worker), (1, kill_driver), (1, kill_all_of_ray), (2, kill_worker)]
+)
+def test_a_run_goes_on_at_the_batch_after_the_last_checkpoint(
+    num_workers: int,
+    kill: Callable[["subprocess.Popen[bytes]"], None],
+    undisturbed: Callable[[int], tuple[dict[str, Any], list[list[dict[str, Any]]]]],
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    expected, expected_records = undisturbed(num_workers)
+    folder = tmp_path / "run"
+    run = record(folder, digits, scaling__num_workers=num_workers)
+    wait_for_checkpoint(folder / "output")
+    kill(run)
+    if kill is not kill_worker:
+        run.communicate(timeout=60)
+        run = record(folder, digits, scaling__num_workers=num_workers)
+    summary = end(run)
+    ids = {(line["step"], line["rank"]): line["ids"] for lines in expected_records for line in lines}
+    records = read_records(folder / "record")
+    assert all(line["ids"] == ids[line["step"], line["rank"]] for lines in records for line in lines)
+    # The second time begins after a checkpoint within the first epoch, and goes on to the end.
+    first, second = ([line["step"] for line in lines] for lines in records if lines[0]["rank"] == 0)
+    assert 0 < second[0] < 18
+    assert second[0] % 5 == 0
+    assert first == list(range(len(first)))
+    assert second[0] <= len(first)
+    assert second == list(range(second[0], 36))
+    assert abs(summary["top1"] - expected["top1"]) < 0.15
+    if num_workers == 1:
+        assert_same_weights(summary, expected)
+    lines = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+    said = [line["step"] for line in lines if line["kind"] == "step"]
+    assert said == sorted(set(said))
+
+
+def wait_for_checkpoint(output: Path) -> None:
+    """Wait for Ray Train's own list of checkpoints: what it names is there."""
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoint_manager_snapshot.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def train_on(server: RayHead, *request: str) -> dict[str, Any]:
+    """Run the job in this process on the tests' Ray; returns its summary."""
+    from jobs.train import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", server.address)
+        patch.setenv("HOME", str(server.home))
+        return train(parse_config(TrainConfig, request))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_validation_counts_each_image_once_at_any_number_of_workers(
+    ray_server: RayHead, all_digits: Path, tmp_path: Path
+) -> None:
+    listed = ["uri,label"] + [f"{path},{path.parent.name}" for path in sorted(all_digits.rglob("*.png"))[:1001]]
+    (tmp_path / "validation.csv").write_text("\n".join(listed))
+    torch.manual_seed(0)
+    state = timm.create_model(SMALL, num_classes=10).state_dict()
+    state["fc.weight"] *= 1000  # so that images get classes of their own
+    safetensors.torch.save_file(state, tmp_path / "ten.safetensors")
+    keys = {
+        "model__weights": tmp_path / "ten.safetensors",
+        "model__freeze_batch_norm": True,
+        "data__validation__uri": tmp_path / "validation.csv",
+        "optim__epochs": 1,
+        "optim__global_batch_size": 600,
+        "optim__lr": 1e-30,  # too small for any weight to move
+    }
+    found = []
+    for num_workers in (1, 2, 3):
+        output = tmp_path / str(num_workers)
+        train_on(ray_server, *arguments(all_digits, output, scaling__num_workers=num_workers, **keys))
+        (last,) = json.loads((output / "_run.json").read_text())["history"]
+        found.append([last[key] for key in ("num_validation_images", "top1", "top5", "num_validation_failed")])
+    assert found[0][0] == 1001
+    assert 0 < found[0][1] < found[0][2] < 1
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODEL_CARDS)
+def test_each_of_the_five_takes_two_steps(ray_server: RayHead, name: str, digits: Path, tmp_path: Path) -> None:
+    images = sorted(path for path in (digits / "train").rglob("*.png") if path.stem != "torn")[:16]
+    (tmp_path / "train.csv").write_text("\n".join(["uri,label", *[f"{path},{path.parent.name}" for path in images]]))
+    data = {"data__train__uri": tmp_path / "train.csv", "data__validation__uri": tmp_path / "train.csv"}
+    keys = {"model__name": name, "optim__global_batch_size": 8, "optim__epochs": 1, "scaling__num_workers": 1}
+    summary = train_on(ray_server, *arguments(digits, tmp_path / "out", **data, **keys, preprocess__image_size=64))
+    (last,) = json.loads((tmp_path / "out" / "_run.json").read_text())["history"]
+    assert (last["step"], last["num_validation_images"]) == (2, 16)
+    assert resolve_weights(ModelConfig(weights=summary["checkpoint_uri"])).name == name

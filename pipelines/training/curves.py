@@ -1,0 +1,44 @@
+"""A picture of a training run: loss, top-1 and learning rate over the epochs."""
+
+import io
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SIZE_INCHES = (9, 9)
+DOTS_PER_INCH = 120
+
+
+def draw_curves(records: list[dict[str, Any]], steps_per_epoch: int) -> bytes:
+    """The lines of `metrics.jsonl` as a PNG.
+
+    Args:
+        records: as `TrainingLog` keeps them.
+        steps_per_epoch: from steps to epochs, the horizontal axis.
+    """
+    steps = [record for record in records if record["kind"] == "step"]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    figure = Figure(SIZE_INCHES, layout="constrained")
+    loss, top1, rate = figure.subplots(3, 1, sharex=True)
+    _plot(loss, steps, "loss", "training, over a few seconds", steps_per_epoch, linewidth=0.7)
+    _plot(loss, epochs, "train_loss", "training, over the epoch", steps_per_epoch, marker=".")
+    for name in ("model", "average"):
+        _plot(loss, epochs, f"{name}_loss", f"validation, {name}", steps_per_epoch, marker=".")
+        _plot(top1, epochs, f"{name}_top1", name, steps_per_epoch, marker=".")
+    _plot(rate, sorted(steps + epochs, key=lambda record: record["step"]), "lr", "rate", steps_per_epoch)
+    for axes, title in ((loss, "Loss"), (top1, "Top-1 on the validation set"), (rate, "Learning rate")):
+        axes.set_title(title, loc="left")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    rate.set_xlabel("Epoch")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    return buffer.getvalue()
+
+
+def _plot(axes: Axes, records: list[dict[str, Any]], key: str, label: str, steps_per_epoch: int, **style: Any) -> None:
+    points = [(record["step"] / steps_per_epoch, record[key]) for record in records if key in record]
+    if points:
+        axes.plot(*zip(*points), label=label, **style)

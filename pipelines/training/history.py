@@ -1,0 +1,20 @@
+"""What the epochs came to, and which of them was the best."""
+
+from typing import Any
+
+SCORE = "top1"
+# What a checkpoint scores that was not measured: never the best.
+NO_SCORE = -1.0
+
+
+def final_score(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the best epoch: the highest top-1, or the last where nothing was measured.
+
+    Of epochs that are equal it is the last, which is the one whose checkpoint Ray Train keeps.
+    """
+    return max(history, key=lambda record: (record.get(SCORE, 0.0), record["epoch"]), default={})
+
+
+def mean_rate(history: list[dict[str, Any]]) -> float:
+    """Images per second over the epochs, without validation."""
+    return sum(record["images_per_s"] for record in history) / len(history) if history else 0.0

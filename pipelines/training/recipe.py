@@ -1,0 +1,99 @@
+"""The parts of a recipe, by timm's factories."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from pipelines.config.train import TrainConfig
+from pipelines.errors import RequestError
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
+    """All batch norms of a module."""
+    return (child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
+
+
+def freeze(module: nn.Module, config: TrainConfig) -> None:
+    """Leave out of the training what the config says."""
+    if config.model.freeze_backbone:
+        module.requires_grad_(False)
+        cast(Any, module).get_classifier().requires_grad_(True)
+    if config.model.freeze_batch_norm:
+        for norm in batch_norms(module):
+            norm.requires_grad_(False)
+
+
+def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Timm's optimizer of that name; frozen parameters are left out, biases and norms are not decayed.
+
+    Raises:
+        RequestError: timm knows no such optimizer, or it does not work here.
+    """
+    optim = config.optim
+    known = [str(name) for name in list_optimizers()]
+    if optim.opt.lower() not in known:
+        near = difflib.get_close_matches(optim.opt.lower(), known, n=3)
+        hint = f", did you mean {' or '.join(near)}?" if near else f"; it knows: {', '.join(known)}"
+        raise RequestError(f"timm knows no optimizer {optim.opt!r}{hint}")
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=optim.opt,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+        )
+    except (ValueError, AssertionError) as error:
+        raise RequestError(f"optim.opt = {optim.opt}: {error}") from None
+
+
+def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    """Timm's schedule, at step 0; `step_update(num_updates)` moves it to any other."""
+    optim = config.optim
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=optim.sched,
+        num_epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        warmup_lr=optim.warmup_lr,
+        min_lr=optim.min_lr,
+        decay_epochs=optim.decay_epochs,
+        decay_rate=optim.decay_rate,
+        decay_milestones=optim.decay_milestones,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    schedule.step_update(num_updates=0)
+    return schedule
+
+
+def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Timm's mixup and CutMix; None where neither is asked for."""
+    augment = config.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    smoothing = config.optim.label_smoothing
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+
+def make_loss(config: TrainConfig, is_soft: bool) -> nn.Module:
+    """The mean loss over a batch.
+
+    Args:
+        config: of the run.
+        is_soft: whether targets are probabilities, as mixup makes them, with the smoothing in them.
+    """
+    smoothing = config.optim.label_smoothing
+    if config.optim.bce_loss:
+        return BinaryCrossEntropy(smoothing=0.0 if is_soft else smoothing)
+    if is_soft:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()

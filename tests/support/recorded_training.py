@@ -1,0 +1,56 @@
+"""`jobs.train`, whose workers write down which images they learn from.
+
+    python -m tests.support.recorded_training FOLDER [--section.key VALUE]...
+
+Writes a line of JSON for each step of each worker: `step` (from 0), `rank` and `ids`.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def recording_worker(config: dict[str, Any]) -> Any:
+    """What Ray Train runs in place of `run_worker`."""
+    from pipelines.training.learner import Learner
+    from pipelines.training.worker import run_worker
+
+    learn = Learner.learn
+    path = Path(os.environ["RECORD_FOLDER"]) / f"{time.time_ns()}.jsonl"
+
+    def recorded(self: Learner, share: dict[str, Any]) -> float:
+        with path.open("a") as file:
+            print(json.dumps({"step": self.step, "rank": self.rank, "ids": share["id"].tolist()}), file=file)
+        return learn(self, share)
+
+    Learner.learn = recorded  # type: ignore[method-assign]
+    return run_worker(config)
+
+
+def read_records(folder: Path) -> list[list[dict[str, Any]]]:
+    """The lines of each worker, in the order of their starts."""
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.iterdir())]
+
+
+def main() -> int:
+    """Run the job."""
+    from jobs.train import train
+    from pipelines.config.train import TrainConfig
+    from pipelines.job import run_job
+
+    os.environ["RECORD_FOLDER"] = sys.argv[1]
+    Path(sys.argv[1]).mkdir(exist_ok=True)
+    from pipelines.logs import log_to_stderr
+
+    log_to_stderr()  # before Ray is imported
+    from pipelines.training import run
+
+    run.run_worker = recording_worker  # type: ignore[attr-defined]
+    return run_job("jobs.train", TrainConfig, train, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

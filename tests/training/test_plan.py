@@ -1,0 +1,93 @@
+"""What a dry run says, and what is refused before Ray starts."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from pipelines.config.train import TrainConfig
+from pipelines.errors import RequestError
+from pipelines.training.plan import plan_training
+from pipelines.training.start import resolve_start
+
+SMALL = "ecaresnet26t"
+
+
+def plan(num_train: int = 1000, **sections: Any) -> Any:
+    base = {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "preprocess": {"image_size": 64}}
+    base |= {"model": {"name": SMALL, "weights": "random"}, "optim": {}}
+    base["optim"] = {"global_batch_size": 64, "epochs": 10} | sections.pop("optim", {})
+    config = TrainConfig.model_validate(base | sections)
+    return plan_training(config, resolve_start(config, ["a", "b", "c"]), num_train, 100)
+
+
+def test_batches_and_rates() -> None:
+    found = plan(optim={"lr": 0.2, "sched": "step", "decay_epochs": 4, "warmup_epochs": 1}, scaling={"num_workers": 4})
+    assert (found.steps_per_epoch, found.num_left_out, found.total_steps, found.batch_size_per_pass) == (
+        15,
+        40,
+        150,
+        16,
+    )
+    rates = dict(found.rates)
+    assert rates[1] == pytest.approx(1e-5)
+    assert (rates[2], rates[5], rates[10]) == (0.2, pytest.approx(0.02), pytest.approx(0.002))
+    text = "\n".join(found.lines())
+    assert "15 steps an epoch (40 images left out of each)" in text
+    assert "3 classes" in text
+
+
+@pytest.mark.parametrize(("opt", "num_copies"), [("sgd", 3), ("adamw", 4), ("lamb", 4)])
+def test_memory_of_the_state(opt: str, num_copies: int) -> None:
+    found = plan(optim={"opt": opt})
+    num_parameters = sum(tensor.numel() for tensor in timm.create_model(SMALL, num_classes=3).parameters())
+    assert found.num_parameters == found.num_trained == num_parameters
+    assert found.state_bytes == pytest.approx(4 * num_copies * num_parameters, rel=1e-3)
+
+
+def test_memory_of_the_activations_is_what_autograd_keeps() -> None:
+    model = timm.create_model(SMALL, num_classes=3).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(16, 3, 64, 64))
+    measured = sum(num_bytes for place, num_bytes in kept.items() if place not in own)
+    assert plan(optim={"global_batch_size": 16}).activation_bytes == pytest.approx(measured, rel=0.1)
+
+
+def test_a_frozen_backbone_needs_less() -> None:
+    whole, head = plan(), plan(model={"name": SMALL, "weights": "random", "freeze_backbone": True})
+    assert head.num_trained == 3 * 2048 + 3
+    assert head.state_bytes < whole.state_bytes / 2
+    assert head.activation_bytes < whole.activation_bytes / 10
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"opt": "adamx"}}, "knows no optimizer 'adamx', did you mean"),
+        ({"optim": {"opt": "fusedsgd"}}, "CUDA"),
+        ({"optim": {"global_batch_size": 2000}}, "1000 training images make no batch"),
+        ({"augment": {"auto_augment": "nonsense"}}, "augment.auto_augment = 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_in_one_line(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        plan(**sections)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "step", "multistep", "poly", "tanh", "constant"])
+def test_every_schedule_that_the_config_names_is_timms(sched: str) -> None:
+    rates = plan(optim={"sched": sched, "lr": 0.1, "decay_milestones": [3], "decay_epochs": 5}).rates
+    assert rates[0] == (1, pytest.approx(0.1))
+    assert (rates[-1][1] == 0.1) == (sched == "constant")
