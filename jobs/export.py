@@ -1,0 +1,18 @@
+"""Write a checkpoint of jobs.train as a timm directory."""
+
+import sys
+from typing import Any
+
+from pipelines.config.export import ExportConfig
+from pipelines.job import run_job
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Run the job; returns the summary."""
+    from pipelines.training.export import run  # late: torch and timm
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("jobs.export", ExportConfig, export))

@@ -1,0 +1,67 @@
+"""A checkpoint as a timm directory: the measured best where the checkpoint is one, else what it goes on from."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.export import ExportConfig
+from pipelines.errors import RequestError
+from pipelines.images.transform import EvalTransform
+from pipelines.models.build import create
+from pipelines.run_record import RUN_FILE
+from pipelines.storage import uris
+from pipelines.storage.filesystem import download, in_plain_words, list_names, read_bytes, write_bytes
+from pipelines.training.checkpoint import STATE_FILE, TIMM_FILES, load_state, save_timm_directory
+
+
+def run(config: ExportConfig) -> dict[str, Any]:
+    """Write `model.safetensors` and `config.json`; returns the summary.
+
+    Raises:
+        RequestError: there is no checkpoint, or the output is not empty.
+    """
+    output_uri = uris.normalize(config.output.uri)
+    with in_plain_words("read", output_uri):
+        found = list_names(output_uri)
+    if found:
+        raise RequestError(f"{output_uri} is not empty: found {found[0]}")
+    checkpoint_uri = _find_checkpoint(uris.normalize(config.checkpoint.uri))
+    with tempfile.TemporaryDirectory() as folder:
+        contents = _timm_files(checkpoint_uri, Path(folder))
+    with in_plain_words("write to", output_uri):
+        for name, content in contents.items():
+            write_bytes(uris.join(output_uri, name), content)
+    described = json.loads(contents["config.json"])
+    return {
+        "model": described["architecture"],
+        "num_classes": described["num_classes"],
+        "checkpoint_uri": checkpoint_uri,
+        "output_uri": output_uri,
+    }
+
+
+def _find_checkpoint(uri: str) -> str:
+    with in_plain_words("read", uri):
+        names = list_names(uri)
+        record = json.loads(read_bytes(uris.join(uri, RUN_FILE))) if RUN_FILE in names else None
+    if record is None:
+        if STATE_FILE not in names and not set(TIMM_FILES) <= set(names):
+            raise RequestError(f"no checkpoint at {uri}: it holds neither {STATE_FILE} nor {' and '.join(TIMM_FILES)}")
+        return uri
+    if "checkpoint_uri" not in record.get("summary", {}):
+        raise RequestError(f"the run at {uri} has not ended: name one of its checkpoints")
+    return str(record["summary"]["checkpoint_uri"])
+
+
+def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
+    with in_plain_words("read the checkpoint", checkpoint_uri):
+        if set(TIMM_FILES) <= set(list_names(checkpoint_uri)):
+            return {name: read_bytes(uris.join(checkpoint_uri, name)) for name in TIMM_FILES}
+        state = load_state(Path(download(uris.join(checkpoint_uri, STATE_FILE), str(folder))).parent)
+    described, learnt = state["model"], state["learner"]
+    module = create(described["name"], len(described["class_names"]))
+    module.load_state_dict(learnt["state_dict"] if learnt["state_dict_ema"] is None else learnt["state_dict_ema"])
+    transform = EvalTransform(**described["transform"])
+    save_timm_directory(folder, module, tuple(described["class_names"]), transform)
+    return {name: (folder / name).read_bytes() for name in TIMM_FILES}

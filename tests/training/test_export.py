@@ -1,0 +1,83 @@
+"""Checkpoints as timm directories."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from pipelines.config.export import ExportConfig
+from pipelines.errors import RequestError
+from pipelines.images.transform import EvalTransform
+from pipelines.training.checkpoint import describe_model, save_state, save_timm_directory
+from pipelines.training.export import run
+
+SMALL = "ecaresnet26t"
+NAMES = ("ant", "bee", "cat")
+TRANSFORM = EvalTransform((64, 64), 0.9, "center", "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def export(checkpoint: Path, output: Path) -> dict[str, Any]:
+    return run(ExportConfig.model_validate({"checkpoint": {"uri": str(checkpoint)}, "output": {"uri": str(output)}}))
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(1)
+    return timm.create_model(SMALL, num_classes=3).eval()
+
+
+def state(model: Any, average: Any) -> dict[str, Any]:
+    learner = {"state_dict": model.state_dict(), "state_dict_ema": None if average is None else average.state_dict()}
+    return {"model": describe_model(SMALL, NAMES, TRANSFORM), "learner": learner}
+
+
+def assert_timm_loads(folder: Path, model: Any) -> None:
+    loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+    assert loaded.pretrained_cfg["mean"] == [0.1, 0.2, 0.3]
+    assert list(loaded.pretrained_cfg["input_size"]) == [3, 64, 64]
+    assert json.loads((folder / "config.json").read_text())["label_names"] == list(NAMES)
+
+
+def test_of_a_state_alone_the_average_is_exported(model: Any, tmp_path: Path) -> None:
+    save_state(tmp_path, state(model, None))
+    summary = export(tmp_path, tmp_path / "out")
+    assert (summary["model"], summary["num_classes"]) == (SMALL, 3)
+    assert_timm_loads(tmp_path / "out", model)
+    average = timm.create_model(SMALL, num_classes=3).eval()
+    save_state(tmp_path, state(model, average))
+    export(tmp_path, tmp_path / "average")
+    assert_timm_loads(tmp_path / "average", average)
+
+
+def test_the_measured_best_and_a_finished_run_are_exported_as_they_are(model: Any, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint_1"
+    checkpoint.mkdir(parents=True)
+    save_timm_directory(checkpoint, model, NAMES, TRANSFORM)
+    record = {"identity": {}, "summary": {"checkpoint_uri": str(checkpoint)}}
+    (tmp_path / "run" / "_run.json").write_text(json.dumps(record))
+    export(checkpoint, tmp_path / "one")
+    export(tmp_path / "run", tmp_path / "two")
+    assert_timm_loads(tmp_path / "one", model)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no checkpoint at"):
+        export(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "state.pt").write_bytes(b"torn")
+    with pytest.raises(RequestError, match="no checkpoint that can be loaded safely"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(RequestError, match=r"is not empty: found state\.pt"):
+        export(tmp_path, tmp_path)
+    (tmp_path / "_run.json").write_text(json.dumps({"identity": {}}))
+    with pytest.raises(RequestError, match="has not ended"):
+        export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
