@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 setup: $(VENV)/.installed  ## make the environment, in .venv
 
-demo: setup  ## label and embed photographs from an S3 store on this machine
+demo: setup  ## label photographs, and learn digits, from an S3 store on this machine
 	$(LIMIT) 900 $(RUN) -m cluster.demo
 
 test: setup  ## the fast tests
