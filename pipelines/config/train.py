@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pipelines.config.base import Section
 from pipelines.config.sections import MAX_BYTES, PILLOW_MAX_PIXELS, LabelledInputConfig, without_credentials
@@ -188,14 +188,29 @@ class ScalingConfig(Section):
     """Whether each worker takes a GPU. Default: false."""
 
     resources_per_worker: dict[str, float] | None = None
-    """What Ray sets aside for each worker. Default: with a GPU, that and one CPU; else half of the CPUs shared among
-    the workers, so that fetching and decoding go on."""
+    """What Ray sets aside for each worker; on CPUs also its number of threads. Default: with a GPU, that and one CPU;
+    else half of the CPUs shared among the workers, so that fetching and decoding go on, and all of the cores shared as
+    threads."""
 
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How the workers are placed on the nodes. Default: PACK."""
 
     accelerator_type: str | None = None
     """Type of GPU that the nodes must have, by Ray's name. Default: any."""
+
+    label_selector: dict[str, str] | None = None
+    """Labels that the workers' nodes must have, by Ray's names. Default: any node."""
+
+    elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0)
+    """Seconds between looks at whether more workers fit, where `num_workers` is a range. Default: 60."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _at_least_one_worker(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = (value, value) if isinstance(value, int) else value
+        if not 1 <= least <= most:
+            raise ValueError("a number from 1, or the least and the most of the workers")
+        return value
 
 
 class CheckpointConfig(Section):

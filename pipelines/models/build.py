@@ -61,6 +61,13 @@ def create(name: str, num_classes: int | None = None) -> TimmModule:
     return timm.create_model(name, **options).eval()
 
 
+def classifier_prefixes(module: TimmModule) -> tuple[str, ...]:
+    """How the names of the classifier's tensors begin; distilled models have two classifiers."""
+    classifier = module.pretrained_cfg["classifier"]
+    names = classifier if isinstance(classifier, list | tuple) else [classifier]
+    return tuple(f"{name}." for name in names)
+
+
 def load_weights(module: TimmModule, name: str, state_dict: Mapping[str, torch.Tensor]) -> TimmModule:
     """A module of `build_on_meta` with weights that fit it; none are drawn at random where that can be avoided."""
     module.load_state_dict(state_dict, assign=True)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -13,6 +13,7 @@ from torch import nn
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
+from pipelines.models.build import TimmModule, classifier_prefixes
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -20,11 +21,11 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     return (child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
 
 
-def freeze(module: nn.Module, config: TrainConfig) -> None:
+def freeze(module: TimmModule, config: TrainConfig) -> None:
     """Leave out of the training what the config says."""
     if config.model.freeze_backbone:
-        module.requires_grad_(False)
-        cast(Any, module).get_classifier().requires_grad_(True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.startswith(classifier_prefixes(module)))
     if config.model.freeze_batch_norm:
         for norm in batch_norms(module):
             norm.requires_grad_(False)

@@ -92,18 +92,13 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
         num_threads=resources.num_threads,
         num_cpus_per_task=resources.num_cpus_per_task,
     )
-    num_workers: Any = config.scaling.num_workers  # a range too, which the annotations of Ray leave out
+    per_worker = resources.per_worker
     parent, name = posixpath.split(config.output.uri)
     trainer = TorchTrainer(
         run_worker,  # type: ignore[arg-type] # it returns something, which Ray hands on
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=config.scaling.use_gpu,
-            resources_per_worker=resources.per_worker,
-            placement_strategy=config.scaling.placement_strategy,
-            accelerator_type=config.scaling.accelerator_type,
-        ),
+        # The same fields; Ray's annotations leave out those that are new.
+        scaling_config=ray.train.ScalingConfig(**config.scaling.model_dump() | {"resources_per_worker": per_worker}),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=parent,

@@ -9,7 +9,14 @@ import torch
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig, TrainModelConfig
 from pipelines.images.transform import EvalTransform
-from pipelines.models.build import TimmModule, build_on_meta, check_model_name, describe, resolve_transform
+from pipelines.models.build import (
+    TimmModule,
+    build_on_meta,
+    check_model_name,
+    classifier_prefixes,
+    describe,
+    resolve_transform,
+)
 from pipelines.models.labels import resolve_class_ids, resolve_label_names
 from pipelines.models.weights import Weights, resolve_weights
 
@@ -75,7 +82,7 @@ def build_module(config: TrainConfig, start: StartingPoint) -> TimmModule:
     )
     missing, unexpected = module.load_state_dict(start.state_dict, strict=False)
     assert not unexpected
-    assert not start.state_dict or all(name.startswith(_classifier_prefixes(module)) for name in missing), missing
+    assert not start.state_dict or all(name.startswith(classifier_prefixes(module)) for name in missing), missing
     return module
 
 
@@ -86,11 +93,5 @@ def _without_training_keys(model: TrainModelConfig) -> ModelConfig:
 
 def _backbone(weights: Weights, num_classes: int) -> dict[str, torch.Tensor]:
     """The tensors that a model of another number of classes has too: all but the classifier's."""
-    prefixes = _classifier_prefixes(build_on_meta(weights.name, num_classes))
+    prefixes = classifier_prefixes(build_on_meta(weights.name, num_classes))
     return {name: tensor for name, tensor in weights.state_dict.items() if not name.startswith(prefixes)}
-
-
-def _classifier_prefixes(module: TimmModule) -> tuple[str, ...]:
-    classifier = module.pretrained_cfg["classifier"]
-    names = classifier if isinstance(classifier, list | tuple) else [classifier]
-    return tuple(f"{name}." for name in names)

@@ -126,6 +126,21 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
     assert changed == {"head"} or changed == {"fc"}
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet18", 32), ("mobilenetv3_small_050", 64), ("convnext_atto", 64), ("deit_tiny_distilled_patch16_224", 224)],
+)
+def test_any_timm_classifier_takes_two_steps(name: str, size: int) -> None:
+    task = Task(name, num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, steps_per_epoch=5)
+    rows = share(stop=4)
+    rows["image"] = np.repeat(np.repeat(rows["image"], size // 32, axis=1), size // 32, axis=2)
+    for frozen in (False, True):
+        model = {"freeze_backbone": frozen}
+        learner = Learner(config(model=model), task, timm.create_model(name, num_classes=4), CPU)
+        assert np.isfinite([learner.learn(rows) for _ in range(2)]).all()
+        assert learner.measure(rows)["model"][0] == 4
+
+
 def test_the_average_lags_behind() -> None:
     learner = Learner(config(optim={"ema_decay": 0.5}), TASK, module(), CPU)
     losses(learner, 4)

@@ -1,0 +1,58 @@
+"""What CPUs cannot show: mixed precision, the compiler and synchronized batch norm. Not run without a GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+
+from pipelines.training.learner import Learner
+from tests.training.test_learner import TASK, config, losses, module, share
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_it_learns_in_mixed_precision(precision: str) -> None:
+    learner = Learner(config(optim={"precision": precision, "clip_grad": 5.0}), TASK, module(), GPU)
+    for _ in range(40):
+        learner.learn(share(step=3))
+    images, top1, _, _ = learner.measure(share(step=3))["model"].tolist()
+    assert (images, top1) == (8, 8)
+    assert all(torch.isfinite(parameter).all() for parameter in learner.module.parameters())
+
+
+def test_the_scaler_goes_on_from_the_state() -> None:
+    whole = Learner(config(optim={"precision": "float16"}), TASK, module(), GPU)
+    losses(whole, 3)
+    resumed = Learner(config(optim={"precision": "float16"}), TASK, module(), GPU)
+    resumed.load_state(whole.state())
+    assert resumed.state()["scaler"] == whole.state()["scaler"]
+    np.testing.assert_allclose(losses(resumed, 2), losses(whole, 2), rtol=1e-3)
+
+
+def test_compiled_it_learns_the_same() -> None:
+    frozen = {"model": {"freeze_batch_norm": True}}
+    eager = losses(Learner(config(**frozen), TASK, module(), GPU), 5)
+    compiled = losses(Learner(config(**frozen, optim={"compile": True}), TASK, module(), GPU), 5)
+    np.testing.assert_allclose(compiled, eager, rtol=1e-2)
+
+
+def _worker(rank: int, folder: str) -> None:
+    # gloo: two workers may share a GPU, which NCCL refuses.
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    sections: dict[str, Any] = {"model": {"sync_batch_norm": True}, "scaling": {"use_gpu": True, "num_workers": 2}}
+    learner = Learner(config(**sections), TASK, module(), GPU, rank, world_size=2)
+    torch.save(losses(learner, 20, start=rank * 4, stop=rank * 4 + 4), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_with_synchronized_batch_norm_two_workers_learn_what_one_does(tmp_path: Path) -> None:
+    expected = losses(Learner(config(), TASK, module(), GPU), 20)
+    spawn(_worker, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    np.testing.assert_allclose(np.add(first, second), expected, rtol=1e-3)
