@@ -39,20 +39,17 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
     num_cpus, num_gpus = sum(node.num_cpus for node in nodes), sum(node.num_gpus for node in nodes)
     workers = scaling.num_workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
-    if scaling.use_gpu:
-        if num_gpus < least and not may_grow:
-            raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
-        return WorkerResources(scaling.resources_per_worker or {"GPU": 1, "CPU": 1}, None, 1.0)
-    share = num_cpus / 2 / most
-    wanted = (scaling.resources_per_worker or {}).get("CPU", max(share, MIN_CPUS_PER_WORKER))
+    if scaling.use_gpu and num_gpus < least and not may_grow:
+        raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
+    share = max(num_cpus / 2 / most, MIN_CPUS_PER_WORKER)
+    default = {"GPU": 1.0, "CPU": min(1.0, share)} if scaling.use_gpu else {"CPU": share}
+    per_worker = scaling.resources_per_worker or default
+    wanted = per_worker.get("CPU", 0.0)
     if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not may_grow:
         raise RequestError(
             f"scaling.num_workers = {least} at {wanted:g} CPUs each asks for {wanted * least:g} of {num_cpus:g} CPUs, "
             f"and leaves none for fetching and decoding"
         )
     left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
-    return WorkerResources(
-        scaling.resources_per_worker or {"CPU": wanted},
-        max(1, int(num_cpus / most)),
-        min(1.0, left / 2),
-    )
+    num_threads = max(1, int(wanted if scaling.resources_per_worker else num_cpus / most))
+    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, min(1.0, left / 2))

@@ -1,0 +1,58 @@
+"""What each training worker gets of the machines."""
+
+from typing import Any
+
+import pytest
+
+from pipelines.config.train import ScalingConfig
+from pipelines.errors import RequestError
+from pipelines.nodes import Node
+from pipelines.training.resources import plan_workers
+
+CLUSTERS = {
+    "one core": [Node(1, 0)],
+    "laptop": [Node(2, 0)],
+    "server": [Node(96, 0)],
+    "as many GPUs as CPUs": [Node(4, 4)],
+    "GPU nodes": [Node(16, 1)] * 4,
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize("num_workers", [1, 2, (1, 3)])
+def test_fetching_and_decoding_always_have_cpus_left(name: str, num_workers: Any) -> None:
+    nodes = CLUSTERS[name]
+    use_gpu = nodes[0].num_gpus > 0
+    plan = plan_workers(ScalingConfig(num_workers=num_workers, use_gpu=use_gpu), nodes, may_grow=False)
+    most = num_workers if isinstance(num_workers, int) else num_workers[1]
+    left = sum(node.num_cpus for node in nodes) - most * plan.per_worker["CPU"]
+    assert 0 < plan.num_cpus_per_task <= max(left, 0.125)
+    assert plan.per_worker.get("GPU", 0) == use_gpu
+    assert (plan.num_threads is None) == use_gpu
+
+
+def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_aside() -> None:
+    laptop = CLUSTERS["laptop"]
+    assert plan_workers(ScalingConfig(num_workers=1), laptop, False).num_threads == 2
+    assert plan_workers(ScalingConfig(num_workers=2), laptop, False).num_threads == 1
+    assert plan_workers(ScalingConfig(resources_per_worker={"CPU": 1}), laptop, False).num_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"num_workers": 9}, "scaling.num_workers = 9 at 0.25 CPUs each asks for 2.25 of 2 CPUs"),
+        ({"use_gpu": True}, "asks for 1 GPUs; the cluster has 0"),
+        ({"resources_per_worker": {"CPU": 2}}, "leaves none for fetching and decoding"),
+    ],
+)
+def test_what_does_not_fit_is_refused_unless_the_cluster_grows(scaling: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan_workers(ScalingConfig(**scaling), CLUSTERS["laptop"], may_grow=False)
+    assert plan_workers(ScalingConfig(**scaling), CLUSTERS["laptop"], may_grow=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, (0, 2), (3, 2)])
+def test_numbers_of_workers_that_make_no_sense_are_refused(num_workers: Any) -> None:
+    with pytest.raises(ValueError, match="the least and the most"):
+        ScalingConfig(num_workers=num_workers)
