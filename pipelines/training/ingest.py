@@ -13,6 +13,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataIterator
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from pipelines.training.batches import ShareLoader, ShareTask
 
@@ -41,16 +42,22 @@ def split_among_workers(
         num_cpus_per_task: what Ray sets aside for each share in the making.
     """
     num_shares = num_steps * loader.world_size
-    dataset = ray.data.range(num_shares, override_num_blocks=num_shares).map_batches(
-        ShareTask(loader, images, first_step, steps_per_epoch),
-        batch_size=1,
+    # `ray.data.range` without its tasks of a whole CPU, which may never be free beside the workers. With the same share
+    # of one for both, number and share are made in one task.
+    numbers = ray.data.read_datasource(
+        RangeDatasource(num_shares, block_format="arrow", column_name="id"),
+        override_num_blocks=num_shares,
         num_cpus=num_cpus_per_task,
+    )
+    dataset = numbers.map_batches(
+        ShareTask(loader, images, first_step, steps_per_epoch), batch_size=1, num_cpus=num_cpus_per_task
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a share is one block, however large
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    return dataset.streaming_split(loader.world_size, equal=False)
+    iterators: list[DataIterator] = dataset.streaming_split(loader.world_size, equal=False)
+    return iterators
 
 
 def max_steps_per_dataset(world_size: int) -> int:

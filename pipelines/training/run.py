@@ -15,7 +15,8 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import run_record
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RunError
+from pipelines.errors import RunError, root_cause
+from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
@@ -105,13 +106,15 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # The best by score, and always the last.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
+            worker_runtime_env={"env_vars": {} if config.scaling.use_gpu else KEEP_FREED_MEMORY},
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg] # our own lines say enough
         ),
     )
     try:
         return trainer.fit()
     except ray.train.TrainingFailedError as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        reason = root_cause(failures[min(failures)])
         raise RunError(f"{reason}; checkpoints stay, and the same command goes on from the last") from error
 
 
