@@ -41,7 +41,9 @@ def root_cause(error: BaseException) -> str:
     cause: BaseException | None = error
     said = type(error).__name__
     while cause is not None:
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        # A traceback of another process is text, the innermost error first.
+        innermost = str(cause).partition("The above exception was the direct cause")[0]
+        lines = [line.strip() for line in innermost.splitlines() if line.strip()]
         said = f"{type(cause).__name__}: {lines[-1]}" if lines else said
-        cause = cause.__cause__
+        cause = cause.__cause__ or getattr(cause, "cause", None)  # the second is Ray's
     return said
