@@ -20,10 +20,11 @@ from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
-from pipelines.inference.replica import KEEP_FREED_MEMORY, PredictOptions, PredictorActor
+from pipelines.inference.replica import PredictOptions, PredictorActor
 from pipelines.inference.request import Request, describe_run, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
+from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
