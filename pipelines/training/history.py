@@ -16,5 +16,5 @@ def final_score(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_rate(history: list[dict[str, Any]]) -> float:
-    """Images per second over the epochs, without validation."""
+    """Images per second over the epochs, without validation and the epochs' checkpoints."""
     return sum(record["images_per_s"] for record in history) / len(history) if history else 0.0

@@ -76,14 +76,18 @@ class TrainingLog:
         return num_images / (time.monotonic() - self._epoch_since)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Say and keep what an epoch came to; the time of the next begins."""
+        """Say and keep what an epoch came to."""
         self._keep({"kind": "epoch"} | record)
         text = f"epoch {record['epoch']} of {self._config.optim.epochs} done: loss {record['train_loss']:.4f}"
         if "top1" in record:
             text += f", top-1 {record['top1']:.4f}, top-5 {record['top5']:.4f}"
         log.info("%s, %.1f images/s", text, record["images_per_s"])
-        self._since = self._epoch_since = time.monotonic()
         self._window, self._num_steps_of_epoch = [], 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what was done beside learning: validation and the epoch's checkpoint."""
+        self._since = self._epoch_since = time.monotonic()
 
     def upload(self, output_uri: str) -> None:
         """Write `metrics.jsonl` and this process's TensorBoard events, whole, under the output."""

@@ -131,6 +131,7 @@ class Worker:
         if self.rank == 0:
             self.log.end_epoch(record)
         self._report({SCORE: float(epoch), **record}, is_best=final_score(self.history) is record)
+        self.log.restart_clock()
 
     def _measure(self, validation: ImageSet) -> dict[str, Any]:
         """Top-1 and top-5 over the whole set, each image counted once."""
