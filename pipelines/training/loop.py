@@ -28,6 +28,9 @@ from pipelines.training.start import StartingPoint, build_module
 
 log = logging.getLogger(__name__)
 
+# All workers have to meet for it; at a step a second, a hopeless set is noticed within two minutes.
+GATHER_ERRORS_EVERY_STEPS = 100
+
 
 def train_worker(job: TrainJob) -> dict[str, Any]:
     """Learn until the last epoch's end; returns what came of it, the same on every worker but for `metrics`."""
@@ -110,9 +113,11 @@ class Worker:
         every_steps = self.config.checkpoint.every_steps
         step = self.learner.step
         is_epoch_end = step % self.steps_per_epoch == 0
-        if not is_epoch_end and (every_steps is None or step % every_steps):
+        is_checkpoint_due = is_epoch_end or (every_steps is not None and step % every_steps == 0)
+        if is_checkpoint_due or step % GATHER_ERRORS_EVERY_STEPS == 0:
+            self._gather_errors()
+        if not is_checkpoint_due:
             return
-        self._gather_errors()
         self.learner.agree_on_statistics()
         if is_epoch_end:
             self._end_epoch()
