@@ -1,5 +1,6 @@
 """What the jobs say while they work: plain lines on stderr."""
 
+import functools
 import logging
 import os
 import sys
@@ -13,6 +14,11 @@ RAYS_NOISE = (
     "Progress bars disabled",
     r"Dataset \S+ execution finished",
 )
+# Warnings of Ray's on the driver that ask nothing of the user, by logger and beginning.
+RAYS_WARNINGS = {
+    "ray._private.worker": "SIGTERM handler is not set",  # the job answers it itself
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+}
 
 
 def log_to_stderr() -> None:
@@ -24,3 +30,9 @@ def log_to_stderr() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
     logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # says where it found credentials, in each process
+    for name, beginning in RAYS_WARNINGS.items():
+        logging.getLogger(name).addFilter(functools.partial(_is_other, beginning))
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(beginning)
