@@ -26,6 +26,9 @@ ErrorKind = Literal[
 ]
 """The closed set of `error_kind` in `failed-*.parquet`."""
 
+TRANSIENT_KINDS: tuple[ErrorKind, ...] = ("timeout", "storage_error")
+"""Those that say nothing of the image: another day it may be had."""
+
 
 class ItemError(Exception):
     """One image failed; the run goes on. Becomes one row of `failed-*.parquet`."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, write_bytes
+from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
 
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -61,6 +61,11 @@ def write_run(output_uri: str, run: dict[str, Any]) -> None:
     """
     with in_plain_words("write to", output_uri):
         write_bytes(uris.join(output_uri, RUN_FILE), json.dumps(run, indent=2).encode())
+
+
+def mark_incomplete(output_uri: str) -> None:
+    """Take `_SUCCESS` away: rows are about to be done anew."""
+    remove(uris.join(output_uri, SUCCESS_FILE))
 
 
 def mark_complete(output_uri: str) -> None:

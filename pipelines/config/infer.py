@@ -5,6 +5,7 @@ from pydantic import model_validator
 from pipelines.config.base import Section
 from pipelines.config.sections import (
     ComputeConfig,
+    FailureConfig,
     InputConfig,
     ModelConfig,
     OutputConfig,
@@ -22,6 +23,7 @@ class InferConfig(Section):
     outputs: OutputsConfig = OutputsConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     compute: ComputeConfig = ComputeConfig()
+    failure: FailureConfig = FailureConfig()
 
     @model_validator(mode="after")
     def _something_is_written(self) -> "InferConfig":

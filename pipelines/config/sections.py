@@ -112,6 +112,18 @@ class PreprocessConfig(Section):
     A decoding task holds 3 bytes per pixel, more for some formats. Default: Pillow's own limit, 178,956,970."""
 
 
+class FailureConfig(Section):
+    """Images that cannot be had."""
+
+    max_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Share of the images that may fail before the run stops, with the commonest reasons; what is done stays. It is
+    looked at once 1,000 images are done, or all where there are fewer. Default: 0.05."""
+
+    retry: Literal["none", "transient", "all"] = "none"
+    """Which failed rows of an earlier run are done anew: `transient` those whose store failed (`timeout`,
+    `storage_error`), `all` every one. Rows that share a file with one of them are done anew too. Default: none."""
+
+
 class ComputeConfig(Section):
     """The machines' share. Every default is planned from what the cluster has."""
 

@@ -3,40 +3,106 @@
 The ids in the files that are there are the checkpoint: a rerun does what is missing.
 """
 
+import functools
+import json
+from collections import Counter
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines import run_record
+from pipelines.inference.write import digest_of, reasons_of
 from pipelines.storage import uris
-from pipelines.storage.filesystem import list_names, read_bytes
+from pipelines.storage.filesystem import list_names, read_bytes, remove, write_bytes
 
 NUM_READERS = 8
+FILES_FILE = "_files.json"
 
 
-def find_done(output_uri: str, num_inputs: int) -> tuple[NDArray[np.bool_], int, int]:
-    """Which ids the committed files hold.
+@dataclass(frozen=True)
+class Done:
+    """What an output holds.
+
+    Attributes:
+        flags: one an id, whether it has a row.
+        num_files: Parquet files.
+        failures: how often each reason was given in the failed rows.
+    """
+
+    flags: NDArray[np.bool_]
+    num_files: int
+    failures: Counter[str]
+
+
+def find_done(output_uri: str, num_inputs: int) -> Done:
+    """Read what the committed files hold, of the good ones the ids alone.
 
     Args:
         output_uri: the output.
         num_inputs: rows of its manifest.
+    """
+    flags = np.zeros(num_inputs, dtype=np.bool_)
+    names = [name for name in list_names(output_uri) if name.endswith(".parquet")]
+    failures: Counter[str] = Counter()
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        for name, table in zip(names, pool.map(functools.partial(_read_ids, output_uri), names)):
+            flags[table["id"].to_numpy()] = True
+            if _is_of_failed(name):
+                failures.update(reasons_of(table))
+    return Done(flags, len(names), failures)
+
+
+def drop_failed(output_uri: str, kinds: Container[str]) -> int:
+    """Remove each file of failed rows that holds one of these kinds, so that its images are missing again.
+
+    A file goes as a whole and at once: whatever happens next, no image has two rows.
 
     Returns:
-        One flag an id, the number of files, and how many of the ids are failed rows.
+        How many rows went.
     """
-    done = np.zeros(num_inputs, dtype=np.bool_)
-    names = [name for name in list_names(output_uri) if name.endswith(".parquet")]
+    num_dropped = 0
+    for name in filter(_is_of_failed, list_names(output_uri)):
+        table = _read_ids(output_uri, name)
+        if any(kind in kinds for kind in table["error_kind"].to_pylist()):
+            run_record.mark_incomplete(output_uri)
+            remove(uris.join(output_uri, name))
+            num_dropped += table.num_rows
+    return num_dropped
 
-    def read_ids(name: str) -> NDArray[np.int64]:
-        content = pa.BufferReader(read_bytes(uris.join(output_uri, name)))
-        ids: NDArray[np.int64] = pq.read_table(content, columns=["id"])["id"].to_numpy()
-        return ids
 
-    num_failed = 0
+def write_digests(output_uri: str, written: Mapping[str, str]) -> None:
+    """Write `_files.json`, the SHA-256 of every Parquet file by its name, for `verify`.
+
+    Args:
+        output_uri: the output.
+        written: of the files of this run; those of earlier ones are read for it.
+    """
+    digests = dict(written)
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for name, ids in zip(names, pool.map(read_ids, names)):
-            done[ids] = True
-            num_failed += len(ids) if name.startswith("failed-") else 0
-    return done, len(names), num_failed
+        others = [name for name in list_names(output_uri) if name.endswith(".parquet") and name not in written]
+        digests |= zip(others, pool.map(lambda name: digest_of(read_bytes(uris.join(output_uri, name))), others))
+    write_bytes(uris.join(output_uri, FILES_FILE), json.dumps(digests, indent=2, sort_keys=True).encode())
+
+
+def read_digests(output_uri: str) -> dict[str, str] | None:
+    """The SHA-256 of every Parquet file by its name; None where no run ended here."""
+    try:
+        found: dict[str, str] = json.loads(read_bytes(uris.join(output_uri, FILES_FILE)))
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _is_of_failed(name: str) -> bool:
+    return name.startswith("failed-") and name.endswith(".parquet")
+
+
+def _read_ids(output_uri: str, name: str) -> pa.Table:
+    content = pa.BufferReader(read_bytes(uris.join(output_uri, name)))
+    columns = ["id", "error_kind", "error_message"] if _is_of_failed(name) else ["id"]
+    return pq.read_table(content, columns=columns)

@@ -1,21 +1,25 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
-from pipelines.errors import RequestError
-from pipelines.inference.commit import find_done
+from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
+from pipelines.inference.commit import Done, drop_failed, find_done
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there
 from pipelines.storage.listing import list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, write_manifest
+
+log = logging.getLogger(__name__)
+
+RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {"transient": TRANSIENT_KINDS, "all": get_args(ErrorKind)}
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,7 @@ class Request:
         manifest: the pinned inputs.
         topk: classes per row.
         identity: what another run must share to go on in the same output.
-        done: one flag an id, whether the output holds its row already.
-        num_files_before: Parquet files that the output holds already.
-        num_failed_before: failed rows among those done.
+        done: what the output holds already.
     """
 
     config: InferConfig
@@ -38,14 +40,12 @@ class Request:
     manifest: ManifestInfo
     topk: int
     identity: dict[str, Any]
-    done: NDArray[np.bool_]
-    num_files_before: int
-    num_failed_before: int
+    done: Done
 
     @property
     def num_todo(self) -> int:
         """Inputs without a row yet."""
-        return int(self.done.size - np.count_nonzero(self.done))
+        return int(self.done.flags.size - np.count_nonzero(self.done.flags))
 
 
 def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]) -> Request:
@@ -79,8 +79,11 @@ def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]
     if listing is not None:
         manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
     assert manifest is not None
-    done, num_files, num_failed = find_done(output_uri, manifest.num_inputs)
-    return Request(config, model, manifest, topk, identity, done, num_files, num_failed)
+    if config.failure.retry != "none":
+        num_dropped = drop_failed(output_uri, RETRIED_KINDS[config.failure.retry])
+        log.info("%d failed rows are done anew", num_dropped)
+    done = find_done(output_uri, manifest.num_inputs)
+    return Request(config, model, manifest, topk, identity, done)
 
 
 def _resolve_topk(config: InferConfig, model: ModelFacts) -> int:

@@ -17,6 +17,8 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.cluster import plan_for_cluster
+from pipelines.inference.commit import write_digests
+from pipelines.inference.failures import FailureLimit
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
@@ -48,15 +50,20 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
     request = resolve_request(config, model.facts)
-    if not request.num_todo:
+    num_done = request.manifest.num_inputs - request.num_todo
+    limit = FailureLimit(config.failure.max_fraction, request.manifest.num_inputs, num_done, request.done.failures)
+    progress = Progress(request.manifest.num_inputs, num_done)
+    digests: dict[str, str] = {}
+    if request.num_todo:
+        limit.check()
+        with ray_session():
+            plan = plan or plan_for_cluster(config.compute)
+            log.info("%s", describe(request.num_todo, request.model, plan))
+            with progress:
+                digests = _execute(request, model.pickled_bundle(), plan, progress, limit)
+    else:
         log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
-        return _commit(request, Progress(0), started)
-    with ray_session():
-        plan = plan or plan_for_cluster(config.compute)
-        log.info("%s", describe(request.num_todo, request.model, plan))
-        with Progress(request.manifest.num_inputs, request.manifest.num_inputs - request.num_todo) as progress:
-            _execute(request, model.pickled_bundle(), plan, progress)
-    return _commit(request, progress, started)
+    return _commit(request, progress, limit, digests, started)
 
 
 def predict(
@@ -96,7 +103,10 @@ def predict(
     return chain
 
 
-def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress) -> None:
+def _execute(
+    request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit
+) -> dict[str, str]:
+    """Do what is missing; returns the SHA-256 of each file written, by its name."""
     config = request.config
     decode = FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels)
     options = PredictOptions(
@@ -112,16 +122,22 @@ def _execute(request: Request, pickled_bundle: bytes, plan: ComputePlan, progres
         batch_size=_rows_per_file(request, plan.batch_size),
         num_cpus=plan.num_cpus_per_write_task,
     )
+    digests: dict[str, str] = {}
     try:
         for receipt in chain.iter_rows():
-            progress.add(receipt["num_ok"], receipt["num_failed"], receipt["num_files"])
+            failures = list(receipt["failures"])
+            digests |= zip(receipt["files"], receipt["digests"])
+            progress.add(receipt["num_ok"], len(failures), len(receipt["files"]))
+            limit.add(receipt["num_ok"], failures)
+            limit.check()
+        return digests
     except ray.exceptions.RayError as error:
         raise RunError(f"{root_cause(error)}; what is done stays, and the same command goes on from there") from error
 
 
 def _missing(request: Request) -> pa.Table:
     manifest = read_manifest(request.config.output.uri, request.manifest).select(["id", "uri"])
-    return manifest.filter(pa.array(~request.done)).combine_chunks()
+    return manifest.filter(pa.array(~request.done.flags)).combine_chunks()
 
 
 def _rows_per_file(request: Request, batch_size: int) -> int:
@@ -144,26 +160,29 @@ def _writer(request: Request) -> PartWriter:
     )
 
 
-def _commit(request: Request, progress: Progress, started: float) -> dict[str, Any]:
-    """Check that each input has its row, write the final `_run.json`, then `_SUCCESS`."""
+def _commit(
+    request: Request, progress: Progress, limit: FailureLimit, digests: dict[str, str], started: float
+) -> dict[str, Any]:
+    """Check that each input has its row and few have failed, write `_files.json` and `_run.json`, then `_SUCCESS`."""
     output_uri, num_inputs = request.config.output.uri, request.manifest.num_inputs
     num_new = progress.num_ok + progress.num_failed
     if num_new != request.num_todo:
         raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
-    num_failed = request.num_failed_before + progress.num_failed
     wall_time_s = time.monotonic() - started
     summary = {
         "num_inputs": num_inputs,
-        "num_ok": num_inputs - num_failed,
-        "num_failed": num_failed,
+        "num_ok": num_inputs - limit.num_failed,
+        "num_failed": limit.num_failed,
         "num_excluded": request.manifest.num_excluded,
         "num_resumed": num_inputs - request.num_todo,
-        "num_files": request.num_files_before + progress.num_files,
+        "num_files": request.done.num_files + progress.num_files,
         "wall_time_s": round(wall_time_s, 3),
         "images_per_s": round(num_new / wall_time_s, 3),
         "output_uri": output_uri,
     }
     if num_new or not run_record.is_complete(output_uri):
+        limit.check()
+        write_digests(output_uri, digests)
         described = describe_run(request.config, request.model, request.identity, {"summary": summary})
         run_record.write_run(output_uri, described)
         run_record.mark_complete(output_uri)

@@ -19,9 +19,14 @@ FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
 """A row of `failed-*.parquet`."""
 
 RECEIPTS = pa.schema(
-    [pa.field("num_ok", pa.int64()), pa.field("num_failed", pa.int64()), pa.field("num_files", pa.int64())]
+    [
+        pa.field("num_ok", pa.int64()),
+        pa.field("failures", pa.list_(pa.string())),
+        pa.field("files", pa.list_(pa.string())),
+        pa.field("digests", pa.list_(pa.string())),
+    ]
 )
-"""What a write task reports to the driver."""
+"""What a write task reports to the driver: the reason of each failed row; names and SHA-256 of the files."""
 
 
 def predictions_schema(topk: int, embedding_size: int) -> pa.Schema:

@@ -4,6 +4,7 @@ A file is named for the smallest id in it. Ids are unique, so no two batches sha
 again overwrites its own file.
 """
 
+import hashlib
 import io
 from dataclasses import dataclass
 
@@ -35,12 +36,11 @@ class PartWriter:
         is_good = pc.is_null(batch["error_kind"])
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
         failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
-        num_files = self._write("part", good) + self._write("failed", failed)
-        return pa.table([[good.num_rows], [failed.num_rows], [num_files]], schema=RECEIPTS)
+        written = [self._write(kind, table) for kind, table in (("part", good), ("failed", failed)) if table.num_rows]
+        names, digests = [name for name, _ in written], [digest for _, digest in written]
+        return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests]], schema=RECEIPTS)
 
-    def _write(self, kind: str, table: pa.Table) -> int:
-        if not table.num_rows:
-            return 0
+    def _write(self, kind: str, table: pa.Table) -> tuple[str, str]:
         table = table.sort_by("id").replace_schema_metadata(self.metadata)
         buffer = io.BytesIO()
         # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
@@ -48,7 +48,18 @@ class PartWriter:
         pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
         name = f"{kind}-{table['id'][0].as_py():012d}.parquet"
         store_object(uris.join(self.output_uri, name), buffer.getvalue())
-        return 1
+        return name, digest_of(buffer.getvalue())
+
+
+def digest_of(content: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def reasons_of(failed: pa.Table) -> list[str]:
+    """Kind and message of each row of a `failed-*.parquet`."""
+    pairs = zip(failed["error_kind"].to_pylist(), failed["error_message"].to_pylist())
+    return [f"{kind}: {message}" for kind, message in pairs]
 
 
 def _leaf_paths(schema: pa.Schema, names: list[str]) -> list[str]:

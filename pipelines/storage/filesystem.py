@@ -70,6 +70,13 @@ def write_bytes(uri: str, content: bytes) -> None:
         raise
 
 
+def remove(uri: str) -> None:
+    """Remove one object; where there is none, nothing happens."""
+    filesystem, path = open_filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.rm_file(path)
+
+
 def list_names(uri: str) -> list[str]:
     """Names of what lies directly below `uri`, folders included; none where nothing does."""
     filesystem, path = open_filesystem(uri)

@@ -16,7 +16,7 @@ import timm
 import torch
 
 from cluster.local import RayHead
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, RunError
 from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
@@ -195,6 +195,38 @@ def test_a_finished_run_is_left_as_it_is_and_a_torn_one_is_completed(
     assert (output / "_SUCCESS").exists()
     with pytest.raises(RequestError, match=r"another run: outputs\.topk was 5, is 3"):
         infer(ray_server, **request, outputs={"topk": 3})
+
+
+def test_too_many_failures_stop_a_run_and_failed_rows_can_be_done_anew(
+    ray_server: RayHead, photographs: Path, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for path in sorted(photographs.iterdir())[:12]:
+        shutil.copy(path, source / f"good-{path.name}")
+    broken = [source / f"broken-{index}.jpg" for index in range(4)]
+    for path in broken:
+        path.write_bytes(b"no image")
+    request = {"input": {"uri": str(source)}, "output": {"uri": str(output), "commit_rows": 8}, **sections}
+    request["compute"] = {"batch_size": 8}
+    with pytest.raises(RunError, match=r"4 of \d+ images failed.*max_fraction = 0.05: 4 x not_an_image: "):
+        infer(ray_server, **request)
+    assert not (output / "_SUCCESS").exists()
+
+    tolerant = infer(ray_server, **request, failure={"max_fraction": 1.0})
+    assert (tolerant["num_ok"], tolerant["num_failed"]) == (12, 4)
+    assert tolerant["num_resumed"] >= 8
+    assert infer(ray_server, **request)["num_failed"] == 4  # it is done: the limit was for the run
+
+    for path in broken:
+        shutil.copy(next(source.glob("good-*")), path)
+    transient = infer(ray_server, **request, failure={"retry": "transient"})
+    assert (transient["num_failed"], transient["num_resumed"]) == (4, 16)
+    everything = infer(ray_server, **request, failure={"retry": "all"})
+    assert (everything["num_ok"], everything["num_failed"], everything["num_resumed"]) == (16, 0, 12)
+    assert read_kind(str(output), "part")["id"].to_pylist() == list(range(16))
+    assert not list(output.glob("failed-*"))
+    assert (output / "_SUCCESS").exists()
 
 
 def test_files_appear_while_the_run_goes_on(summary: dict[str, Any]) -> None:

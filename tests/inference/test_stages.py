@@ -1,5 +1,6 @@
 """The stages by themselves, without Ray."""
 
+import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,7 +109,10 @@ def test_lower_precision_stays_near(bundle: ModelBundle, images: pa.Table, predi
 def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tmp_path: Path) -> None:
     writer = PartWriter(str(tmp_path), parts_schema(5, 2022), {"fingerprint": "f", "label_names": "[]"})
     receipt = writer(predictions).to_pylist()
-    assert receipt == [{"num_ok": 11, "num_failed": 1, "num_files": 2}]
+    (written,) = receipt
+    assert (written["num_ok"], written["failures"]) == (11, ["not_found: it was listed, but is gone"])
+    digests = dict(zip(written["files"], written["digests"]))
+    assert digests == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
     again = writer(predictions).to_pylist()
     assert again == receipt
     assert sorted(path.name for path in tmp_path.iterdir()) == [

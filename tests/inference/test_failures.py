@@ -1,0 +1,60 @@
+"""When failed images stop a run."""
+
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import TRANSIENT_KINDS, RunError
+from pipelines.inference.commit import drop_failed, find_done
+from pipelines.inference.failures import FailureLimit
+from pipelines.inference.schema import FAILED
+
+
+def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
+    limit = FailureLimit(0.05, 1_000_000, 0, Counter())
+    limit.add(0, ["empty: the object holds no bytes"] * 50)
+    limit.check()
+    limit.add(0, ["not_found: it was listed, but is gone"])
+    with pytest.raises(RunError, match=r"51 of 51 images failed.*: 50 x empty: .*; 1 x not_found: "):
+        limit.check()
+
+
+def test_the_share_is_of_the_images_done() -> None:
+    limit = FailureLimit(0.05, 1_000_000, 10_000, Counter({"empty: x": 500}))
+    limit.check()
+    limit.add(19, [])
+    limit.add(0, ["empty: x"])
+    limit.check()
+    limit.add(0, ["empty: x"])
+    with pytest.raises(RunError, match="502 of 10021 images"):
+        limit.check()
+
+
+def test_no_more_than_ten_reasons_are_said() -> None:
+    limit = FailureLimit(0.0, 100, 0, Counter())
+    for index in range(12):
+        limit.add(0, [f"corrupt: {index}"] * (12 - index))
+    with pytest.raises(RunError) as raised:
+        limit.check()
+    assert "3 x corrupt: 9" in str(raised.value)
+    assert "corrupt: 10" not in str(raised.value)
+
+
+def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
+    def write(name: str, rows: list[tuple[int, str]]) -> None:
+        columns = [[index for index, _ in rows], ["u"] * len(rows), [kind for _, kind in rows], ["m"] * len(rows)]
+        pq.write_table(pa.table(columns, schema=FAILED), tmp_path / name)
+
+    write("failed-0.parquet", [(0, "timeout"), (3, "empty")])
+    write("failed-1.parquet", [(1, "empty")])
+    (tmp_path / "_SUCCESS").touch()
+    assert drop_failed(str(tmp_path), ("storage_error",)) == 0
+    assert (tmp_path / "_SUCCESS").exists()
+    assert drop_failed(str(tmp_path), TRANSIENT_KINDS) == 2
+    assert not (tmp_path / "_SUCCESS").exists()
+    done = find_done(str(tmp_path), 4)
+    assert done.flags.tolist() == [False, True, False, False]
+    assert (done.num_files, done.failures) == (1, Counter({"empty: m": 1}))
