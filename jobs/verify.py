@@ -1,0 +1,18 @@
+"""Check an output of jobs.infer against its manifest and its checksums."""
+
+import sys
+from typing import Any
+
+from pipelines.config.verify import VerifyConfig
+from pipelines.job import run_job
+
+
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """Run the job; returns the summary."""
+    from pipelines.inference.verify import run  # late: pyarrow
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job("jobs.verify", VerifyConfig, verify))

@@ -1,0 +1,124 @@
+"""`jobs.verify` on outputs that were tampered with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.local import RayHead
+from pipelines.config.verify import VerifyConfig
+from pipelines.errors import RequestError, RunError
+from pipelines.inference.commit import write_digests
+from pipelines.inference.verify import run
+from tests.support.infer import infer, run_command, summary_of
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_server: RayHead, photographs: Path, telling_weights: Callable[[str], Path], tmp_path_factory: Any
+) -> Path:
+    """Labels and embeddings of 16 photographs and a text, in three files."""
+    folder: Path = tmp_path_factory.mktemp("verified")
+    (folder / "in").mkdir()
+    for path in sorted(photographs.iterdir())[:16]:
+        shutil.copy(path, folder / "in")
+    (folder / "in" / "zz.jpg").write_bytes(b"no image")
+    name = "ecaresnet50d_pruned"
+    sections = {"model": {"name": name, "weights": str(telling_weights(name))}, "compute": {"batch_size": 8}}
+    sections |= {"input": {"uri": str(folder / "in")}, "output": {"uri": str(folder / "out"), "commit_rows": 8}}
+    infer(ray_server, **sections, failure={"max_fraction": 0.1})
+    return folder / "out"
+
+
+@pytest.fixture
+def output(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def verify(output: Path) -> dict[str, Any]:
+    return run(VerifyConfig.model_validate({"output": {"uri": str(output)}}))
+
+
+def rewrite(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Change the first file, and its checksum with it: only its content can tell."""
+    path = min(output.glob("part-*.parquet"))
+    pq.write_table(change(pq.read_table(path)), path)
+    (output / "_files.json").unlink()
+    write_digests(str(output), {})
+
+
+def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), table.schema.field(name), column)
+
+
+def test_a_good_output_passes_by_its_command_line(output: Path) -> None:
+    done = run_command("jobs.verify", "--output.uri", str(output))
+    assert done.returncode == 0, done.stderr
+    summary = summary_of(done.stdout)
+    assert (summary["num_inputs"], summary["num_ok"], summary["num_failed"]) == (17, 16, 1)
+
+
+@pytest.mark.parametrize("place", [0, 0.1, 0.5, 0.9, 1])
+def test_a_flipped_bit_is_found_wherever_it_is(output: Path, place: float) -> None:
+    path = max(output.glob("part-*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+    done = run_command("jobs.verify", "--output.uri", str(output))
+    assert done.returncode == 1
+    assert f"{path.name}: its bytes are not those that were written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_came_or_went_is_found(output: Path) -> None:
+    path = min(output.glob("part-*.parquet"))
+    shutil.copy(path, output / "part-000000000099.parquet")
+    with pytest.raises(RunError, match=r"1 problems, the first: part-000000000099\.parquet: no run wrote it"):
+        verify(output)
+    path.unlink()
+    with pytest.raises(RunError, match=f"3 problems, the first: {path.name}: it is gone"):
+        verify(output)
+
+
+def broken_prob(table: pa.Table) -> pa.Table:
+    values = [[np.nan, *row[1:]] for row in table["prob"].to_pylist()]
+    return with_column(table, "prob", pa.array(values, pa.list_(pa.float32())))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.slice(1), "1 inputs without a row: ids 0"),
+        (lambda table: pa.concat_tables([table, table.slice(2, 1)]), "1 inputs with more than one row: ids 2"),
+        (lambda table: table.drop_columns("label"), "its columns are not those of the run"),
+        (lambda table: table.replace_schema_metadata({"fingerprint": "x"}), "its fingerprint is that of another model"),
+        (lambda table: with_column(table, "uri", table["uri"].take([*range(1, 8), 0])), "its URIs are not those"),
+        (lambda table: with_column(table, "id", pa.array([*range(7), 99])), "it has ids that no input has"),
+        (lambda table: with_column(table, "width", pa.nulls(8, pa.int32())), "width has nulls"),
+        (broken_prob, "prob has values that are no numbers"),
+    ],
+)
+def test_rows_that_are_off_are_found_though_the_checksum_fits(
+    output: Path, change: Callable[[pa.Table], pa.Table], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(output, change)
+    with caplog.at_level("INFO", "pipelines"), pytest.raises(RunError):
+        verify(output)
+    assert message in caplog.text
+
+
+def test_what_is_no_finished_output_is_refused(output: Path, tmp_path: Path) -> None:
+    (output / "_SUCCESS").unlink()
+    for place in (output, tmp_path / "absent"):
+        with pytest.raises(RequestError, match="holds no output of a finished infer"):
+            verify(place)
+
+
+def test_the_checksums_name_every_file(output: Path) -> None:
+    assert json.loads((output / "_files.json").read_text()).keys() == {path.name for path in output.glob("*.parquet")}
