@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pipelines.config.parse import parse_config
 from pipelines.errors import RequestError, RunError
 from pipelines.logs import log_to_stderr
+from pipelines.signals import end_as_interrupted
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -44,6 +45,7 @@ def run_job(
 
         print(format_help(schema, prog))
         return DONE
+    end_as_interrupted()
     try:
         is_dry_run = "--dry-run" in arguments
         config = parse_config(schema, [word for word in arguments if word != "--dry-run"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import ray
 
 from pipelines.errors import RequestError
+from pipelines.signals import end_as_interrupted
 
 # Ray's job manager sets the second in a submitted job.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -38,6 +39,7 @@ def ray_session() -> Iterator[None]:
             ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
     except ConnectionError as error:
         raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
+    end_as_interrupted()
     try:
         _quieten_ray_data()
         yield

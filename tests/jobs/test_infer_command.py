@@ -1,8 +1,10 @@
 """`python -m jobs.infer` as a user types it: what it prints, and how it ends."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,36 @@ def test_a_good_request_on_this_machines_own_ray(images: Path, seven_classes: Pa
     rows = read_kind(str(tmp_path / "out"), "part")
     assert {len(index) for index in rows["index"].to_pylist()} == {5}
     assert {label for labels in rows["label"].to_pylist() for label in labels} <= {str(index) for index in range(7)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_job_keeps_what_is_done_and_says_how_to_go_on(
+    number: signal.Signals, photographs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    keys: dict[str, Any] = {"input.uri": photographs, "output.uri": output, "model.name": SMALL}
+    keys |= {"model.weights": "random", "output.commit_rows": 8, "compute.batch_size": 8, "preprocess.image_size": 320}
+    arguments = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "jobs.infer", *arguments]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not list(output.glob("part-*.parquet")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 1, stderr
+    assert "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "jobs.infer: error: interrupted; the same command goes on from what is done"
+    assert not (output / "_SUCCESS").exists()
+    again = run_command("jobs.infer", *arguments)
+    assert again.returncode == 0, again.stderr
+    summary = summary_of(again.stdout)
+    assert summary["num_resumed"] >= 8
+    assert summary["num_ok"] == summary["num_inputs"]
+    ids = read_kind(str(output), "part")["id"].to_pylist()
+    assert ids == list(range(summary["num_inputs"]))
 
 
 @pytest.mark.slow
