@@ -35,16 +35,20 @@ class FailureLimit:
         self.reasons.update(reasons)
         self.num_done += num_ok + self.num_failed - before
 
+    def commonest(self) -> str:
+        """The commonest reasons, with their counts."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(NUM_REASONS))
+
     def check(self) -> None:
-        """Say which reasons were the commonest.
+        """See whether the run may go on.
 
         Raises:
             RunError: more images failed than may.
         """
         if self.num_failed <= self._max_fraction * max(self.num_done, self._min_images):
             return
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(NUM_REASONS))
         raise RunError(
             f"{self.num_failed} of {self.num_done} images failed, more than failure.max_fraction = "
-            f"{self._max_fraction}: {reasons}. What is done stays; with a higher limit the run goes on from there"
+            f"{self._max_fraction}: {self.commonest()}. "
+            "What is done stays; with a higher limit the run goes on from there"
         )

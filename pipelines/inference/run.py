@@ -186,6 +186,8 @@ def _commit(
         described = describe_run(request.config, request.model, request.identity, {"summary": summary})
         run_record.write_run(output_uri, described)
         run_record.mark_complete(output_uri)
+    if limit.num_failed:
+        log.info("%d images failed: %s", limit.num_failed, limit.commonest())
     return summary
 
 
