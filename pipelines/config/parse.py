@@ -4,6 +4,7 @@ Precedence: defaults < each `--config` file in turn < command line. The environm
 """
 
 import difflib
+import re
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,9 @@ def _explain(schema: type[BaseModel], detail: "ErrorDetails") -> str:
         needed = [leaf for leaf in leaf_fields(schema) if leaf == key or _is_required_below(schema, leaf, key)]
         return f"missing: {' and '.join('--' + leaf for leaf in needed or [key])}"
     reason = detail["msg"].removeprefix("Value error, ")
-    return f"{key} = {detail['input']!r}: {reason}" if key else reason
+    # What is refused for the password in it is not said again with it.
+    said = re.sub(r"//[^/@]*@", "//***@", repr(detail["input"]))
+    return f"{key} = {said}: {reason}" if key else reason
 
 
 def _is_required_below(schema: type[BaseModel], leaf: str, section: str) -> bool:

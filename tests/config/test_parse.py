@@ -64,6 +64,7 @@ def test_wrong_requests_are_explained_in_one_line(arguments: list[str], message:
         parse_config(InferConfig, arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_unknown_key_in_a_file_lists_the_valid_ones(tmp_path: Path) -> None:
