@@ -228,7 +228,7 @@ class FailureConfig(Section):
     gives up. Default: 3."""
 
     max_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Share of the training images that may fail before the run stops. Default: 0.05."""
+    """Share of the training images that may fail in an epoch before the run stops. Default: 0.05."""
 
 
 class LoggingConfig(Section):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.data.random_erasing import RandomErasing
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -158,7 +159,7 @@ class Learner:
 
     def _wrapped(self) -> Any:
         if self.config.model.sync_batch_norm:
-            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)  # type: ignore[no-untyped-call]
+            self.module = convert_sync_batchnorm(self.module)  # timm's keeps the activations that some norms hold
         model: Any = torch.compile(self.module) if self.config.optim.compile else self.module
         if self.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None

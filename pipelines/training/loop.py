@@ -57,6 +57,7 @@ class Worker:
         log: what the first worker says and keeps.
         history: one record an epoch.
         failed: reason by id, of images that could not be had.
+        failed_in_epoch: ids of those of this epoch, or of what a restarted run has seen of it.
         stopped_by: why the run ends before its time, if it does.
     """
 
@@ -75,6 +76,7 @@ class Worker:
         self.log = TrainingLog(job.config, self.steps_per_epoch)
         self.history: list[dict[str, Any]] = []
         self.failed: dict[int, str] = {}
+        self.failed_in_epoch: set[int] = set()
         self.stopped_by: str | None = None
         self._shares = WorkerShares(job, transform, self.rank, self.world_size)
         self._new_errors: dict[int, str] = {}
@@ -133,6 +135,7 @@ class Worker:
             record |= self._measure(self.job.validation)
         self.history.append(record)
         self._loss_sum = 0.0
+        self.failed_in_epoch.clear()
         if self.rank == 0:
             self.log.end_epoch(record)
         self._report({SCORE: float(epoch), **record}, is_best=final_score(self.history) is record)
@@ -195,12 +198,13 @@ class Worker:
             distributed.all_gather_object(errors, self._new_errors)
         for found in errors:
             self.failed |= found
+            self.failed_in_epoch |= found.keys()
         self._new_errors = {}
-        share_of_failed = len(self.failed) / self.job.train.num_images
-        if share_of_failed > self.config.failure.max_fraction:
-            first = next(iter(self.failed.values()))
+        num_failed, num_images = len(self.failed_in_epoch), self.job.train.num_images
+        if num_failed > self.config.failure.max_fraction * num_images:
+            first = self.failed[min(self.failed_in_epoch)]
             self.stopped_by = (
-                f"{len(self.failed)} of {self.job.train.num_images} training images failed, more than "
+                f"{num_failed} of {num_images} training images failed in an epoch, more than "
                 f"failure.max_fraction = {self.config.failure.max_fraction}; the first: {first}"
             )
 
