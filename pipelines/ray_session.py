@@ -32,19 +32,23 @@ def ray_session() -> Iterator[None]:
     Raises:
         RequestError: the named cluster does not answer.
     """
-    try:
-        if is_cluster_named():
-            ray.init(logging_level=logging.WARNING)
-        else:
-            ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
-    except ConnectionError as error:
-        raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
+    if is_cluster_named():
+        _connect()
+    else:
+        ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
     end_as_interrupted()
     try:
         _quieten_ray_data()
         yield
     finally:
         ray.shutdown()
+
+
+def _connect() -> None:
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:  # the last two: it is no address of a cluster
+        raise RequestError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {error}") from None
 
 
 def _quieten_ray_data() -> None:
