@@ -116,8 +116,8 @@ class FailureConfig(Section):
     """Images that cannot be had."""
 
     max_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Share of the images that may fail before the run stops, with the commonest reasons; what is done stays. It is
-    looked at once 1,000 images are done, or all where there are fewer. Default: 0.05."""
+    """Share of the images that may fail before the run stops, with the commonest reasons; what is done stays. The
+    first 1,000 images count as 1,000 from the first on. Default: 0.05."""
 
     retry: Literal["none", "transient", "all"] = "none"
     """Which failed rows of an earlier run are done anew: `transient` those whose store failed (`timeout`,

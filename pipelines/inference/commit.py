@@ -5,6 +5,8 @@ The ids in the files that are there are the checkpoint: a rerun does what is mis
 
 import functools
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +20,13 @@ from numpy.typing import NDArray
 from pipelines import run_record
 from pipelines.inference.write import digest_of, reasons_of
 from pipelines.storage import uris
-from pipelines.storage.filesystem import list_names, read_bytes, remove, write_bytes
+from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
+
+log = logging.getLogger(__name__)
 
 NUM_READERS = 8
 FILES_FILE = "_files.json"
+FILE_NAME = re.compile(r"(part|failed)-\d+\.parquet")
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,12 @@ class Done:
 
     Attributes:
         flags: one an id, whether it has a row.
-        num_files: Parquet files.
+        names: of its Parquet files.
         failures: how often each reason was given in the failed rows.
     """
 
     flags: NDArray[np.bool_]
-    num_files: int
+    names: frozenset[str]
     failures: Counter[str]
 
 
@@ -47,14 +52,32 @@ def find_done(output_uri: str, num_inputs: int) -> Done:
         num_inputs: rows of its manifest.
     """
     flags = np.zeros(num_inputs, dtype=np.bool_)
-    names = [name for name in list_names(output_uri) if name.endswith(".parquet")]
+    names = list_files(output_uri)
     failures: Counter[str] = Counter()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for name, table in zip(names, pool.map(functools.partial(_read_ids, output_uri), names)):
             flags[table["id"].to_numpy()] = True
             if _is_of_failed(name):
                 failures.update(reasons_of(table))
-    return Done(flags, len(names), failures)
+    return Done(flags, frozenset(names), failures)
+
+
+def list_files(output_uri: str) -> list[str]:
+    """Names of the Parquet files that runs wrote, whatever else lies there."""
+    return [name for name in list_names(output_uri) if FILE_NAME.fullmatch(name)]
+
+
+def remove_strays(output_uri: str, names: Container[str]) -> None:
+    """Remove files that hold what other files hold: of writes whose node or driver died before they were told of.
+
+    Args:
+        output_uri: the output.
+        names: of the files that count.
+    """
+    for name in list_files(output_uri):
+        if name not in names:
+            log.info("%s is left from a broken attempt, and goes", name)
+            remove(uris.join(output_uri, name))
 
 
 def drop_failed(output_uri: str, kinds: Container[str]) -> int:
@@ -66,11 +89,12 @@ def drop_failed(output_uri: str, kinds: Container[str]) -> int:
         How many rows went.
     """
     num_dropped = 0
-    for name in filter(_is_of_failed, list_names(output_uri)):
+    for name in filter(_is_of_failed, list_files(output_uri)):
         table = _read_ids(output_uri, name)
         if any(kind in kinds for kind in table["error_kind"].to_pylist()):
-            run_record.mark_incomplete(output_uri)
-            remove(uris.join(output_uri, name))
+            with in_plain_words("write to", output_uri):
+                run_record.mark_incomplete(output_uri)
+                remove(uris.join(output_uri, name))
             num_dropped += table.num_rows
     return num_dropped
 
@@ -80,11 +104,14 @@ def write_digests(output_uri: str, written: Mapping[str, str]) -> None:
 
     Args:
         output_uri: the output.
-        written: of the files of this run; those of earlier ones are read for it.
+        written: of the files of this run; those of a run that ended keep what it wrote down, those of a run that broke
+            off are read for it.
     """
-    digests = dict(written)
+    names = list_files(output_uri)
+    digests = (read_digests(output_uri) or {}) | dict(written)
+    digests = {name: digests[name] for name in names if name in digests}
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        others = [name for name in list_names(output_uri) if name.endswith(".parquet") and name not in written]
+        others = [name for name in names if name not in digests]
         digests |= zip(others, pool.map(lambda name: digest_of(read_bytes(uris.join(output_uri, name))), others))
     write_bytes(uris.join(output_uri, FILES_FILE), json.dumps(digests, indent=2, sort_keys=True).encode())
 
@@ -99,7 +126,7 @@ def read_digests(output_uri: str) -> dict[str, str] | None:
 
 
 def _is_of_failed(name: str) -> bool:
-    return name.startswith("failed-") and name.endswith(".parquet")
+    return name.startswith("failed-")
 
 
 def _read_ids(output_uri: str, name: str) -> pa.Table:

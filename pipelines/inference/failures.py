@@ -8,6 +8,8 @@ from pipelines.errors import RunError
 # Of the first few images of a run any share may fail by chance.
 MIN_IMAGES = 1000
 NUM_REASONS = 10
+# Messages may hold sizes or a store's request ids; those that come late are counted by their kind.
+MAX_REASONS = 10_000
 
 
 class FailureLimit:
@@ -22,7 +24,8 @@ class FailureLimit:
         self._max_fraction = max_fraction
         self._min_images = min(MIN_IMAGES, num_inputs)
         self.num_done = num_done
-        self.reasons = Counter(reasons)
+        self.reasons: Counter[str] = Counter()
+        self._count(reasons)
 
     @property
     def num_failed(self) -> int:
@@ -32,12 +35,17 @@ class FailureLimit:
     def add(self, num_ok: int, reasons: Iterable[str]) -> None:
         """Count what a write task reports."""
         before = self.num_failed
-        self.reasons.update(reasons)
+        self._count(Counter(reasons))
         self.num_done += num_ok + self.num_failed - before
 
     def commonest(self) -> str:
         """The commonest reasons, with their counts."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(NUM_REASONS))
+
+    def _count(self, reasons: Counter[str]) -> None:
+        for reason, count in reasons.items():
+            is_kept = reason in self.reasons or len(self.reasons) < MAX_REASONS
+            self.reasons[reason if is_kept else reason.partition(":")[0] + ": other reasons"] += count
 
     def check(self) -> None:
         """See whether the run may go on.

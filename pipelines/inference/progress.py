@@ -22,6 +22,7 @@ class Progress:
         self._thread = threading.Thread(target=self._report, daemon=True)
 
     def __enter__(self) -> "Progress":
+        self._started = time.monotonic()
         self._thread.start()
         return self
 

@@ -17,7 +17,7 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.cluster import plan_for_cluster
-from pipelines.inference.commit import write_digests
+from pipelines.inference.commit import remove_strays, write_digests
 from pipelines.inference.failures import FailureLimit
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
@@ -175,13 +175,14 @@ def _commit(
         "num_failed": limit.num_failed,
         "num_excluded": request.manifest.num_excluded,
         "num_resumed": num_inputs - request.num_todo,
-        "num_files": request.done.num_files + progress.num_files,
+        "num_files": len(request.done.names | digests.keys()),
         "wall_time_s": round(wall_time_s, 3),
         "images_per_s": round(num_new / wall_time_s, 3),
         "output_uri": output_uri,
     }
     if num_new or not run_record.is_complete(output_uri):
         limit.check()
+        remove_strays(output_uri, request.done.names | digests.keys())
         write_digests(output_uri, digests)
         described = describe_run(request.config, request.model, request.identity, {"summary": summary})
         run_record.write_run(output_uri, described)

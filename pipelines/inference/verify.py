@@ -4,6 +4,7 @@ No part of it needs Ray or the model: files are read in parallel, and of each no
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -71,11 +72,17 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         RequestError: there is no output of a finished `infer`.
         RunError: something is off. Each problem is a line on stderr before.
     """
-    expected = _expected(uris.normalize(config.output.uri))
+    output_uri = uris.normalize(config.output.uri)
+    try:
+        expected = _expected(output_uri)
+    except RequestError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise RunError(f"{output_uri}: what the run says of itself is damaged: {error}") from None
     names = [name for name in list_names(expected.output_uri) if name.endswith(".parquet")]
     problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
     counts = np.zeros(len(expected.input_uris), np.int32)
-    num_rows = {"part": 0, "failed": 0}
+    num_rows: Counter[str] = Counter()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for report in pool.map(lambda name: check_file(expected, name), names):
             problems += report.problems

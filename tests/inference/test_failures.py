@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import TRANSIENT_KINDS, RunError
-from pipelines.inference.commit import drop_failed, find_done
-from pipelines.inference.failures import FailureLimit
+from pipelines.inference.commit import drop_failed, find_done, remove_strays
+from pipelines.inference.failures import MAX_REASONS, FailureLimit
 from pipelines.inference.schema import FAILED
 
 
@@ -43,6 +43,22 @@ def test_no_more_than_ten_reasons_are_said() -> None:
     assert "corrupt: 10" not in str(raised.value)
 
 
+def test_reasons_are_bounded_however_many_there_are() -> None:
+    limit = FailureLimit(1.0, 1_000_000, 0, Counter())
+    for start in range(0, 30_000, 1000):
+        limit.add(0, [f"storage_error: request {index}" for index in range(start, start + 1000)])
+    assert limit.num_failed == limit.num_done == 30_000
+    assert len(limit.reasons) <= MAX_REASONS + 1
+    assert limit.commonest().startswith("20000 x storage_error: other reasons; 1 x ")
+
+
+def test_files_of_broken_attempts_go_and_those_of_others_stay(tmp_path: Path) -> None:
+    for name in ("part-0.parquet", "part-1.parquet", "failed-7.parquet", "joined.parquet", "_SUCCESS"):
+        (tmp_path / name).touch()
+    remove_strays(str(tmp_path), {"part-0.parquet"})
+    assert {path.name for path in tmp_path.iterdir()} == {"part-0.parquet", "joined.parquet", "_SUCCESS"}
+
+
 def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
     def write(name: str, rows: list[tuple[int, str]]) -> None:
         columns = [[index for index, _ in rows], ["u"] * len(rows), [kind for _, kind in rows], ["m"] * len(rows)]
@@ -57,4 +73,4 @@ def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "_SUCCESS").exists()
     done = find_done(str(tmp_path), 4)
     assert done.flags.tolist() == [False, True, False, False]
-    assert (done.num_files, done.failures) == (1, Counter({"empty: m": 1}))
+    assert (done.names, done.failures) == (frozenset({"failed-1.parquet"}), Counter({"empty: m": 1}))

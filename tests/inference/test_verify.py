@@ -78,7 +78,10 @@ def test_a_flipped_bit_is_found_wherever_it_is(output: Path, place: float) -> No
 
 def test_a_file_that_came_or_went_is_found(output: Path) -> None:
     path = min(output.glob("part-*.parquet"))
-    shutil.copy(path, output / "part-000000000099.parquet")
+    shutil.copy(path, output / "joined.parquet")
+    with pytest.raises(RunError, match=r"1 problems, the first: joined\.parquet: no run wrote it"):
+        verify(output)
+    (output / "joined.parquet").rename(output / "part-000000000099.parquet")
     with pytest.raises(RunError, match=r"1 problems, the first: part-000000000099\.parquet: no run wrote it"):
         verify(output)
     path.unlink()
@@ -98,9 +101,15 @@ def broken_prob(table: pa.Table) -> pa.Table:
         (lambda table: pa.concat_tables([table, table.slice(2, 1)]), "1 inputs with more than one row: ids 2"),
         (lambda table: table.drop_columns("label"), "its columns are not those of the run"),
         (lambda table: table.replace_schema_metadata({"fingerprint": "x"}), "its fingerprint is that of another model"),
-        (lambda table: with_column(table, "uri", table["uri"].take([*range(1, 8), 0])), "its URIs are not those"),
-        (lambda table: with_column(table, "id", pa.array([*range(7), 99])), "it has ids that no input has"),
-        (lambda table: with_column(table, "width", pa.nulls(8, pa.int32())), "width has nulls"),
+        (
+            lambda table: with_column(table, "uri", table["uri"].take(np.roll(np.arange(table.num_rows), 1))),
+            "its URIs are not those",
+        ),
+        (
+            lambda table: with_column(table, "id", pa.array([*range(table.num_rows - 1), 99])),
+            "it has ids that no input has",
+        ),
+        (lambda table: with_column(table, "width", pa.nulls(table.num_rows, pa.int32())), "width has nulls"),
         (broken_prob, "prob has values that are no numbers"),
     ],
 )
@@ -118,6 +127,21 @@ def test_what_is_no_finished_output_is_refused(output: Path, tmp_path: Path) -> 
     for place in (output, tmp_path / "absent"):
         with pytest.raises(RequestError, match="holds no output of a finished infer"):
             verify(place)
+
+
+@pytest.mark.parametrize("name", ["_files.json", "_manifest/part-00000.parquet"])
+def test_a_damaged_record_is_said_in_one_line(output: Path, name: str) -> None:
+    (output / name).write_bytes(b"{")
+    with pytest.raises(RunError, match="what the run says of itself is damaged"):
+        verify(output)
+
+
+def test_the_checksums_of_a_finished_run_are_not_renewed(output: Path) -> None:
+    path = min(output.glob("part-*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    write_digests(str(output), {})
+    with pytest.raises(RunError, match="its bytes are not those that were written"):
+        verify(output)
 
 
 def test_the_checksums_name_every_file(output: Path) -> None:
