@@ -1,10 +1,9 @@
 """Measure a model on labelled images: top-1 and top-5, every image counted once."""
 
-import sys
 from typing import Any
 
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.job import run_job
+from pipelines.job import main
 from pipelines.models.process import ModelProcess
 
 
@@ -17,4 +16,4 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.evaluate", EvaluateConfig, evaluate))
+    main("jobs.evaluate", EvaluateConfig, evaluate)

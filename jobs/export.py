@@ -1,10 +1,9 @@
 """Write a checkpoint of jobs.train as a timm directory."""
 
-import sys
 from typing import Any
 
 from pipelines.config.export import ExportConfig
-from pipelines.job import run_job
+from pipelines.job import main
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -15,4 +14,4 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.export", ExportConfig, export))
+    main("jobs.export", ExportConfig, export)

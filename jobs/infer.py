@@ -1,10 +1,9 @@
 """Label and embed images: top-k predictions and embeddings as Parquet."""
 
-import sys
 from typing import Any
 
 from pipelines.config.infer import InferConfig
-from pipelines.job import run_job
+from pipelines.job import main
 from pipelines.models.process import ModelProcess
 
 
@@ -18,4 +17,4 @@ def label_and_embed(config: InferConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.infer", InferConfig, label_and_embed))
+    main("jobs.infer", InferConfig, label_and_embed)

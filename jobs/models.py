@@ -1,10 +1,9 @@
 """Print the ECA family: what the model cards say beside what this installation measures."""
 
-import sys
 from typing import Any
 
 from pipelines.config.models import ModelsConfig
-from pipelines.job import run_job
+from pipelines.job import main
 
 
 def print_models(config: ModelsConfig) -> dict[str, Any]:
@@ -15,4 +14,4 @@ def print_models(config: ModelsConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.models", ModelsConfig, print_models))
+    main("jobs.models", ModelsConfig, print_models)

@@ -1,10 +1,9 @@
 """Train or fine-tune a classifier, on any number of workers."""
 
-import sys
 from typing import Any
 
 from pipelines.config.train import TrainConfig
-from pipelines.job import run_job
+from pipelines.job import main
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -22,4 +21,4 @@ def dry_run(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.train", TrainConfig, train, dry_run=dry_run))
+    main("jobs.train", TrainConfig, train, dry_run=dry_run)

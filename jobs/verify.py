@@ -1,10 +1,9 @@
 """Check an output of jobs.infer against its manifest and its checksums."""
 
-import sys
 from typing import Any
 
 from pipelines.config.verify import VerifyConfig
-from pipelines.job import run_job
+from pipelines.job import main
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
@@ -15,4 +14,4 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job("jobs.verify", VerifyConfig, verify))
+    main("jobs.verify", VerifyConfig, verify)

@@ -1,10 +1,13 @@
 """What every job does around its `run`: parse, run, print the summary, end with the right status."""
 
+import contextlib
 import json
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,6 +19,25 @@ from pipelines.signals import end_as_interrupted
 Schema = TypeVar("Schema", bound=BaseModel)
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+def main(
+    prog: str,
+    schema: type[Schema],
+    run: Callable[[Schema], Mapping[str, Any]],
+    dry_run: Callable[[Schema], None] | None = None,
+) -> NoReturn:
+    """`run_job` for a whole process, which ends with its status.
+
+    It ends without the interpreter's teardown: what has to be closed is closed by then, while threads of Ray, Arrow and
+    obstore that still run in a teardown have been seen to crash it, after the summary of a job that had done well.
+    """
+    status = run_job(prog, schema, run, dry_run=dry_run)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it is gone
+            stream.flush()
+    os._exit(status)
 
 
 def run_job(
