@@ -3,7 +3,10 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import ray
 
@@ -16,6 +19,10 @@ CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 # that is every worker between two of its tasks, and each new one costs seconds of imports. Nobody reads the metrics of
 # a Ray without dashboard, which every one of its processes would gather.
 RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000, "enable_metrics_collection": False}
+
+
+# Ray's start gives way to what decides whether it is needed: a request is refused as soon as without it.
+NICENESS_OF_START = 10
 
 
 def is_cluster_named() -> bool:
@@ -35,13 +42,89 @@ def ray_session() -> Iterator[None]:
     if is_cluster_named():
         _connect()
     else:
-        ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
-    end_as_interrupted()
+        _start()
     try:
-        _quieten_ray_data()
+        _settle()
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_session_beside(at_once: bool) -> Iterator[Callable[[], None]]:
+    """`ray_session`, for a block that has other things to do until it calls what it is given.
+
+    Args:
+        at_once: start this machine's Ray while the block goes on. Where the block ends before Ray is up, its processes
+            are killed half started, and this one has to end by `os._exit`: Ray's exit handlers would wait a minute.
+
+    Raises:
+        RequestError: from the call, as `ray_session`.
+    """
+    with contextlib.ExitStack() as stack:
+        if at_once and not is_cluster_named() and _path_of_children(os.getpid(), os.getpid()).exists():
+            start = RayStart()
+            stack.callback(start.end)
+            yield start.finish
+        else:
+            yield lambda: stack.enter_context(ray_session())
+
+
+class RayStart:
+    """This machine's Ray, started by a thread that stays until the end: what it starts would die with it."""
+
+    def __init__(self) -> None:
+        self._is_over, self._is_done = threading.Event(), threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until Ray is up."""
+        self._is_done.wait()
+        if self._error:
+            raise self._error
+        _settle()
+
+    def end(self) -> None:
+        """Shut Ray down, or kill what there is of it."""
+        if self._is_done.is_set():
+            ray.shutdown()
+        elif self._thread.native_id:
+            _kill_children(os.getpid(), self._thread.native_id)
+        self._is_over.set()
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS_OF_START)
+        try:
+            _start()
+        except Exception as error:
+            self._error = error
+        self._is_done.set()
+        self._is_over.wait()
+
+
+def _start() -> None:
+    ray.init("local", include_dashboard=False, logging_level=logging.WARNING, _system_config=RAYLET_CONFIG)
+
+
+def _settle() -> None:
+    end_as_interrupted()  # ray.init has handlers of its own
+    _quieten_ray_data()
+
+
+def _kill_children(process_id: int, thread_id: int) -> None:
+    """Kill what a thread started and all below, the last first: those whose parent is gone would be hard to find."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for child in map(int, _path_of_children(process_id, thread_id).read_text().split()):
+            for thread in os.listdir(f"/proc/{child}/task"):
+                _kill_children(child, int(thread))
+            os.kill(child, signal.SIGKILL)
+
+
+def _path_of_children(process_id: int, thread_id: int) -> Path:
+    """Of Linux: the process ids of a thread's children."""
+    return Path(f"/proc/{process_id}/task/{thread_id}/children")
 
 
 def _connect() -> None:

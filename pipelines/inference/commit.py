@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,32 +34,48 @@ class Done:
     """What an output holds.
 
     Attributes:
-        flags: one an id, whether it has a row.
-        names: of its Parquet files.
-        failures: how often each reason was given in the failed rows.
+        flags: one an id, whether it has a row that stays.
+        names: of the Parquet files that stay.
+        retried: names of the files of failed rows that go, to be done anew.
+        failures: how often each reason was given in the failed rows that stay.
     """
 
     flags: NDArray[np.bool_]
     names: frozenset[str]
+    retried: frozenset[str]
     failures: Counter[str]
 
 
-def find_done(output_uri: str, num_inputs: int) -> Done:
+def find_done(output_uri: str, num_inputs: int, retried_kinds: Container[str] = ()) -> Done:
     """Read what the committed files hold, of the good ones the ids alone.
 
     Args:
         output_uri: the output.
         num_inputs: rows of its manifest.
+        retried_kinds: each file of failed rows that holds one of these goes as a whole, and so at once: whatever
+            happens next, no image has two rows.
     """
     flags = np.zeros(num_inputs, dtype=np.bool_)
     names = list_files(output_uri)
+    retried: set[str] = set()
     failures: Counter[str] = Counter()
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for name, table in zip(names, pool.map(functools.partial(_read_ids, output_uri), names)):
-            flags[table["id"].to_numpy()] = True
             if _is_of_failed(name):
+                if any(kind in retried_kinds for kind in table["error_kind"].to_pylist()):
+                    retried.add(name)
+                    continue
                 failures.update(reasons_of(table))
-    return Done(flags, frozenset(names), failures)
+            flags[table["id"].to_numpy()] = True
+    return Done(flags, frozenset(names) - retried, frozenset(retried), failures)
+
+
+def drop_retried(output_uri: str, retried: Iterable[str]) -> None:
+    """Remove files of failed rows, so that their images are missing again."""
+    with in_plain_words("write to", output_uri):
+        for name in retried:
+            run_record.mark_incomplete(output_uri)
+            remove(uris.join(output_uri, name))
 
 
 def list_files(output_uri: str) -> list[str]:
@@ -78,25 +94,6 @@ def remove_strays(output_uri: str, names: Container[str]) -> None:
         if name not in names:
             log.info("%s is left from a broken attempt, and goes", name)
             remove(uris.join(output_uri, name))
-
-
-def drop_failed(output_uri: str, kinds: Container[str]) -> int:
-    """Remove each file of failed rows that holds one of these kinds, so that its images are missing again.
-
-    A file goes as a whole and at once: whatever happens next, no image has two rows.
-
-    Returns:
-        How many rows went.
-    """
-    num_dropped = 0
-    for name in filter(_is_of_failed, list_files(output_uri)):
-        table = _read_ids(output_uri, name)
-        if any(kind in kinds for kind in table["error_kind"].to_pylist()):
-            with in_plain_words("write to", output_uri):
-                run_record.mark_incomplete(output_uri)
-                remove(uris.join(output_uri, name))
-            num_dropped += table.num_rows
-    return num_dropped
 
 
 def write_digests(output_uri: str, written: Mapping[str, str]) -> None:

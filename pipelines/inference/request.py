@@ -1,7 +1,5 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -10,16 +8,18 @@ import numpy as np
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
-from pipelines.inference.commit import Done, drop_failed, find_done
+from pipelines.inference.commit import Done, find_done
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there
 from pipelines.storage.listing import list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, write_manifest
 
-log = logging.getLogger(__name__)
-
-RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {"transient": TRANSIENT_KINDS, "all": get_args(ErrorKind)}
+RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {
+    "none": (),
+    "transient": TRANSIENT_KINDS,
+    "all": get_args(ErrorKind),
+}
 
 
 @dataclass(frozen=True)
@@ -48,41 +48,60 @@ class Request:
         return int(self.done.flags.size - np.count_nonzero(self.done.flags))
 
 
-def resolve_request(config: InferConfig, resolve_model: Callable[[], ModelFacts]) -> Request:
-    """Answer every question of a config, cheapest first, and pin the manifest.
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes, and what an earlier run left there.
 
-    Args:
-        config: as the user gave it.
-        resolve_model: answers those about the model; called once both places have been found to be there.
+    Attributes:
+        config: with normalized URIs.
+        found: `_run.json` of an earlier run.
+        manifest: its inputs, where it came as far.
+        is_complete: whether it ended well.
+    """
+
+    config: InferConfig
+    found: dict[str, Any] | None
+    manifest: ManifestInfo | None
+    is_complete: bool
+
+
+def find_places(config: InferConfig) -> Places:
+    """Look at both ends.
 
     Raises:
-        RequestError: one of the answers is no.
+        RequestError: the input is not there, or one of them cannot be used.
     """
     input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
     if uris.contains(input_uri, output_uri):
         raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
     output = config.output.model_copy(update={"uri": output_uri})
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
-    is_output_there = is_there(output_uri)
-    found = run_record.find_run(output_uri) if is_output_there else None
+    found = run_record.find_run(output_uri) if is_there(output_uri) else None
     manifest = find_manifest(output_uri) if found else None
     if manifest is None and not is_there(input_uri):
         raise RequestError(f"no input: nothing lies under {input_uri}")
-    model = resolve_model()
+    return Places(config, found, manifest, manifest is not None and run_record.is_complete(output_uri))
+
+
+def resolve_request(places: Places, model: ModelFacts) -> Request:
+    """Answer every other question, cheapest first, and pin the manifest.
+
+    Raises:
+        RequestError: one of the answers is no.
+    """
+    config, found, manifest = places.config, places.found, places.manifest
+    output_uri = config.output.uri
     topk = _resolve_topk(config, model)
     identity = _identify(config, model, topk)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
-    listing = None if manifest else list_objects(input_uri, config.input.exclude)
+    listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
     run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
-        manifest = write_manifest(output_uri, input_uri, config.input.exclude, listing)
+        manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing)
     assert manifest is not None
-    if config.failure.retry != "none":
-        num_dropped = drop_failed(output_uri, RETRIED_KINDS[config.failure.retry])
-        log.info("%d failed rows are done anew", num_dropped)
-    done = find_done(output_uri, manifest.num_inputs)
+    done = find_done(output_uri, manifest.num_inputs, RETRIED_KINDS[config.failure.retry])
     return Request(config, model, manifest, topk, identity, done)
 
 

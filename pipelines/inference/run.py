@@ -17,20 +17,20 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.cluster import plan_for_cluster
-from pipelines.inference.commit import remove_strays, write_digests
+from pipelines.inference.commit import drop_retried, remove_strays, write_digests
 from pipelines.inference.failures import FailureLimit
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
 from pipelines.inference.replica import PredictOptions, PredictorActor
-from pipelines.inference.request import Request, describe_run, resolve_request
+from pipelines.inference.request import Request, describe_run, find_places, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
-from pipelines.ray_session import is_cluster_named, ray_session
+from pipelines.ray_session import is_cluster_named, ray_session_beside
 from pipelines.storage.manifest import read_manifest
 
 log = logging.getLogger(__name__)
@@ -49,20 +49,23 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     started = time.monotonic()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    request = resolve_request(config, model.facts)
-    num_done = request.manifest.num_inputs - request.num_todo
-    limit = FailureLimit(config.failure.max_fraction, request.manifest.num_inputs, num_done, request.done.failures)
-    progress = Progress(request.manifest.num_inputs, num_done)
-    digests: dict[str, str] = {}
-    if request.num_todo:
-        limit.check()
-        with ray_session():
+    places = find_places(config)
+    may_be_done = places.is_complete and config.failure.retry == "none"
+    with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
+        request = resolve_request(places, model.facts())
+        num_done = request.manifest.num_inputs - request.num_todo
+        limit = FailureLimit(config.failure.max_fraction, request.manifest.num_inputs, num_done, request.done.failures)
+        progress = Progress(request.manifest.num_inputs, num_done)
+        digests: dict[str, str] = {}
+        if request.num_todo:
+            limit.check()
+            wait_for_ray()
             plan = plan or plan_for_cluster(config.compute)
             log.info("%s", describe(request.num_todo, request.model, plan))
             with progress:
                 digests = _execute(request, model.pickled_bundle(), plan, progress, limit)
-    else:
-        log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.manifest.num_inputs)
+        else:
+            log.info("nothing to do: %s holds all %d images", request.config.output.uri, num_done)
     return _commit(request, progress, limit, digests, started)
 
 
@@ -108,6 +111,7 @@ def _execute(
 ) -> dict[str, str]:
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
     config = request.config
+    drop_retried(config.output.uri, request.done.retried)
     decode = FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels)
     options = PredictOptions(
         batch_size=plan.batch_size,

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import TRANSIENT_KINDS, RunError
-from pipelines.inference.commit import drop_failed, find_done, remove_strays
+from pipelines.inference.commit import drop_retried, find_done, remove_strays
 from pipelines.inference.failures import MAX_REASONS, FailureLimit
 from pipelines.inference.schema import FAILED
 
@@ -67,10 +67,10 @@ def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
     write("failed-0.parquet", [(0, "timeout"), (3, "empty")])
     write("failed-1.parquet", [(1, "empty")])
     (tmp_path / "_SUCCESS").touch()
-    assert drop_failed(str(tmp_path), ("storage_error",)) == 0
-    assert (tmp_path / "_SUCCESS").exists()
-    assert drop_failed(str(tmp_path), TRANSIENT_KINDS) == 2
-    assert not (tmp_path / "_SUCCESS").exists()
-    done = find_done(str(tmp_path), 4)
+    assert not find_done(str(tmp_path), 4, ("storage_error",)).retried
+    done = find_done(str(tmp_path), 4, TRANSIENT_KINDS)
     assert done.flags.tolist() == [False, True, False, False]
-    assert (done.names, done.failures) == (frozenset({"failed-1.parquet"}), Counter({"empty: m": 1}))
+    assert (*done.names, *done.retried) == ("failed-1.parquet", "failed-0.parquet")
+    assert done.failures == Counter({"empty: m": 1})
+    drop_retried(str(tmp_path), done.retried)
+    assert {path.name for path in tmp_path.iterdir()} == {"failed-1.parquet"}

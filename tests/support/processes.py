@@ -50,3 +50,13 @@ def kill_tree(pid: int) -> None:
             os.kill(found, signal.SIGKILL)
     for found in pids[1:]:
         wait_until_gone(found)
+
+
+def with_variable(name: str) -> dict[int, str]:
+    """Process id to command line of those with a variable in their environment."""
+    found: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError, PermissionError):
+            if folder.name.isdigit() and f"{name}=".encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
+    return found

@@ -1,0 +1,52 @@
+"""A Ray of one's own: that a request refused while it starts ends at once, and leaves nothing running."""
+
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.support.infer import REPOSITORY
+from tests.support.processes import with_variable
+
+REFUSED = """
+import os, time
+from pipelines.config.verify import VerifyConfig
+from pipelines.errors import RequestError
+from pipelines.job import main
+from pipelines.ray_session import ray_session_beside
+
+def run(config):
+    with ray_session_beside(at_once=True):
+        time.sleep(float(os.environ["REFUSED_AFTER_S"]))
+        raise RequestError("refused")
+
+main("a job", VerifyConfig, run)
+"""
+
+
+def refuse_after(delay_s: float) -> "tuple[subprocess.Popen[str], str]":
+    """A job that is refused so long after Ray began to start, and the mark that all of its processes carry."""
+    mark = f"MARK_{uuid.uuid4().hex}"
+    command = [sys.executable, "-c", REFUSED, "--output.uri", "/absent"]
+    variables = os.environ | {mark: "1", "REFUSED_AFTER_S": str(delay_s)}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stderr=subprocess.PIPE, text=True), mark
+
+
+SLOW = [pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (0.5, 1.0, 1.5, 3.0, 6.0, 12.0)]
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 2.0, 4.0, *SLOW])
+def test_a_refusal_while_ray_starts_leaves_nothing_behind(own_home: Path, delay_s: float) -> None:
+    process, mark = refuse_after(delay_s)
+    seen: set[str] = set()
+    while process.poll() is None:
+        seen |= set(with_variable(mark).values())
+    assert process.stderr is not None
+    assert (process.returncode, process.stderr.read()) == (2, "a job: error: refused\n")
+    assert with_variable(mark) == {}
+    process.stderr.close()
+    if delay_s >= 2:
+        assert any("gcs_server" in command for command in seen)  # Ray was starting
