@@ -12,16 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import ray.data
 from numpy.typing import NDArray
 
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.errors import RunError, root_cause
+from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
 from pipelines.inference.replica import PredictOptions
-from pipelines.inference.run import describe, predict
+from pipelines.inference.source import TableSource, rows_per_task
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
@@ -107,17 +109,20 @@ def _count(
     decode = FetchAndDecode(model.transform, config.input.max_bytes, config.preprocess.max_pixels)
     options = PredictOptions(plan.batch_size, min(TOPK, model.num_classes), False, plan.num_gpus_per_worker > 0)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
-    # N:1. A batch's hits come back, and what failed in it.
-    chain = predict(inputs, pickled_bundle, decode, options, plan).map_batches(
-        HitCounter(ray.put(targets)),
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=plan.num_cpus_per_write_task,
-    )
+    source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size))
+    counter = HitCounter(ray.put(targets))
+
+    def count(predicted: ray.data.Dataset) -> ray.data.Dataset:
+        # N:1. A batch's hits come back, and what failed in it.
+        hits: ray.data.Dataset = predicted.map_batches(
+            counter, batch_format="pyarrow", batch_size=None, num_cpus=plan.num_cpus_per_write_task
+        )
+        return hits
+
     counts = Counts()
     try:
         with Progress(images.table.num_rows) as progress:
-            for row in chain.iter_rows():
+            for row in stream(source, decode, pickled_bundle, options, plan, count):
                 counts.num_images += row["num_images"]
                 counts.num_top1 += row["num_top1"]
                 counts.num_top5 += row["num_top5"]

@@ -12,14 +12,13 @@ from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipelines import run_record
+from pipelines.inference.idset import IdSet
 from pipelines.inference.write import digest_of, reasons_of
 from pipelines.storage import uris
+from pipelines.storage.bulk import read_columns
 from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
 
 log = logging.getLogger(__name__)
@@ -34,13 +33,13 @@ class Done:
     """What an output holds.
 
     Attributes:
-        flags: one an id, whether it has a row that stays.
+        ids: those with a row that stays.
         names: of the Parquet files that stay.
         retried: names of the files of failed rows that go, to be done anew.
         failures: how often each reason was given in the failed rows that stay.
     """
 
-    flags: NDArray[np.bool_]
+    ids: IdSet
     names: frozenset[str]
     retried: frozenset[str]
     failures: Counter[str]
@@ -55,7 +54,7 @@ def find_done(output_uri: str, num_inputs: int, retried_kinds: Container[str] = 
         retried_kinds: each file of failed rows that holds one of these goes as a whole, and so at once: whatever
             happens next, no image has two rows.
     """
-    flags = np.zeros(num_inputs, dtype=np.bool_)
+    ids = IdSet(num_inputs)
     names = list_files(output_uri)
     retried: set[str] = set()
     failures: Counter[str] = Counter()
@@ -66,8 +65,8 @@ def find_done(output_uri: str, num_inputs: int, retried_kinds: Container[str] = 
                     retried.add(name)
                     continue
                 failures.update(reasons_of(table))
-            flags[table["id"].to_numpy()] = True
-    return Done(flags, frozenset(names) - retried, frozenset(retried), failures)
+            ids.add(table["id"].to_numpy())
+    return Done(ids, frozenset(names) - retried, frozenset(retried), failures)
 
 
 def drop_retried(output_uri: str, retried: Iterable[str]) -> None:
@@ -127,6 +126,5 @@ def _is_of_failed(name: str) -> bool:
 
 
 def _read_ids(output_uri: str, name: str) -> pa.Table:
-    content = pa.BufferReader(read_bytes(uris.join(output_uri, name)))
     columns = ["id", "error_kind", "error_message"] if _is_of_failed(name) else ["id"]
-    return pq.read_table(content, columns=columns)
+    return read_columns(uris.join(output_uri, name), columns)

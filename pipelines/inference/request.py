@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-import numpy as np
-
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
@@ -45,7 +43,7 @@ class Request:
     @property
     def num_todo(self) -> int:
         """Inputs without a row yet."""
-        return int(self.done.flags.size - np.count_nonzero(self.done.flags))
+        return self.done.ids.size - len(self.done.ids)
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,27 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
+from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.commit import drop_retried, remove_strays, write_digests
 from pipelines.inference.failures import FailureLimit
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
-from pipelines.inference.replica import PredictOptions, PredictorActor
+from pipelines.inference.replica import PredictOptions
 from pipelines.inference.request import Request, describe_run, find_places, resolve_request
 from pipelines.inference.schema import parts_schema
+from pipelines.inference.source import MissingSource, rows_per_task
 from pipelines.inference.write import PartWriter
-from pipelines.malloc import KEEP_FREED_MEMORY
-from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
 from pipelines.ray_session import is_cluster_named, ray_session_beside
-from pipelines.storage.manifest import read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -69,43 +67,6 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     return _commit(request, progress, limit, digests, started)
 
 
-def predict(
-    images: pa.Table, pickled_bundle: bytes, decode: FetchAndDecode, options: PredictOptions, plan: ComputePlan
-) -> ray.data.Dataset:
-    """From `id` and `uri` to `predictions_schema`, by a pool of replicas.
-
-    Each stage is one module; counts say how its rows relate to those of the stage before.
-    """
-    starts = range(0, images.num_rows, options.batch_size)
-    chain: ray.data.Dataset = (
-        # One block for each batch of the model: a block becomes one task.
-        ray.data.from_blocks([images.slice(start, options.batch_size) for start in starts])
-        # 1:1. Network and one core; uint8 images of the input size go through the object store, nothing larger.
-        .map_batches(
-            decode,
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=plan.num_cpus_per_decode_task,
-        )
-        # 1:1. Replicas hold the model; the weights travel once to each node, through the object store.
-        .map_batches(
-            PredictorActor,
-            batch_format="pyarrow",
-            batch_size=None,
-            fn_constructor_args=(ray.put(pickled_bundle), options),
-            compute=ray.data.ActorPoolStrategy(
-                size=plan.num_workers,
-                max_concurrent_calls_per_actor=plan.num_threads_per_worker,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=plan.num_cpus_per_worker,
-            num_gpus=plan.num_gpus_per_worker or None,
-            runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
-        )
-    )
-    return chain
-
-
 def _execute(
     request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit
 ) -> dict[str, str]:
@@ -119,16 +80,22 @@ def _execute(
         embedding=config.outputs.embedding,
         use_gpu=plan.num_gpus_per_worker > 0,
     )
-    chain = predict(_missing(request), pickled_bundle, decode, options, plan).map_batches(
+    num_rows = rows_per_task(request.num_todo, plan.batch_size, config.output.commit_rows)
+    missing = MissingSource(config.output.uri, request.done.ids, num_rows)
+
+    def write(predicted: ray.data.Dataset) -> ray.data.Dataset:
         # N:1. As many rows as a file takes; a receipt for each file comes back.
-        _writer(request),
-        batch_format="pyarrow",
-        batch_size=_rows_per_file(request, plan.batch_size),
-        num_cpus=plan.num_cpus_per_write_task,
-    )
+        receipts: ray.data.Dataset = predicted.map_batches(
+            _writer(request),
+            batch_format="pyarrow",
+            batch_size=_rows_per_file(request, num_rows),
+            num_cpus=plan.num_cpus_per_write_task,
+        )
+        return receipts
+
     digests: dict[str, str] = {}
     try:
-        for receipt in chain.iter_rows():
+        for receipt in stream(missing, decode, pickled_bundle, options, plan, write):
             failures = list(receipt["failures"])
             digests |= zip(receipt["files"], receipt["digests"])
             progress.add(receipt["num_ok"], len(failures), len(receipt["files"]))
@@ -139,15 +106,10 @@ def _execute(
         raise RunError(f"{root_cause(error)}; what is done stays, and the same command goes on from there") from error
 
 
-def _missing(request: Request) -> pa.Table:
-    manifest = read_manifest(request.config.output.uri, request.manifest).select(["id", "uri"])
-    return manifest.filter(pa.array(~request.done.flags)).combine_chunks()
-
-
-def _rows_per_file(request: Request, batch_size: int) -> int:
-    rows = min(request.config.output.commit_rows, max(batch_size, request.num_todo // MIN_FILES_PER_RUN))
-    # Blocks come in whole batches of the model: what one write leaves of a block would become a file of its own.
-    return rows // batch_size * batch_size or rows
+def _rows_per_file(request: Request, rows_per_task: int) -> int:
+    rows = min(request.config.output.commit_rows, max(rows_per_task, request.num_todo // MIN_FILES_PER_RUN))
+    # Blocks are the rows of a task: what one write leaves of a block would become a file of its own.
+    return rows // rows_per_task * rows_per_task or rows
 
 
 def _writer(request: Request) -> PartWriter:
@@ -194,13 +156,3 @@ def _commit(
     if limit.num_failed:
         log.info("%d images failed: %s", limit.num_failed, limit.commonest())
     return summary
-
-
-def describe(num_images: int, model: ModelFacts, plan: ComputePlan) -> str:
-    """What is about to be done, in one line."""
-    where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
-    height, width = model.transform.input_size
-    return (
-        f"{num_images:,} images for {model.name} at {height} x {width}; "
-        f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
-    )

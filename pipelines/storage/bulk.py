@@ -6,6 +6,7 @@ its path type cannot hold, and all other stores, go through fsspec.
 """
 
 import functools
+import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import obstore
+import pyarrow as pa
+import pyarrow.parquet as pq
 from obstore import exceptions as obstore_errors
 
 from pipelines.errors import ItemError
@@ -20,6 +23,7 @@ from pipelines.storage import uris
 from pipelines.storage.filesystem import open_filesystem, write_bytes
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
     from obstore.store import S3Credential, S3Store
 
 # A request of 100 KB takes 10 to 50 ms on S3, mostly waiting: 32 in flight are several hundred images a second, more
@@ -55,6 +59,49 @@ def store_object(uri: str, content: bytes) -> None:
             obstore.put(_s3_store(bucket), key, content)
             return
     write_bytes(uri, content)
+
+
+def read_columns(uri: str, columns: list[str]) -> pa.Table:
+    """Columns of one Parquet file; of a large object, little else is read."""
+    if uris.is_local(uri):
+        return pq.read_table(uri, columns=columns, partitioning=None)
+    bucket, key = uris.split_bucket(uri)
+    if uris.protocol_of(uri) == "s3" and _is_obstore_path(key):
+        return pq.read_table(_S3File(_s3_store(bucket), key), columns=columns)
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+class _S3File(io.RawIOBase):
+    """An object as a file, each read of which is one request."""
+
+    def __init__(self, store: "S3Store", key: str) -> None:
+        self._store, self._key, self._position = store, key, 0
+        self._size = obstore.head(store, key)["size"]
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        target = memoryview(buffer)
+        stop = min(self._position + len(target), self._size)
+        if stop <= self._position:
+            return 0
+        found = obstore.get_range(self._store, self._key, start=self._position, end=stop)
+        target[: len(found)] = bytes(found)
+        self._position += len(found)
+        return len(found)
 
 
 def _fetch(uri: str, max_bytes: int) -> bytes | ItemError:

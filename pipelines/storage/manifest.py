@@ -3,16 +3,20 @@
 `_manifest/part-*.parquet` hold the rows; `_manifest/manifest.json` is written last and makes them count.
 """
 
+import functools
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
+from pipelines.storage.bulk import read_columns
 from pipelines.storage.filesystem import read_bytes, write_bytes
 from pipelines.storage.listing import Listing
 
@@ -71,6 +75,19 @@ def read_manifest(output_uri: str, info: ManifestInfo) -> pa.Table:
         names = [_file_uri(output_uri, index) for index in range(info.num_files)]
         tables = pool.map(lambda name: pq.read_table(pa.BufferReader(read_bytes(name))), names)
         return pa.concat_tables(tables)
+
+
+def read_manifest_rows(output_uri: str, ids: NDArray[np.int64]) -> pa.Table:
+    """`id` and `uri` of some ids, given in order."""
+    files = ids // ROWS_PER_FILE
+    rows = [_cached_file(output_uri, int(file)).take(ids[files == file] % ROWS_PER_FILE) for file in np.unique(files)]
+    return pa.concat_tables(rows).combine_chunks()
+
+
+# Tasks come in the order of their ids: one file after the other is read, once in each process.
+@functools.lru_cache(maxsize=2)
+def _cached_file(output_uri: str, index: int) -> pa.Table:
+    return read_columns(_file_uri(output_uri, index), ["id", "uri"])
 
 
 def _info_uri(output_uri: str) -> str:

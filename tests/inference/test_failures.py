@@ -69,7 +69,7 @@ def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
     (tmp_path / "_SUCCESS").touch()
     assert not find_done(str(tmp_path), 4, ("storage_error",)).retried
     done = find_done(str(tmp_path), 4, TRANSIENT_KINDS)
-    assert done.flags.tolist() == [False, True, False, False]
+    assert done.ids.missing(0, 4).tolist() == [0, 2, 3]
     assert (*done.names, *done.retried) == ("failed-1.parquet", "failed-0.parquet")
     assert done.failures == Counter({"empty: m": 1})
     drop_retried(str(tmp_path), done.retried)

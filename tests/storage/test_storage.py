@@ -1,8 +1,12 @@
+import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.local import ObjectStore
@@ -11,6 +15,7 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.storage import bulk, filesystem, uris
+from pipelines.storage.bulk import read_columns
 from pipelines.storage.filesystem import is_there, list_names, read_bytes, write_bytes
 from pipelines.storage.listing import list_objects
 from pipelines.storage.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
@@ -200,3 +205,23 @@ def test_what_is_stored_is_read_back(store: ObjectStore, tmp_path: Path, name: s
         bulk.store_object(uris.join(folder, name), content)
         bulk.store_object(uris.join(folder, name), content[::-1])
         assert read_bytes(uris.join(folder, name)) == content[::-1]
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "100%.parquet"])
+def test_columns_are_read_without_the_others(root: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [str(index) for index in range(5000)]
+    table = pa.table({"id": range(5000), "uri": names, "embedding": [[0.5] * 64] * 5000})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, use_dictionary=False, compression=None)
+    write_bytes(uris.join(root, name), buffer.getvalue())
+    asked: list[int] = []
+    get_range = obstore.get_range
+
+    def counted(store: Any, path: str, *, start: int, end: int) -> Any:
+        asked.append(end - start)
+        return get_range(store, path, start=start, end=end)
+
+    monkeypatch.setattr(obstore, "get_range", counted)
+    assert read_columns(uris.join(root, name), ["id", "uri"]).equals(table.select(["id", "uri"]))
+    assert sum(asked) < len(buffer.getvalue()) / 3
+    assert (len(asked) > 0) == (root.startswith("s3://") and name == "table.parquet")

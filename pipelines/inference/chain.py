@@ -1,0 +1,94 @@
+"""The stages up to the predictions, which labelling and evaluation share: fetch, decode, predict."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.data
+from ray.data._internal.datasource.range_datasource import RangeDatasource
+
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.plan import ComputePlan
+from pipelines.inference.replica import PredictOptions, PredictorActor
+from pipelines.inference.source import FetchTask, Source
+from pipelines.malloc import KEEP_FREED_MEMORY
+from pipelines.models.bundle import ModelFacts
+
+# Ray Data plans every task of a dataset before the first one runs. More images than these tasks hold take several
+# datasets, one after the other.
+MAX_TASKS_PER_DATASET = 131_072
+
+
+def stream(
+    source: Source,
+    decode: FetchAndDecode,
+    pickled_bundle: bytes,
+    options: PredictOptions,
+    plan: ComputePlan,
+    finish: Callable[[ray.data.Dataset], ray.data.Dataset],
+) -> Iterator[dict[str, Any]]:
+    """Run the chain over all of a source.
+
+    Args:
+        source: what goes in.
+        decode: fetches and decodes.
+        pickled_bundle: the model.
+        options: how replicas run.
+        plan: what each stage declares to Ray.
+        finish: adds the last stages, from `predictions_schema` to what is returned.
+
+    Yields:
+        The rows of the last stage.
+    """
+    held_source, held_bundle = ray.put(source), ray.put(pickled_bundle)
+    for first in range(0, source.num_tasks, MAX_TASKS_PER_DATASET):
+        num_tasks = min(MAX_TASKS_PER_DATASET, source.num_tasks - first)
+        images = _fetch_and_decode(FetchTask(held_source, first, decode), num_tasks, plan)
+        yield from finish(_predict(images, held_bundle, options, plan)).iter_rows()
+
+
+def _fetch_and_decode(task: FetchTask, num_tasks: int, plan: ComputePlan) -> ray.data.Dataset:
+    """Network and one core; uint8 images of the input size go through the object store, nothing larger."""
+    num_cpus = plan.num_cpus_per_decode_task
+    # `ray.data.range` without its tasks of a whole CPU, which may never be free beside the replicas. With the same
+    # share of one for both, number and images are made in one task.
+    numbers = ray.data.read_datasource(
+        RangeDatasource(num_tasks, block_format="arrow", column_name="id"),
+        override_num_blocks=num_tasks,
+        num_cpus=num_cpus,
+    )
+    images: ray.data.Dataset = numbers.map_batches(task, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
+    # A task's images are one block, however large: cut by bytes, most blocks would end in a batch that is not full.
+    images.context.target_max_block_size = None
+    return images
+
+
+def _predict(
+    images: ray.data.Dataset, bundle: "ray.ObjectRef[bytes]", options: PredictOptions, plan: ComputePlan
+) -> ray.data.Dataset:
+    """Rows 1:1. Replicas hold the model; the weights travel once to each node, through the object store."""
+    predicted: ray.data.Dataset = images.map_batches(
+        PredictorActor,
+        batch_format="pyarrow",
+        batch_size=None,
+        fn_constructor_args=(bundle, options),
+        compute=ray.data.ActorPoolStrategy(
+            size=plan.num_workers,
+            max_concurrent_calls_per_actor=plan.num_threads_per_worker,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=plan.num_cpus_per_worker,
+        num_gpus=plan.num_gpus_per_worker or None,
+        runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
+    )
+    return predicted
+
+
+def describe(num_images: int, model: ModelFacts, plan: ComputePlan) -> str:
+    """What is about to be done, in one line."""
+    where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
+    height, width = model.transform.input_size
+    return (
+        f"{num_images:,} images for {model.name} at {height} x {width}; "
+        f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
+    )

@@ -1,0 +1,107 @@
+"""What goes into the chain, task by task: a task's rows are made where the task runs.
+
+Were the driver to cut the manifest into blocks and hand them to Ray, ten million images would be half a million objects
+of its own, and minutes before the first of them is fetched.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.idset import IdSet
+from pipelines.storage.manifest import read_manifest_rows
+
+# Tasks of one batch each, until there are so many that Ray's own work for each of them would show.
+ENOUGH_TASKS = 16_384
+MAX_ROWS_PER_TASK = 1024
+
+
+class Source(Protocol):
+    """Rows by task."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+
+    def rows_of(self, task: int) -> pa.Table:
+        """`id` and `uri` of one task."""
+
+
+def rows_per_task(num_rows: int, batch_size: int, max_rows: int = MAX_ROWS_PER_TASK) -> int:
+    """Whole batches of the model: one in small runs, more in large ones.
+
+    Args:
+        num_rows: of the run.
+        batch_size: of the model.
+        max_rows: of a task, where that is a batch or more.
+    """
+    enough = -(-num_rows // (ENOUGH_TASKS * batch_size))
+    return batch_size * max(1, min(enough, max_rows // batch_size))
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Rows of a table.
+
+    Attributes:
+        table: `id` and `uri`.
+        rows_per_task: of each task but the last.
+    """
+
+    table: pa.Table
+    rows_per_task: int
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        num_rows: int = self.table.num_rows
+        return math.ceil(num_rows / self.rows_per_task)
+
+    def rows_of(self, task: int) -> pa.Table:
+        """`id` and `uri` of one task."""
+        return self.table.slice(task * self.rows_per_task, self.rows_per_task)
+
+
+class MissingSource:
+    """Rows of a manifest whose ids are missing in an output."""
+
+    def __init__(self, output_uri: str, done: IdSet, rows_per_task: int) -> None:
+        self._output_uri = output_uri
+        self._done = done
+        self._starts: NDArray[np.int64] = np.append(done.every_nth_missing(rows_per_task), done.size)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self._starts) - 1
+
+    def rows_of(self, task: int) -> pa.Table:
+        """`id` and `uri` of one task."""
+        start, stop = self._starts[task : task + 2].tolist()
+        return read_manifest_rows(self._output_uri, self._done.missing(start, stop))
+
+
+@dataclass(frozen=True)
+class FetchTask:
+    """From the number of a task to its images.
+
+    Attributes:
+        source: in the object store.
+        first_task: number of the first one.
+        decode: fetches and decodes rows.
+    """
+
+    source: "ray.ObjectRef[Source]"
+    first_task: int
+    decode: FetchAndDecode
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """`id`, the one number of a task counted from the first, to `IMAGES`."""
+        (number,) = batch["id"].to_pylist()
+        return self.decode(ray.get(self.source).rows_of(self.first_task + number))

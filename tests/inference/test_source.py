@@ -1,0 +1,70 @@
+"""What goes into the chain: that every missing id is in one task, and none that is done."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.inference import idset
+from pipelines.inference.idset import IdSet
+from pipelines.inference.source import ENOUGH_TASKS, MissingSource, TableSource, rows_per_task
+from pipelines.storage import manifest
+from pipelines.storage.listing import LISTING_SCHEMA, Listing
+
+
+@pytest.mark.parametrize("size", [1, 8, 1003, 20_000])
+def test_an_idset_is_a_set(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idset, "CHUNK_BYTES", 100)  # several
+    chosen = np.flatnonzero(np.random.default_rng(size).random(size) < 0.7)
+    ids = IdSet(size)
+    for part in np.array_split(np.append(chosen, chosen[:5]), 3):
+        ids.add(part)
+    missing = np.setdiff1d(np.arange(size), chosen)
+    assert len(ids) == len(chosen)
+    assert ids.missing(0, size).tolist() == missing.tolist()
+    start, stop = size // 3, size * 3 // 4
+    assert ids.missing(start, stop).tolist() == missing[(missing >= start) & (missing < stop)].tolist()
+    for step in (1, 7, 16):
+        assert ids.every_nth_missing(step).tolist() == missing[::step].tolist()
+
+
+def test_an_idset_refuses_what_no_manifest_has() -> None:
+    for ids in ([-1], [3, 10]):
+        with pytest.raises(ValueError, match="among 10"):
+            IdSet(10).add(np.array(ids))
+
+
+def test_missing_rows_come_once_in_order_from_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_FILE", 100)
+    names = [f"/images/{index:04d}.jpg" for index in range(1234)]
+    columns = [pa.array(names), pa.array([1] * 1234, pa.int64()), pa.array([""] * 1234)]
+    listing = Listing(pa.table(columns, schema=LISTING_SCHEMA), 0)
+    manifest.write_manifest(str(tmp_path), "/images", [], listing)
+    done = IdSet(1234)
+    done.add(np.flatnonzero(np.arange(1234) % 5))
+    source = MissingSource(str(tmp_path), done, 48)
+    rows = pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)])
+    assert source.num_tasks == -(-247 // 48)
+    assert rows.to_pydict() == {"id": list(range(0, 1234, 5)), "uri": names[::5]}
+
+
+def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
+    done = IdSet(100)
+    done.add(np.arange(100))
+    assert MissingSource(str(tmp_path), done, 16).num_tasks == 0
+
+
+def test_a_table_is_cut_into_tasks() -> None:
+    table = pa.table({"id": range(100), "uri": [str(index) for index in range(100)]})
+    source = TableSource(table, 16)
+    assert pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)]).equals(table)
+
+
+def test_tasks_grow_with_the_run() -> None:
+    assert rows_per_task(1000, 16) == 16
+    assert rows_per_task(ENOUGH_TASKS * 16, 16) == 16
+    assert rows_per_task(ENOUGH_TASKS * 16 * 3, 16) == 48
+    assert rows_per_task(10**9, 16) == 1024
+    assert rows_per_task(10**9, 256, max_rows=600) == 512
+    assert rows_per_task(10**9, 2048) == 2048
