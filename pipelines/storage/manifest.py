@@ -23,7 +23,8 @@ from pipelines.storage.listing import Listing
 MANIFEST_SCHEMA = pa.schema(
     [("id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
 )
-ROWS_PER_FILE = 1_000_000
+# A task reads a whole file of them for its few rows, and keeps it for the next task of its process.
+ROWS_PER_FILE = 250_000
 NUM_READERS = 8
 
 

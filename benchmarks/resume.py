@@ -1,0 +1,170 @@
+"""Going on with a large run that broke off: time and memory until the first new file.
+
+    python -m benchmarks.resume [--num-inputs 1000000] [--num-missing 10000] [--model mobilenetv3_small_050]
+
+Makes an output in an S3 store that holds all rows but those of every n-th id, as a run leaves it that was killed.
+Prints when `jobs.infer` wrote its first new file, counted from the start of its process, and the memory of it and of
+Ray by then, in proportional set size, beside the same for an output of as many missing rows and none done.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.local import object_store
+from cluster.photographs import crops, encode
+from pipelines import run_record
+from pipelines.inference.commit import list_files
+from pipelines.inference.schema import parts_schema
+from pipelines.inference.write import PartWriter
+from pipelines.storage.bulk import store_object
+from pipelines.storage.listing import LISTING_SCHEMA, Listing
+from pipelines.storage.manifest import write_manifest
+
+INPUT_URI = "s3://images/many"
+COMMIT_ROWS = 2048
+NUM_WRITERS = 8
+TIMEOUT_S = 600
+POLL_S = 0.25
+
+
+def main() -> None:
+    """Print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-inputs", type=int, default=1_000_000)
+    parser.add_argument("--num-missing", type=int, default=10_000)
+    parser.add_argument("--model", default="mobilenetv3_small_050")
+    args = parser.parse_args()
+    with object_store(buckets=("images", "results")) as store, tempfile.TemporaryDirectory() as folder:
+        os.environ.update(store.environment())
+        missing = np.linspace(0, args.num_inputs - 1, args.num_missing).astype(np.int64)
+        _write_images(missing)
+        weights = f"{folder}/weights.safetensors"
+        _save_weights(args.model, weights)
+        for name, num_inputs, ids in (
+            ("none done", args.num_missing, np.arange(args.num_missing)),
+            ("broken off", args.num_inputs, missing),
+        ):
+            output_uri = f"s3://results/{name.replace(' ', '-')}"
+            command = [sys.executable, "-m", "jobs.infer", "--input.uri", INPUT_URI, "--output.uri", output_uri]
+            command += ["--model.name", args.model, "--model.weights", weights, "--output.commit_rows", "16"]
+            command += ["--failure.max_fraction", "1"]
+            _write_output(output_uri, num_inputs, ids, command)
+            seconds, peak_bytes, driver_bytes = _first_file(command, output_uri)
+            print(
+                f"{name:10}: {num_inputs:,} inputs, {num_inputs - len(ids):,} of them done: first new file after "
+                f"{seconds:.1f} s; at most {peak_bytes / 1e9:.2f} GB, of which the driver {driver_bytes / 1e9:.2f} GB",
+                flush=True,
+            )
+
+
+def _name(index: int) -> str:
+    return f"{INPUT_URI}/{index:09d}.jpg"
+
+
+def _write_images(ids: np.ndarray) -> None:
+    contents = [encode(image) for _, image in crops(64, size=(160, 120))]
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        list(pool.map(lambda index: store_object(_name(index), contents[index % 64]), ids.tolist()))
+
+
+def _save_weights(model: str, path: str) -> None:
+    saving = "st.save_file(timm.create_model(sys.argv[1]).state_dict(), sys.argv[2])"
+    code = f"import sys, timm, safetensors.torch as st; {saving}"
+    subprocess.run([sys.executable, "-c", code, model, path], check=True)
+
+
+def _write_output(output_uri: str, num_inputs: int, missing: np.ndarray, command: list[str]) -> None:
+    """What a run that was killed leaves: `_run.json` by the job itself, then manifest and files as it writes them."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while run_record.find_run(output_uri) is None:
+        time.sleep(POLL_S)
+    process.kill()
+    process.wait()
+    record = run_record.find_run(output_uri)
+    assert record is not None
+    columns = [[_name(index) for index in range(num_inputs)], [0] * num_inputs, [""] * num_inputs]
+    write_manifest(output_uri, INPUT_URI, [], Listing(pa.table(columns, schema=LISTING_SCHEMA), 0))
+    schema = parts_schema(5, record["num_features"])
+    writer = PartWriter(output_uri, schema, {"fingerprint": record["fingerprint"]})
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        list(pool.map(lambda ids: writer(_rows(ids, schema)), _parts(num_inputs, missing)))
+
+
+def _parts(num_inputs: int, missing: np.ndarray) -> Iterator[np.ndarray]:
+    done = np.setdiff1d(np.arange(num_inputs), missing)
+    yield from (done[start : start + COMMIT_ROWS] for start in range(0, len(done), COMMIT_ROWS))
+
+
+def _rows(ids: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows as a run would write, of one content: readers of ids never see it."""
+    num_features = schema.field("embedding").type.list_size
+    row = {
+        "width": 160,
+        "height": 120,
+        "index": [1, 2, 3, 4, 5],
+        "prob": [0.2] * 5,
+        "label": ["a"] * 5,
+        "embedding": [0.5] * num_features,
+        "error_kind": None,
+        "error_message": None,
+    }
+    types = {"error_kind": pa.string(), "error_message": pa.string()}
+    columns = {name: pa.array([value], types.get(name) or schema.field(name).type) for name, value in row.items()}
+    repeated = {name: column.take(pa.array([0] * len(ids))) for name, column in columns.items()}
+    return pa.table({"id": ids, "uri": [_name(index) for index in ids.tolist()], **repeated})
+
+
+def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
+    """Seconds until a file is new, most memory of all processes by then, most of the driver's."""
+    before = set(list_files(output_uri))
+    started = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    peak = driver = 0
+    try:
+        while set(list_files(output_uri)) == before:
+            tree = _tree(process.pid)
+            peak, driver = max(peak, sum(map(_pss, tree))), max(driver, _pss(process.pid))
+            assert process.poll() is None, "the job ended without a new file"
+            assert time.monotonic() - started < TIMEOUT_S, "no new file"
+            time.sleep(POLL_S)
+        return time.monotonic() - started, peak, driver
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _tree(pid: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    tree, level = [pid], {pid}
+    while level:
+        level = {child for child, parent in parents.items() if parent in level}
+        tree += level
+    return tree
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+if __name__ == "__main__":
+    main()
