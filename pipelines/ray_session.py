@@ -1,6 +1,7 @@
 """Ray for the length of one job: the cluster that is named, or this machine's own."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -52,7 +53,7 @@ def ray_session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session_beside(at_once: bool) -> Iterator[Callable[[], None]]:
-    """`ray_session`, for a block that has other things to do until it calls what it is given.
+    """`ray_session`, for a block that has other things to do until it calls what it is given, once or more often.
 
     Args:
         at_once: start this machine's Ray while the block goes on. Where the block ends before Ray is up, its processes
@@ -67,7 +68,7 @@ def ray_session_beside(at_once: bool) -> Iterator[Callable[[], None]]:
             stack.callback(start.end)
             yield start.finish
         else:
-            yield lambda: stack.enter_context(ray_session())
+            yield functools.cache(lambda: stack.enter_context(ray_session()))
 
 
 class RayStart:

@@ -15,17 +15,26 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines import run_record
+from pipelines.inference.compact import settle_compaction
 from pipelines.inference.idset import IdSet
 from pipelines.inference.write import digest_of, reasons_of
 from pipelines.storage import uris
 from pipelines.storage.bulk import read_columns
-from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
+from pipelines.storage.filesystem import (
+    in_plain_words,
+    list_names,
+    list_with_sizes,
+    read_bytes,
+    remove,
+    write_bytes,
+)
 
 log = logging.getLogger(__name__)
 
 NUM_READERS = 8
 FILES_FILE = "_files.json"
-FILE_NAME = re.compile(r"(part|failed)-\d+\.parquet")
+# The last eight are of a compaction.
+FILE_NAME = re.compile(r"(part|failed)-\d+(-[0-9a-f]{8})?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ def find_done(output_uri: str, num_inputs: int, retried_kinds: Container[str] = 
         retried_kinds: each file of failed rows that holds one of these goes as a whole, and so at once: whatever
             happens next, no image has two rows.
     """
+    settle_compaction(output_uri)
     ids = IdSet(num_inputs)
     names = list_files(output_uri)
     retried: set[str] = set()
@@ -80,6 +90,11 @@ def drop_retried(output_uri: str, retried: Iterable[str]) -> None:
 def list_files(output_uri: str) -> list[str]:
     """Names of the Parquet files that runs wrote, whatever else lies there."""
     return [name for name in list_names(output_uri) if FILE_NAME.fullmatch(name)]
+
+
+def list_sizes(output_uri: str) -> dict[str, int]:
+    """Bytes of the same files, by name."""
+    return {name: size for name, size in list_with_sizes(output_uri).items() if FILE_NAME.fullmatch(name)}
 
 
 def remove_strays(output_uri: str, names: Container[str]) -> None:

@@ -6,6 +6,7 @@ manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding)
 import json
 import logging
 import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,8 @@ from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
-from pipelines.inference.commit import drop_retried, remove_strays, write_digests
+from pipelines.inference.commit import drop_retried, list_sizes, remove_strays, write_digests
+from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
@@ -64,7 +66,17 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
                 digests = _execute(request, model.pickled_bundle(), plan, progress, limit)
         else:
             log.info("nothing to do: %s holds all %d images", request.config.output.uri, num_done)
-    return _commit(request, progress, limit, digests, started)
+        is_finished = places.is_complete and not request.num_todo
+        if not is_finished:
+            _refuse_if_incomplete(request, progress)
+            limit.check()
+            digests |= _tidy(request, digests.keys(), wait_for_ray)
+    summary = _summarize(request, progress, limit, started)
+    if not is_finished:
+        _commit(request, digests, summary)
+    if limit.num_failed:
+        log.info("%d images failed: %s", limit.num_failed, limit.commonest())
+    return summary
 
 
 def _execute(
@@ -126,33 +138,43 @@ def _writer(request: Request) -> PartWriter:
     )
 
 
-def _commit(
-    request: Request, progress: Progress, limit: FailureLimit, digests: dict[str, str], started: float
-) -> dict[str, Any]:
-    """Check that each input has its row and few have failed, write `_files.json` and `_run.json`, then `_SUCCESS`."""
-    output_uri, num_inputs = request.config.output.uri, request.manifest.num_inputs
+def _refuse_if_incomplete(request: Request, progress: Progress) -> None:
     num_new = progress.num_ok + progress.num_failed
     if num_new != request.num_todo:
         raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
+
+
+def _tidy(request: Request, written: Collection[str], wait_for_ray: Callable[[], None]) -> dict[str, str]:
+    """Leave each row in one file, and files of a good size; returns the SHA-256 of those made for it, by name."""
+    output_uri = request.config.output.uri
+    remove_strays(output_uri, {*request.done.names, *written})
+    groups = plan_compaction(list_sizes(output_uri))
+    if not groups:
+        return {}
+    wait_for_ray()
+    return compact(output_uri, groups)
+
+
+def _summarize(request: Request, progress: Progress, limit: FailureLimit, started: float) -> dict[str, Any]:
+    num_inputs = request.manifest.num_inputs
     wall_time_s = time.monotonic() - started
-    summary = {
+    return {
         "num_inputs": num_inputs,
         "num_ok": num_inputs - limit.num_failed,
         "num_failed": limit.num_failed,
         "num_excluded": request.manifest.num_excluded,
         "num_resumed": num_inputs - request.num_todo,
-        "num_files": len(request.done.names | digests.keys()),
+        "num_files": len(list_sizes(request.config.output.uri)),
         "wall_time_s": round(wall_time_s, 3),
-        "images_per_s": round(num_new / wall_time_s, 3),
-        "output_uri": output_uri,
+        "images_per_s": round(request.num_todo / wall_time_s, 3),
+        "output_uri": request.config.output.uri,
     }
-    if num_new or not run_record.is_complete(output_uri):
-        limit.check()
-        remove_strays(output_uri, request.done.names | digests.keys())
-        write_digests(output_uri, digests)
-        described = describe_run(request.config, request.model, request.identity, {"summary": summary})
-        run_record.write_run(output_uri, described)
-        run_record.mark_complete(output_uri)
-    if limit.num_failed:
-        log.info("%d images failed: %s", limit.num_failed, limit.commonest())
-    return summary
+
+
+def _commit(request: Request, digests: dict[str, str], summary: dict[str, Any]) -> None:
+    """Write `_files.json` and `_run.json`, then `_SUCCESS`."""
+    output_uri = request.config.output.uri
+    write_digests(output_uri, digests)
+    described = describe_run(request.config, request.model, request.identity, {"summary": summary})
+    run_record.write_run(output_uri, described)
+    run_record.mark_complete(output_uri)

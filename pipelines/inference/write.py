@@ -6,6 +6,7 @@ again overwrites its own file.
 
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -41,14 +42,19 @@ class PartWriter:
         return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests]], schema=RECEIPTS)
 
     def _write(self, kind: str, table: pa.Table) -> tuple[str, str]:
-        table = table.sort_by("id").replace_schema_metadata(self.metadata)
-        buffer = io.BytesIO()
-        # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
-        dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
-        pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
-        name = f"{kind}-{table['id'][0].as_py():012d}.parquet"
-        store_object(uris.join(self.output_uri, name), buffer.getvalue())
-        return name, digest_of(buffer.getvalue())
+        name = f"{kind}-{pc.min(table['id']).as_py():012d}.parquet"
+        return name, write_table(uris.join(self.output_uri, name), table, self.metadata)
+
+
+def write_table(uri: str, table: pa.Table, metadata: Mapping[str, str] | Mapping[bytes, bytes]) -> str:
+    """Write a Parquet file, sorted by id; returns its SHA-256."""
+    table = table.sort_by("id").replace_schema_metadata(metadata)
+    buffer = io.BytesIO()
+    # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
+    dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
+    store_object(uri, buffer.getvalue())
+    return digest_of(buffer.getvalue())
 
 
 def digest_of(content: bytes) -> str:

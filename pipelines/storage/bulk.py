@@ -20,7 +20,7 @@ from obstore import exceptions as obstore_errors
 
 from pipelines.errors import ItemError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import open_filesystem, write_bytes
+from pipelines.storage.filesystem import open_filesystem, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -49,6 +49,14 @@ def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[tuple[int, by
         positions = {pool.submit(_fetch, uri, max_bytes): position for position, uri in enumerate(object_uris)}
         for future in as_completed(positions):
             yield positions.pop(future), future.result()
+
+
+def read_object(uri: str) -> bytes:
+    """The whole object. Raises FileNotFoundError where there is none."""
+    bucket, key = uris.split_bucket(uri)
+    if uris.protocol_of(uri) == "s3" and _is_obstore_path(key):
+        return bytes(obstore.get(_s3_store(bucket), key).bytes())
+    return read_bytes(uri)
 
 
 def store_object(uri: str, content: bytes) -> None:

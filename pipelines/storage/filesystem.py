@@ -78,12 +78,18 @@ def remove(uri: str) -> None:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of what lies directly below `uri`, folders included; none where nothing does."""
+    """Names of what lies directly below `uri`, folders included, in order; none where nothing does."""
+    return sorted(list_with_sizes(uri))
+
+
+def list_with_sizes(uri: str) -> dict[str, int]:
+    """The same names, each with its bytes; 0 for folders."""
     filesystem, path = open_filesystem(uri)
     try:
-        return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(path, detail=False))
+        found = filesystem.ls(path, detail=True)
     except FileNotFoundError:
-        return []
+        return {}
+    return {posixpath.basename(info["name"].rstrip("/")): int(info.get("size") or 0) for info in found}
 
 
 def download(uri: str, folder: str) -> str:
