@@ -117,8 +117,9 @@ def _rows(ids: np.ndarray, schema: pa.Schema) -> pa.Table:
         "embedding": [0.5] * num_features,
         "error_kind": None,
         "error_message": None,
+        "num_retries": 0,
     }
-    types = {"error_kind": pa.string(), "error_message": pa.string()}
+    types = {"error_kind": pa.string(), "error_message": pa.string(), "num_retries": pa.int32()}
     columns = {name: pa.array([value], types.get(name) or schema.field(name).type) for name, value in row.items()}
     repeated = {name: column.take(pa.array([0] * len(ids))) for name, column in columns.items()}
     return pa.table({"id": ids, "uri": [_name(index) for index in ids.tolist()], **repeated})

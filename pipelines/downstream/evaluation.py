@@ -128,7 +128,7 @@ def _count(
                 counts.num_top5 += row["num_top5"]
                 counts.num_failed += len(row["failed"])
                 counts.failed += row["failed"][: MAX_NAMED_FAILURES - len(counts.failed)]
-                progress.add(row["num_images"], len(row["failed"]), 0)
+                progress.add(row["num_images"], len(row["failed"]))
     except ray.exceptions.RayError as error:
         raise RunError(root_cause(error)) from error
     return counts

@@ -124,13 +124,13 @@ def compact(output_uri: str, groups: list[Group]) -> dict[str, str]:
 
 def compact_group(output_uri: str, group: Group) -> tuple[str, str]:
     """Make one file, whatever an earlier attempt left; returns its name and its SHA-256."""
-    target = uris.join(output_uri, group.target)
     try:
-        digest = digest_of(read_object(target))
+        digest = digest_of(read_object(uris.join(output_uri, group.target)))
     except FileNotFoundError:
         contents = [pa.BufferReader(read_object(uris.join(output_uri, name))) for name in group.sources]
         tables = [pq.read_table(content) for content in contents]
-        digest = write_table(target, pa.concat_tables(tables), tables[0].schema.metadata or {})
+        table = pa.concat_tables(tables)
+        digest = write_table(output_uri, group.target, table, table.schema.metadata or {}).digest
     _remove_sources(output_uri, group)
     return group.target, digest
 

@@ -34,8 +34,8 @@ class FetchAndDecode:
         """`id` and `uri` to `IMAGES`, in the same order; a failed image becomes a row with its error."""
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
-        for position, content in fetch_many(object_uris, self.max_bytes):
-            rows[position] = self._decode_row(content)
+        for fetched in fetch_many(object_uris, self.max_bytes):
+            rows[fetched.position] = {"num_retries": fetched.num_retries, **self._decode_row(fetched.content)}
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 

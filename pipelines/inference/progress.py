@@ -16,6 +16,7 @@ class Progress:
         self.num_ok = 0
         self.num_failed = 0
         self.num_files = 0
+        self.num_retries = 0
         self._started = time.monotonic()
         self._is_terminal = sys.stderr.isatty()
         self._stop = threading.Event()
@@ -31,11 +32,12 @@ class Progress:
         self._thread.join()
         self._print(end="\n")
 
-    def add(self, num_ok: int, num_failed: int, num_files: int) -> None:
-        """Count what a write task reports."""
+    def add(self, num_ok: int, num_failed: int, num_files: int = 0, num_retries: int = 0) -> None:
+        """Count what a task reports."""
         self.num_ok += num_ok
         self.num_failed += num_failed
         self.num_files += num_files
+        self.num_retries += num_retries
 
     @property
     def elapsed_s(self) -> float:
@@ -53,9 +55,9 @@ class Progress:
             return f"{text}, starting, {self.elapsed_s:.0f} s"
         rate = num_new / self.elapsed_s
         left_s = (self.num_total - num_done) / rate
-        return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left" + (
-            f", {self.num_files:,} files" if self.num_files else ""
-        )
+        counts = {"files": self.num_files, "requests sent again": self.num_retries}
+        extra = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
+        return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left{extra}"
 
     def _report(self) -> None:
         every_s = 0.5 if self._is_terminal else LINE_EVERY_S

@@ -110,7 +110,7 @@ def _execute(
         for receipt in stream(missing, decode, pickled_bundle, options, plan, write):
             failures = list(receipt["failures"])
             digests |= zip(receipt["files"], receipt["digests"])
-            progress.add(receipt["num_ok"], len(failures), len(receipt["files"]))
+            progress.add(receipt["num_ok"], len(failures), len(receipt["files"]), receipt["num_retries"])
             limit.add(receipt["num_ok"], failures)
             limit.check()
         return digests
@@ -164,6 +164,7 @@ def _summarize(request: Request, progress: Progress, limit: FailureLimit, starte
         "num_failed": limit.num_failed,
         "num_excluded": request.manifest.num_excluded,
         "num_resumed": num_inputs - request.num_todo,
+        "num_retries": progress.num_retries,
         "num_files": len(list_sizes(request.config.output.uri)),
         "wall_time_s": round(wall_time_s, 3),
         "images_per_s": round(request.num_todo / wall_time_s, 3),

@@ -5,6 +5,9 @@ import pyarrow as pa
 ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
 """Null in good rows."""
 
+RETRIES_FIELD = pa.field("num_retries", pa.int32())
+"""Attempts at fetching an image before the last one."""
+
 SOURCE_FIELDS = [
     pa.field("id", pa.int64()),
     pa.field("uri", pa.string()),
@@ -12,7 +15,7 @@ SOURCE_FIELDS = [
     pa.field("height", pa.int32()),
 ]
 
-IMAGES = pa.schema([*SOURCE_FIELDS, pa.field("image", pa.large_binary()), *ERROR_FIELDS])
+IMAGES = pa.schema([*SOURCE_FIELDS, pa.field("image", pa.large_binary()), *ERROR_FIELDS, RETRIES_FIELD])
 """Decoded images: `image` is height x width x 3 uint8 of the model's input size; null in failed rows."""
 
 FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
@@ -24,14 +27,16 @@ RECEIPTS = pa.schema(
         pa.field("failures", pa.list_(pa.string())),
         pa.field("files", pa.list_(pa.string())),
         pa.field("digests", pa.list_(pa.string())),
+        pa.field("num_retries", pa.int64()),
     ]
 )
-"""What a write task reports to the driver: the reason of each failed row; names and SHA-256 of the files."""
+"""What a write task reports to the driver: the reason of each failed row; names and SHA-256 of the files;
+requests that were sent again."""
 
 
 def predictions_schema(topk: int, embedding_size: int) -> pa.Schema:
     """Rows on their way from the replicas to the writer; 0 leaves the columns out."""
-    return pa.schema([*_good_fields(topk, embedding_size), *ERROR_FIELDS])
+    return pa.schema([*_good_fields(topk, embedding_size), *ERROR_FIELDS, RETRIES_FIELD])
 
 
 def parts_schema(topk: int, embedding_size: int) -> pa.Schema:

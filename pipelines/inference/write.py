@@ -8,6 +8,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,23 +39,34 @@ class PartWriter:
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
         failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
         written = [self._write(kind, table) for kind, table in (("part", good), ("failed", failed)) if table.num_rows]
-        names, digests = [name for name, _ in written], [digest for _, digest in written]
-        return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests]], schema=RECEIPTS)
+        num_retries = pc.sum(batch["num_retries"]).as_py() + sum(file.num_retries for file in written)
+        names, digests = [file.name for file in written], [file.digest for file in written]
+        return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests], [num_retries]], schema=RECEIPTS)
 
-    def _write(self, kind: str, table: pa.Table) -> tuple[str, str]:
+    def _write(self, kind: str, table: pa.Table) -> "Written":
         name = f"{kind}-{pc.min(table['id']).as_py():012d}.parquet"
-        return name, write_table(uris.join(self.output_uri, name), table, self.metadata)
+        return write_table(self.output_uri, name, table, self.metadata)
 
 
-def write_table(uri: str, table: pa.Table, metadata: Mapping[str, str] | Mapping[bytes, bytes]) -> str:
-    """Write a Parquet file, sorted by id; returns its SHA-256."""
+class Written(NamedTuple):
+    """A file, its SHA-256, and the attempts at storing it before the last one."""
+
+    name: str
+    digest: str
+    num_retries: int
+
+
+def write_table(
+    output_uri: str, name: str, table: pa.Table, metadata: Mapping[str, str] | Mapping[bytes, bytes]
+) -> Written:
+    """Write a Parquet file, sorted by id."""
     table = table.sort_by("id").replace_schema_metadata(metadata)
     buffer = io.BytesIO()
     # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
     dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
     pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
-    store_object(uri, buffer.getvalue())
-    return digest_of(buffer.getvalue())
+    num_retries = store_object(uris.join(output_uri, name), buffer.getvalue())
+    return Written(name, digest_of(buffer.getvalue()), num_retries)
 
 
 def digest_of(content: bytes) -> str:

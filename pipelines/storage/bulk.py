@@ -11,31 +11,43 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
-from obstore import exceptions as obstore_errors
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from pipelines.errors import ItemError
 from pipelines.storage import uris
 from pipelines.storage.filesystem import open_filesystem, read_bytes, write_bytes
+from pipelines.storage.retry import MAX_IN_FLIGHT, Retries, in_words
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from obstore.store import S3Credential, S3Store
 
-# A request of 100 KB takes 10 to 50 ms on S3, mostly waiting: 32 in flight are several hundred images a second, more
-# than one decoding core takes.
-NUM_IN_FLIGHT = 32
 REQUEST_TIMEOUT = timedelta(seconds=60)
 CONNECT_TIMEOUT = timedelta(seconds=5)
 # How often temporary credentials are asked for again when their source does not say when they end.
 CREDENTIALS_LIFETIME = timedelta(minutes=10)
 
 
-def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[tuple[int, bytes | ItemError]]:
+class Fetched(NamedTuple):
+    """What became of one object of many.
+
+    Attributes:
+        position: of its URI.
+        content: its bytes, or why there are none.
+        num_retries: attempts before the last one.
+    """
+
+    position: int
+    content: bytes | ItemError
+    num_retries: int
+
+
+def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[Fetched]:
     """Read whole objects, many requests in flight.
 
     Args:
@@ -43,30 +55,32 @@ def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[tuple[int, by
         max_bytes: largest object read.
 
     Yields:
-        For each URI, as it arrives: its position in `object_uris`, and its bytes or why there are none.
+        One for each URI, as they arrive.
     """
-    with ThreadPoolExecutor(min(NUM_IN_FLIGHT, max(1, len(object_uris)))) as pool:
+    with ThreadPoolExecutor(min(MAX_IN_FLIGHT, max(1, len(object_uris)))) as pool:
         positions = {pool.submit(_fetch, uri, max_bytes): position for position, uri in enumerate(object_uris)}
         for future in as_completed(positions):
-            yield positions.pop(future), future.result()
+            yield Fetched(positions.pop(future), *future.result())
 
 
 def read_object(uri: str) -> bytes:
     """The whole object. Raises FileNotFoundError where there is none."""
     bucket, key = uris.split_bucket(uri)
     if uris.protocol_of(uri) == "s3" and _is_obstore_path(key):
-        return bytes(obstore.get(_s3_store(bucket), key).bytes())
+        return Retries().send(lambda: bytes(obstore.get(_s3_store(bucket), key).bytes()))
     return read_bytes(uri)
 
 
-def store_object(uri: str, content: bytes) -> None:
-    """Write the whole object, so that no reader ever sees a part of it."""
+def store_object(uri: str, content: bytes) -> int:
+    """Write the whole object, so that no reader ever sees a part of it; returns the attempts before the last one."""
     if uris.protocol_of(uri) == "s3":
         bucket, key = uris.split_bucket(uri)
         if _is_obstore_path(key):
-            obstore.put(_s3_store(bucket), key, content)
-            return
+            retries = Retries()
+            retries.send(lambda: obstore.put(_s3_store(bucket), key, content))
+            return retries.num
     write_bytes(uri, content)
+    return 0
 
 
 def read_columns(uri: str, columns: list[str]) -> pa.Table:
@@ -86,7 +100,7 @@ class _S3File(io.RawIOBase):
 
     def __init__(self, store: "S3Store", key: str) -> None:
         self._store, self._key, self._position = store, key, 0
-        self._size = obstore.head(store, key)["size"]
+        self._size = Retries().send(lambda: obstore.head(store, key))["size"]
 
     def readable(self) -> bool:
         return True
@@ -106,27 +120,33 @@ class _S3File(io.RawIOBase):
         stop = min(self._position + len(target), self._size)
         if stop <= self._position:
             return 0
-        found = obstore.get_range(self._store, self._key, start=self._position, end=stop)
+        start = self._position
+        found = Retries().send(lambda: obstore.get_range(self._store, self._key, start=start, end=stop))
         target[: len(found)] = bytes(found)
         self._position += len(found)
         return len(found)
 
 
-def _fetch(uri: str, max_bytes: int) -> bytes | ItemError:
+def _fetch(uri: str, max_bytes: int) -> tuple[bytes | ItemError, int]:
+    read = _fetch_s3 if uris.protocol_of(uri) == "s3" else _fetch_fsspec
+    retries = Retries()
     try:
-        content = _fetch_s3(uri, max_bytes) if uris.protocol_of(uri) == "s3" else _fetch_fsspec(uri, max_bytes)
-    except ItemError as error:
+        content = retries.send(lambda: read(uri, max_bytes))
+    except Exception as error:  # whatever a client raises costs one image, never the run
+        return _item_error(error), retries.num
+    return content or ItemError("empty", "the object holds no bytes"), retries.num
+
+
+def _item_error(error: BaseException) -> ItemError:
+    if isinstance(error, ItemError):
         return error
-    except (FileNotFoundError, NotADirectoryError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ItemError("not_found", "it was listed, but is gone")
-    except (PermissionError, obstore_errors.PermissionDeniedError, obstore_errors.UnauthenticatedError):
+    if isinstance(error, PermissionError | PermissionDeniedError | UnauthenticatedError):
         return ItemError("access_denied", "the store refuses to hand it out")
-    except Exception as error:
-        # Whatever a client raises costs one image, never the run.
-        message = " ".join(str(error).split())
-        is_timeout = isinstance(error, TimeoutError) or "timed out" in message.lower()
-        return ItemError("timeout" if is_timeout else "storage_error", f"{type(error).__name__}: {message}"[:500])
-    return content if content else ItemError("empty", "the object holds no bytes")
+    message = in_words(error)
+    is_timeout = isinstance(error, TimeoutError) or "no answer in time" in message or "timed out" in message.lower()
+    return ItemError("timeout" if is_timeout else "storage_error", message[:500])
 
 
 def _refuse_large(size_bytes: int, max_bytes: int) -> None:
@@ -172,6 +192,7 @@ def _s3_store(bucket: str) -> "S3Store":
     return S3Store(
         bucket,
         credential_provider=_credentials,
+        retry_config={"max_retries": 0},  # ours can be counted, and also ask again when an answer broke off
         client_options={
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "timeout": REQUEST_TIMEOUT,

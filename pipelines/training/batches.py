@@ -96,7 +96,7 @@ class ShareLoader:
         result["target"][: len(ids)] = rows["target"].to_numpy()
         result["image"] = np.zeros((self.num_rows, *self.input_size, 3), np.uint8)
         errors = [""] * self.num_rows
-        for position, content in fetch_many(rows["uri"].to_pylist(), self.max_bytes):
+        for position, content, _ in fetch_many(rows["uri"].to_pylist(), self.max_bytes):
             try:
                 result["image"][position] = self._decode(content, epoch, int(ids[position]))
             except ItemError as error:

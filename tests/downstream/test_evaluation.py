@@ -85,6 +85,7 @@ def test_failed_rows_are_named_and_count_nothing() -> None:
         "index": [[4, 0], None, [1, 3]],
         "error_kind": [None, "empty", None],
         "error_message": [None, "no bytes", None],
+        "num_retries": [0, 0, 0],
     }
     schema = predictions_schema(2, 0)
     table = pa.table({name: pa.array(rows.get(name, [None] * 3), schema.field(name).type) for name in schema.names})

@@ -88,7 +88,9 @@ def _rows(ids: Any, schema: pa.Schema) -> pa.Table:
     }
     table = pa.table({name: pa.array(rows[name], schema.field(name).type) for name in schema.names})
     kinds = pa.array([None if good else "empty" for good in is_good], pa.string())
-    return table.append_column("error_kind", kinds).append_column("error_message", kinds)
+    retries = pa.array([0] * len(ids), pa.int32())
+    added = {"error_kind": kinds, "error_message": kinds, "num_retries": retries}
+    return pa.table({**dict(zip(table.column_names, table.columns)), **added})
 
 
 def assert_is_compacted(uri: str, good: pa.Table, failed: pa.Table) -> None:

@@ -83,7 +83,7 @@ def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle,
 
 
 def test_a_batch_of_failures_alone(predictor: Predictor) -> None:
-    row = {"id": 3, "uri": "x", "error_kind": "truncated", "error_message": "y"}
+    row = {"id": 3, "uri": "x", "error_kind": "truncated", "error_message": "y", "num_retries": 2}
     batch = pa.Table.from_pylist([row], schema=IMAGES)
     assert predictor(batch)["error_kind"].to_pylist() == ["truncated"]
 

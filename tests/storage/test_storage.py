@@ -81,7 +81,7 @@ def test_bulk_reads_return_each_object_once_and_say_what_failed(root: str) -> No
     write_bytes(uris.join(root, "empty"), b"")
     write_bytes(uris.join(root, "large"), b"x" * 2000)
     wanted = [uris.join(root, key) for key in (*ODD_KEYS, "empty", "large", "absent")]
-    found = dict(bulk.fetch_many(wanted, max_bytes=1000))
+    found = {found.position: found.content for found in bulk.fetch_many(wanted, max_bytes=1000)}
     assert [found[position] for position in range(len(ODD_KEYS))] == [key.encode() for key in ODD_KEYS]
     kinds = [
         error.kind for position in range(len(ODD_KEYS), len(wanted)) if isinstance(error := found[position], ItemError)
@@ -97,7 +97,7 @@ def test_keys_that_no_file_system_has(store: ObjectStore) -> None:
     for key in keys:
         client.call_s3("put_object", Bucket="scratch", Key=key, Body=key.encode())
     listed = list_objects("s3://scratch/odd", []).table["uri"].to_pylist()
-    found = dict(bulk.fetch_many(listed, max_bytes=10_000))
+    found = {found.position: found.content for found in bulk.fetch_many(listed, max_bytes=10_000)}
     assert [found[position] for position in range(len(listed))] == [
         uris.split_bucket(uri)[1].encode() for uri in listed
     ]
@@ -173,7 +173,7 @@ def test_manifest_is_pinned(root: str) -> None:
 def test_no_credential_is_pickled(store: ObjectStore) -> None:
     # What the stages ship to the workers, after this process itself has used the store.
     write_bytes("s3://scratch/pickled", b"x")
-    assert dict(bulk.fetch_many(["s3://scratch/pickled"], 10)) == {0: b"x"}
+    assert list(bulk.fetch_many(["s3://scratch/pickled"], 10)) == [(0, b"x", 0)]
     stages = [FetchAndDecode(IMAGENET, 1, 1), PartWriter("s3://scratch/out", parts_schema(5, 8), {"model": "x"})]
     for stage in stages:
         content = pickle.dumps(stage)

@@ -125,9 +125,11 @@ def faulty_proxy(upstream: str, faults: Faults) -> Iterator[Proxy]:
             loop.call_soon_threadsafe(server.close)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(asyncio.sleep(0))
+            loop.set_exception_handler(lambda loop, context: None)  # of those cancelled
+            if waiting := asyncio.all_tasks(loop):
+                for task in waiting:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(waiting))
             loop.close()
 
 
