@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from obstore.store import S3Credential, S3Store
 
-REQUEST_TIMEOUT = timedelta(seconds=60)
+# Of the whole request, and of the next bytes: stores answer within a second, or stall.
+REQUEST_TIMEOUT, READ_TIMEOUT = timedelta(seconds=120), timedelta(seconds=10)
 CONNECT_TIMEOUT = timedelta(seconds=5)
 # How often temporary credentials are asked for again when their source does not say when they end.
 CREDENTIALS_LIFETIME = timedelta(minutes=10)
@@ -196,6 +197,7 @@ def _s3_store(bucket: str) -> "S3Store":
         client_options={
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "timeout": REQUEST_TIMEOUT,
+            "read_timeout": READ_TIMEOUT,
             "connect_timeout": CONNECT_TIMEOUT,
         },
         **options,

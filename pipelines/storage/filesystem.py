@@ -16,10 +16,13 @@ import fsspec
 from pipelines.errors import RequestError
 from pipelines.storage import uris
 
-# Seconds. s3fs makes up to 5 attempts on top of these; botocore's own retries would multiply with them.
-S3_CONFIG = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 1}}
-# An endpoint that takes longer than this to accept a connection counts as unreachable when a job starts.
-PROBE_TIMEOUT_S = 3
+# Seconds. botocore's own retries would multiply with those of s3fs.
+S3_CONFIG = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 0}}
+# With the waits of s3fs between them, an endpoint may be gone for 45 s.
+S3_ATTEMPTS = 11
+S3_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+# When a job starts, an endpoint counts as unreachable that takes longer than this to answer, so many times.
+PROBE_TIMEOUT_S, PROBE_ATTEMPTS = 2, 3
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -36,7 +39,25 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         filesystem = fsspec.filesystem(protocol, **options)
     except (ValueError, ImportError) as error:
         raise RequestError(f"no file system for {uri}: {error}") from None
+    if protocol == "s3":
+        _try_again(filesystem, S3_ATTEMPTS)
     return filesystem, uri if protocol == "file" else filesystem._strip_protocol(uri)
+
+
+def _try_again(s3: fsspec.AbstractFileSystem, num_attempts: int) -> None:
+    """Have s3fs repeat what may do better another time, which by itself it does for few errors."""
+    from s3fs.core import set_custom_error_handler
+
+    s3.retries = num_attempts
+    set_custom_error_handler(_is_transient)
+
+
+def _is_transient(error: BaseException) -> bool:
+    from botocore.exceptions import ClientError, ConnectionError
+
+    if isinstance(error, ClientError):
+        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in S3_RETRIED_STATUS
+    return isinstance(error, ConnectionError)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -150,7 +171,7 @@ def is_there(uri: str) -> bool:
         },
         skip_instance_cache=True,
     )
-    quick.retries = 1
+    _try_again(quick, PROBE_ATTEMPTS)
     bucket, key = uris.split_bucket(uri)
     if not bucket:
         raise RequestError(f"{uri} names no bucket")

@@ -13,6 +13,9 @@ import safetensors.torch
 import timm
 
 from cluster.local import ObjectStore, RayHead
+from cluster.photographs import crops, encode
+from pipelines.storage.bulk import store_object
+from tests.support.faulty_proxy import Faults, faulty_proxy
 from tests.support.infer import REPOSITORY, read_kind, run_command, summary_of
 
 SMALL = "ecaresnet26t"
@@ -170,3 +173,20 @@ def test_models_prints_the_family() -> None:
     unknown = run_command("jobs.models", "--names", "nosuch")
     assert unknown.returncode == 2
     assert "knows no model 'nosuch'" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_a_store_on_a_bad_day_costs_no_image(store: ObjectStore, tmp_path: Path) -> None:
+    for name, image in crops(200, size=(160, 120)):
+        store_object(f"s3://images/bad-day/{name}.jpg", encode(image))
+    keys = {"input.uri": "s3://images/bad-day", "output.uri": f"s3://results/{tmp_path.name}", **RANDOM}
+    keys |= {"preprocess.image_size": "64", "output.commit_rows": "32"}
+    arguments = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    with faulty_proxy(store.endpoint, Faults(unavailable=0.05, reset=0.02, stalled=0.01)) as proxy:
+        names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+        done = run_command("jobs.infer", *arguments, timeout_s=250, **dict.fromkeys(names, proxy.endpoint))
+    assert done.returncode == 0, done.stderr
+    summary = summary_of(done.stdout)
+    assert (summary["num_ok"], summary["num_failed"]) == (200, 0)
+    assert summary["num_retries"] > 0
+    assert {"unavailable", "stalled"} < set(proxy.counts)

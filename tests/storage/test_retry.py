@@ -66,7 +66,7 @@ def test_what_the_store_did_not_answer_is_asked_again_and_counted(
 def test_a_stall_is_cut_off(
     behind: Callable[[Faults], Proxy], contents: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "REQUEST_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(bulk, "READ_TIMEOUT", timedelta(seconds=1))
     behind(Faults(stalled=0.1, stall_s=30))
     started = time.monotonic()
     found, num_retries = fetch(URIS)
@@ -103,7 +103,7 @@ def test_what_is_given_up_is_said_in_our_words(
     faults: Faults, kind: str, words: str, behind: Callable[[Faults], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 1.0)
-    monkeypatch.setattr(bulk, "REQUEST_TIMEOUT", timedelta(seconds=0.6))
+    monkeypatch.setattr(bulk, "READ_TIMEOUT", timedelta(seconds=0.6))
     behind(faults)
     (found,), num_retries = fetch(URIS[:1])
     assert isinstance(found, ItemError)

@@ -60,7 +60,7 @@ class Proxy:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One request."""
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            request = await _read_message(reader)
+            request = await _read_message(reader, writer)
             fault = self._choose()
             self.counts[fault] += 1
             await self._answer(request, fault, writer)
@@ -137,10 +137,12 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
-async def _read_message(reader: asyncio.StreamReader) -> bytes:
+async def _read_message(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
     """Head and body of a request."""
     head = await reader.readuntil(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:-2])
+    if b"100-continue" in fields.get(b"expect", b""):
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     body = b""
     if b"chunked" in fields.get(b"transfer-encoding", b""):
         while not body.endswith(b"0\r\n\r\n"):
