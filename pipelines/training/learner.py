@@ -173,14 +173,18 @@ class Learner:
                 module.eval()
 
     def _pieces(self, share: dict[str, NDArray[Any]]) -> tuple[list[NDArray[np.int64]], float]:
-        """The rows of each pass of gradient accumulation, and the weight of their loss."""
+        """The rows of each pass of gradient accumulation, and the weight of their loss.
+
+        On every worker there are as many passes, whatever failed: where batch norm is synchronized, they wait for each
+        other in each. Batch norm and mixup want two images a pass; the few good ones stand in for those that failed,
+        and where there is none, images that count nothing.
+        """
+        num_passes = self.config.optim.grad_accum_steps
         good = _good_rows(share)
-        if len(good) > 1:
-            num_passes = min(self.config.optim.grad_accum_steps, len(good) // 2)  # batch norm wants two images
-            return np.array_split(good, num_passes), 1.0
-        # Every worker has to take part in the step: images that don't count stand in.
-        num_rows = len(share["id"])
-        return [np.arange(num_rows)], len(good) / num_rows
+        rows = good
+        if len(good) < 2 * num_passes:
+            rows = np.resize(good if len(good) else np.arange(len(share["id"])), 2 * num_passes)
+        return np.array_split(rows, num_passes), len(good) / len(rows)
 
     def _synchronized(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         is_wrapped = isinstance(self._model, DistributedDataParallel)

@@ -112,6 +112,8 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
     )
     try:
         return trainer.fit()
+    except SystemExit:  # Ray Train's answer to Ctrl-C, with status 0
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: error}
         reason = root_cause(failures[min(failures)])

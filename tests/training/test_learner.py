@@ -107,14 +107,26 @@ def test_failed_and_filling_rows_count_nothing() -> None:
     assert all(map(torch.equal, weights_of(learner), weights_of(other)))
 
 
-@pytest.mark.parametrize("num_good", [0, 1])
-def test_a_share_of_hardly_any_good_image_is_survived(num_good: int) -> None:
+@pytest.mark.parametrize("num_good", [0, 1, 3])
+@pytest.mark.parametrize("sections", [{}, {"augment": {"mixup": 0.2}}])
+def test_a_share_of_hardly_any_good_image_is_survived(num_good: int, sections: dict[str, Any]) -> None:
     rows = share()
     rows["error"][num_good:] = "corrupt: x"
-    learner = Learner(config(optim={"grad_accum_steps": 4}), TASK, module(), CPU)
+    learner = Learner(config(optim={"grad_accum_steps": 4}, **sections), TASK, module(), CPU)
+    passes = []
+    learner._model.register_forward_hook(lambda model, images, logits: passes.append(len(images[0])))
     loss = learner.learn(rows)
+    assert passes == [2, 2, 2, 2]  # as on every other worker
     assert np.isfinite(loss)
     assert (loss == 0) == (num_good == 0)
+
+
+def test_one_good_image_weighs_what_it_does_in_any_batch() -> None:
+    rows, others = share(), share()
+    rows["error"][1:] = "corrupt: x"
+    others["image"][1:], others["target"][1:] = others["image"][0], others["target"][0]
+    alone, among = (Learner(config(), TASK, module(), CPU) for _ in range(2))
+    assert alone.learn(rows) == pytest.approx(among.learn(others) / 8, rel=1e-5)
 
 
 def test_a_frozen_backbone_stays_as_it_is() -> None:
