@@ -158,6 +158,7 @@ def test_a_task_that_runs_again_finds_its_file(output: str) -> None:
     settle_compaction(output)  # nothing to settle
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_files_of_a_good_size(
     ray_server: RayHead, store: ObjectStore, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

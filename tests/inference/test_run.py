@@ -150,7 +150,14 @@ assert "ray" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("source", "target"), [("s3", "local"), ("local", "s3"), ("local", "local")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("s3", "local"),
+        pytest.param("local", "s3", marks=pytest.mark.slow),
+        pytest.param("local", "local", marks=pytest.mark.slow),
+    ],
+)
 def test_every_way_between_stores_gives_the_same_rows(
     source: str,
     target: str,
@@ -220,8 +227,6 @@ def test_too_many_failures_stop_a_run_and_failed_rows_can_be_done_anew(
 
     for path in broken:
         shutil.copy(next(source.glob("good-*")), path)
-    transient = infer(ray_server, **request, failure={"retry": "transient"})
-    assert (transient["num_failed"], transient["num_resumed"]) == (4, 16)
     everything = infer(ray_server, **request, failure={"retry": "all"})
     assert (everything["num_ok"], everything["num_failed"], everything["num_resumed"]) == (16, 0, 12)
     assert read_kind(str(output), "part")["id"].to_pylist() == list(range(16))

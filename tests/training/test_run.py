@@ -93,15 +93,15 @@ def test_training_from_s3_to_s3_and_what_it_leaves(
     filesystem, path = open_filesystem("s3://images/digits")
     filesystem.put(f"{digits}/", f"{path}/", recursive=True)
     output = "s3://results/digits-run"
-    request = arguments("s3://images/digits", output)
+    request = arguments("s3://images/digits", output, optim__epochs=2)
     done = run_command("jobs.train", *request, timeout_s=200)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = summary_of(done.stdout)
-    assert summary["epochs"] == 3
-    assert summary["top1"] > 0.5
+    assert summary["epochs"] == 2
+    assert summary["top1"] > 0.3
     assert summary["num_failed"] == 1
     assert "torn.png: not_an_image" in summary["failed"][0]
-    assert "epoch 3 of 3 done" in done.stderr
+    assert "epoch 2 of 2 done" in done.stderr
     assert "Failed to query" not in done.stderr
     assert store.secret_key not in done.stderr
     weights = resolve_weights(ModelConfig(weights=summary["checkpoint_uri"]))
@@ -109,7 +109,7 @@ def test_training_from_s3_to_s3_and_what_it_leaves(
     assert weights.checkpoint_config["label_names"] == [str(digit) for digit in range(10)]
     assert weights.pretrained_cfg["input_size"] == [3, 32, 32]
     record = json.loads(read_bytes(uris.join(output, "_run.json")))
-    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in record["history"]] == [1, 2]
     names = list_names(output)
     assert {"_SUCCESS", "curves.png", "metrics.jsonl", "tensorboard", "_data"} <= set(names)
     assert len([name for name in names if name.startswith("checkpoint_2")]) <= 2  # the best and the last
@@ -118,7 +118,7 @@ def test_training_from_s3_to_s3_and_what_it_leaves(
     # Again, and again with another recipe.
     assert in_this_process(*request) == 0
     assert json.loads(capfd.readouterr().out) == summary
-    assert in_this_process(*arguments("s3://images/digits", output, optim__lr=0.1)) == 2
+    assert in_this_process(*arguments("s3://images/digits", output, optim__epochs=2, optim__lr=0.1)) == 2
     assert "optim.lr was 0.05, is 0.1" in capfd.readouterr().err
 
 
