@@ -145,6 +145,32 @@ def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None 
         shutil.rmtree(home, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def ray_node(head: RayHead, num_cpus: int, environment: Mapping[str, str]) -> Iterator[int]:
+    """Run another node of a head's cluster, on this machine too; gives the process id that its processes descend from.
+
+    Args:
+        head: what it joins.
+        num_cpus: what it offers.
+        environment: variables for its workers.
+    """
+    command = [_program("ray"), "start", "--block", f"--address={head.address}", f"--num-cpus={num_cpus}"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with open(head.home / "node.log", "wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=inherited | {"HOME": str(head.home)} | dict(environment),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    try:
+        yield process.pid
+    finally:
+        _stop(process, [signal.SIGTERM, signal.SIGKILL])
+
+
 def _program(name: str) -> str:
     """The program that this environment brings, else the one on the PATH."""
     beside = Path(sys.executable).with_name(name)

@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import timm
 
+from cluster.faulty_proxy import Faults, faulty_proxy
 from cluster.local import ObjectStore, RayHead
 from cluster.photographs import crops, encode
 from pipelines.storage.bulk import store_object
-from tests.support.faulty_proxy import Faults, faulty_proxy
 from tests.support.infer import REPOSITORY, read_kind, run_command, summary_of
 
 SMALL = "ecaresnet26t"

@@ -11,12 +11,12 @@ from datetime import timedelta
 import pyarrow as pa
 import pytest
 
+from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local import ObjectStore
 from pipelines.errors import ItemError
 from pipelines.inference.write import write_table
 from pipelines.storage import bulk, retry
 from pipelines.storage.retry import RequestLimit
-from tests.support.faulty_proxy import Faults, Proxy, faulty_proxy
 
 NUM_OBJECTS = 60
 URIS = [f"s3://scratch/retry/{index}" for index in range(NUM_OBJECTS)]

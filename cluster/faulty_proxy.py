@@ -47,6 +47,7 @@ class Proxy:
     Attributes:
         endpoint: what S3 clients are given.
         counts: requests by what was done to them.
+        fetched: how often the object at each path was asked for.
         is_gone: while true, every connection is reset.
     """
 
@@ -54,6 +55,7 @@ class Proxy:
     upstream: str
     faults: Faults
     counts: "Counter[str]" = field(default_factory=Counter)
+    fetched: "Counter[str]" = field(default_factory=Counter)
     is_gone: bool = False
     chance: random.Random = field(default_factory=lambda: random.Random(5))
 
@@ -63,6 +65,9 @@ class Proxy:
             request = await _read_message(reader, writer)
             fault = self._choose()
             self.counts[fault] += 1
+            method, target = request.split(b" ", 2)[:2]
+            if method == b"GET" and fault == "none":
+                self.fetched[target.decode()] += 1
             await self._answer(request, fault, writer)
             await writer.drain()
         writer.close()
