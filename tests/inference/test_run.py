@@ -16,11 +16,13 @@ import timm
 import torch
 
 from cluster.local import RayHead
+from cluster.photographs import crops, encode
 from pipelines.errors import RequestError, RunError
 from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
 from tests.conftest import NUM_PHOTOGRAPHS
+from tests.support.broken import broken_files, strange_files
 from tests.support.infer import infer, read_kind
 from tests.support.photographs import SIZES
 from tests.support.weights import load_images
@@ -262,3 +264,28 @@ def test_another_timm_classifier_works(ray_server: RayHead, photographs: Path, t
     table = pq.read_table(sorted((tmp_path / "out").glob("part-*.parquet")))
     assert table.num_rows == NUM_PHOTOGRAPHS
     assert table.schema.field("embedding").type.list_size == 1024
+
+
+@pytest.mark.slow
+def test_good_rows_are_what_they_are_without_the_broken_files(ray_server: RayHead, tmp_path: Path) -> None:
+    (tmp_path / "good").mkdir()
+    for name, image in crops(500, size=(160, 120)):
+        (tmp_path / "good" / f"{name}.jpg").write_bytes(encode(image))
+    for name, content in strange_files().items():
+        (tmp_path / "good" / name).write_bytes(content)
+    shutil.copytree(tmp_path / "good", tmp_path / "mixed")
+    for name, (content, _) in broken_files().items():
+        (tmp_path / "mixed" / name).write_bytes(content)
+    model: dict[str, Any] = {"model": {"name": "ecaresnet26t", "weights": "random"}, "preprocess": {"image_size": 64}}
+    model |= {"failure": {"max_fraction": 1.0}}
+    for name in ("good", "mixed"):
+        where = {"input": {"uri": str(tmp_path / name)}, "output": {"uri": str(tmp_path / f"{name}-out")}}
+        infer(ray_server, **where, **model)
+    good, mixed = read_kind(str(tmp_path / "good-out"), "part"), read_kind(str(tmp_path / "mixed-out"), "part")
+    failed = read_kind(str(tmp_path / "mixed-out"), "failed")
+    reasons = {Path(row["uri"]).name: row["error_kind"] for row in failed.to_pylist()}
+    assert reasons.keys() == broken_files().keys()
+    assert all(reasons[name] in (kinds | {"empty"}) for name, (_, kinds) in broken_files().items())
+    assert sorted(mixed["id"].to_pylist() + failed["id"].to_pylist()) == list(range(len(mixed) + len(failed)))
+    for column in ("width", "height", "index", "prob", "label", "embedding"):
+        assert mixed[column].equals(good[column]), column
