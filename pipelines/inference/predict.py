@@ -1,5 +1,7 @@
 """Predict: uint8 images to top-k and embedding, as a replica does it. Rows 1:1."""
 
+import logging
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,6 +12,8 @@ from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.normalize import Normalizer
+
+log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -26,6 +30,7 @@ class Predictor:
         torch.set_num_threads(1)  # for each calling thread
         self.bundle = bundle
         self.options = options
+        self.batch_size = options.batch_size
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
         self.dtype: torch.dtype = getattr(torch, bundle.dtype)
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
@@ -37,19 +42,32 @@ class Predictor:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
         good = batch.filter(pc.is_valid(batch["image"]))
         images = _stack(good, self.bundle.transform.input_size)
-        chunks = [
-            self._predict_batch(images[start : start + self.options.batch_size])
-            for start in range(0, len(images), self.options.batch_size)
-        ]
-        results = pa.concat_tables(chunks) if chunks else self._empty_results()
+        results = self._predict_images(images) if len(images) else self._empty_results()
         return self._join(batch, results)
 
+    def _predict_images(self, images: NDArray[np.uint8]) -> pa.Table:
+        """Batch by batch; where the GPU's memory does not hold one, in smaller ones from then on."""
+        chunks: list[pa.Table] = []
+        start = 0
+        while start < len(images):
+            batch_size = self.batch_size
+            try:
+                chunks.append(self._predict_batch(images[start : start + batch_size], batch_size))
+                start += batch_size
+            except torch.cuda.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                self.batch_size = batch_size // 2
+                log.warning("the GPU's memory holds no batch of %d: going on with %d", batch_size, self.batch_size)
+        return pa.concat_tables(chunks)
+
     @torch.inference_mode()
-    def _predict_batch(self, images: NDArray[np.uint8]) -> pa.Table:
+    def _predict_batch(self, images: NDArray[np.uint8], batch_size: int) -> pa.Table:
         """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
         num_images = len(images)
-        if num_images < self.options.batch_size:
-            missing = self.options.batch_size - num_images
+        if num_images < batch_size:
+            missing = batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
         logits, features = self.model(self.normalize(torch.from_numpy(images)).to(self.dtype))
         columns: dict[str, pa.Array] = {}

@@ -4,11 +4,13 @@ import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.inference.fetch_decode import FetchAndDecode
@@ -72,6 +74,30 @@ def test_batches_predicted_at_the_same_time_give_the_same_rows(
     with ThreadPoolExecutor(4) as threads:
         for other in threads.map(predictor, [images] * 8):
             assert other.equals(predictions)
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_halved(
+    bundle: ModelBundle, images: pa.Table, predictions: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(bundle, OPTIONS)
+    model, sizes = predictor.model, []
+
+    def small_memory(batch: torch.Tensor) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return model(batch)
+
+    monkeypatch.setattr(predictor, "model", small_memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = predictor(images)
+    assert sizes == [8, 4, *[2] * 6]
+    assert found["id"].equals(predictions["id"])
+    assert found["index"].equals(predictions["index"])
+    monkeypatch.setattr(predictor, "batch_size", 1)
+    monkeypatch.setattr(predictor, "model", lambda batch: small_memory(torch.cat([batch] * 3)))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        predictor(images)
 
 
 def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle, predictions: pa.Table) -> None:
