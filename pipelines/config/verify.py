@@ -15,7 +15,16 @@ class VerifiedOutputConfig(Section):
     """The output of a finished `infer`: a local path or `s3://bucket/prefix`."""
 
 
+class SampleConfig(Section):
+    """Rows that are computed again."""
+
+    num_rows: int = Field(default=16, ge=0)
+    """How many rows, at most, are computed again, by the model and from the images that the run names, on this machine's
+    CPUs; 0 for none, where one of them is gone. Default: 16."""
+
+
 class VerifyConfig(Section):
-    """Check an output of infer: files, schema, ids, checksums and fingerprint."""
+    """Check an output of infer: files, schema, ids, checksums, fingerprint, and a sample of its rows."""
 
     output: VerifiedOutputConfig
+    sample: SampleConfig = SampleConfig()

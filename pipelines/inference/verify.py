@@ -1,9 +1,11 @@
-"""Check an output: that its files are those that were written, and that they hold each input once.
+"""Check an output: that its files are those that were written, that they hold each input once, that a sample is right.
 
-No part of it needs Ray or the model: files are read in parallel, and of each no more than one is held by a reader.
+No part of it needs Ray, and only the sample needs the model. Files are read in parallel, and no reader holds more than
+one of them.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from pipelines import run_record
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.inference.commit import NUM_READERS, read_digests
+from pipelines.inference.rescore import rescore
 from pipelines.inference.schema import FAILED, parts_schema
 from pipelines.inference.write import digest_of
 from pipelines.storage import uris
@@ -41,6 +44,7 @@ class Expected:
         fingerprint: in each file.
         digests: SHA-256 of each file, by its name.
         input_uris: by id.
+        num_sampled: good rows of each file that are kept, to be computed again.
     """
 
     output_uri: str
@@ -48,6 +52,7 @@ class Expected:
     fingerprint: str
     digests: dict[str, str]
     input_uris: pa.ChunkedArray
+    num_sampled: int
 
 
 @dataclass
@@ -58,11 +63,13 @@ class FileReport:
         name: of the file.
         ids: of its rows.
         problems: what is wrong with it, a line each.
+        sample: some of its rows.
     """
 
     name: str
     ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     problems: list[str] = field(default_factory=list)
+    sample: pa.Table | None = None
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
@@ -74,7 +81,8 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """
     output_uri = uris.normalize(config.output.uri)
     try:
-        expected = _expected(output_uri)
+        record = _record(output_uri)
+        expected = _expected(output_uri, record, config.sample.num_rows)
     except RequestError:
         raise
     except (ValueError, FileNotFoundError) as error:
@@ -83,12 +91,17 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
     counts = np.zeros(len(expected.input_uris), np.int32)
     num_rows: Counter[str] = Counter()
+    samples: list[pa.Table] = []
     with ThreadPoolExecutor(NUM_READERS) as pool:
         for report in pool.map(lambda name: check_file(expected, name), names):
             problems += report.problems
             np.add.at(counts, report.ids, 1)
             num_rows[report.name.partition("-")[0]] += len(report.ids)
+            samples += [report.sample] if report.sample is not None else []
     problems += _problems_of_counts(counts)
+    sample = pa.concat_tables(samples).slice(0, config.sample.num_rows) if samples and not problems else None
+    if sample is not None:
+        problems += rescore(record, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:
@@ -98,24 +111,32 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         "num_ok": num_rows["part"],
         "num_failed": num_rows["failed"],
         "num_files": len(names),
+        "num_sampled": 0 if sample is None else sample.num_rows,
         "output_uri": expected.output_uri,
     }
 
 
-def _expected(output_uri: str) -> Expected:
+def _record(output_uri: str) -> dict[str, Any]:
     record = run_record.find_run(output_uri) if is_there(output_uri) else None
-    manifest = find_manifest(output_uri) if record else None
-    digests = read_digests(output_uri) if record else None
-    if record is None or manifest is None or digests is None or not run_record.is_complete(output_uri):
+    if record is None or not run_record.is_complete(output_uri):
+        raise RequestError(f"{output_uri} holds no output of a finished infer")
+    return record
+
+
+def _expected(output_uri: str, record: dict[str, Any], num_sampled: int) -> Expected:
+    manifest, digests = find_manifest(output_uri), read_digests(output_uri)
+    if manifest is None or digests is None:
         raise RequestError(f"{output_uri} holds no output of a finished infer")
     identity = record["identity"]
     num_features = record["num_features"] if identity["outputs.embedding"] else 0
+    num_parts = sum(name.startswith("part-") for name in digests)
     return Expected(
         output_uri,
         {"part": parts_schema(identity["outputs.topk"], num_features), "failed": FAILED},
         record["fingerprint"],
         digests,
         read_manifest(output_uri, manifest)["uri"],
+        math.ceil(num_sampled / max(1, num_parts)),
     )
 
 
@@ -140,6 +161,11 @@ def check_file(expected: Expected, name: str) -> FileReport:
     report.problems += [f"{name}: {problem}" for problem in _problems_of_rows(expected, table)]
     ids = table["id"].to_numpy()
     report.ids = ids[(ids >= 0) & (ids < len(expected.input_uris))]
+    if name.startswith("part-") and expected.num_sampled:
+        # Chosen by the file's name: another check computes the same rows.
+        chance = np.random.default_rng(list(name.encode()))
+        count = min(expected.num_sampled, table.num_rows)
+        report.sample = table.take(chance.choice(table.num_rows, count, replace=False))
     return report
 
 

@@ -41,8 +41,8 @@ def output(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
-def verify(output: Path) -> dict[str, Any]:
-    return run(VerifyConfig.model_validate({"output": {"uri": str(output)}}))
+def verify(output: Path, num_rows: int = 0) -> dict[str, Any]:
+    return run(VerifyConfig.model_validate({"output": {"uri": str(output)}, "sample": {"num_rows": num_rows}}))
 
 
 def rewrite(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
@@ -62,6 +62,7 @@ def test_a_good_output_passes_by_its_command_line(output: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = summary_of(done.stdout)
     assert (summary["num_inputs"], summary["num_ok"], summary["num_failed"]) == (17, 16, 1)
+    assert 8 <= summary["num_sampled"] <= 16
 
 
 @pytest.mark.parametrize("place", [0, 0.1, 0.5, 0.9, 1])
@@ -146,3 +147,30 @@ def test_the_checksums_of_a_finished_run_are_not_renewed(output: Path) -> None:
 
 def test_the_checksums_name_every_file(output: Path) -> None:
     assert json.loads((output / "_files.json").read_text()).keys() == {path.name for path in output.glob("*.parquet")}
+
+
+def test_rows_that_another_model_wrote_are_found(output: Path) -> None:
+    def rotated(table: pa.Table) -> pa.Table:
+        order = pa.array([*range(1, table.num_rows), 0])
+        for name in ("index", "prob", "label", "embedding"):
+            table = with_column(table, name, table[name].take(order))
+        return table
+
+    rewrite(output, rotated)
+    assert verify(output)["num_sampled"] == 0
+    with pytest.raises(
+        RunError, match=r"problems, the first: row \d+, computed again: the probability of class \d+ was"
+    ):
+        verify(output, num_rows=16)
+
+
+def test_weights_that_are_gone_are_said(output: Path) -> None:
+    record = json.loads((output / "_run.json").read_text())
+    record["config"]["model"]["weights"] = "/absent.safetensors"
+    (output / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(RequestError, match=r"absent\.safetensors.*--sample\.num_rows 0"):
+        verify(output, num_rows=1)
+    record["config"]["model"]["weights"] = "random"
+    (output / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(RequestError, match="no longer those of the run"):
+        verify(output, num_rows=1)

@@ -1,0 +1,71 @@
+"""A sample of an output's rows, computed again: by the model and the images that the run names, on this machine."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.config.infer import InferConfig
+from pipelines.errors import RequestError
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.replica import PredictOptions
+
+BATCH_SIZE = 8
+# What another machine, a GPU or another batch size may change: of probabilities absolute, of embeddings in proportion.
+TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01)}
+
+
+def rescore(record: dict[str, Any], rows: pa.Table) -> Iterator[str]:
+    """Compare rows with what the model says of their images now.
+
+    Args:
+        record: `_run.json` of the output.
+        rows: good rows of it.
+
+    Yields:
+        What differs, a line for each row.
+
+    Raises:
+        RequestError: the model cannot be had any more.
+    """
+    # Late: torch and timm, which a check of the files alone does without.
+    from pipelines.inference.predict import Predictor
+    from pipelines.models.resolve import prepare_bundle, resolve_bundle
+
+    config = InferConfig.model_validate(record["config"])
+    try:
+        bundle = resolve_bundle(config.model, config.preprocess)
+    except RequestError as error:
+        raise RequestError(f"{error}; with --sample.num_rows 0 no row is computed again") from None
+    if bundle.fingerprint != record["fingerprint"]:
+        raise RequestError(
+            "the weights or the libraries are no longer those of the run, so its rows cannot be computed again; "
+            "with --sample.num_rows 0 none is"
+        )
+    options = PredictOptions(BATCH_SIZE, record["identity"]["outputs.topk"], config.outputs.embedding, use_gpu=False)
+    decode = FetchAndDecode(bundle.transform, config.input.max_bytes, config.preprocess.max_pixels)
+    again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
+    for old, new in zip(rows.to_pylist(), again.to_pylist()):
+        problem = new["error_kind"] or _difference(old, new, *TOLERANCES[bundle.dtype])
+        if problem:
+            yield f"row {old['id']}, computed again: {problem}"
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prob: float, embedding: float) -> str | None:
+    if "prob" in old:
+        before, after = _floats(old["prob"]), _floats(new["prob"])
+        is_clear = len(after) < 2 or after[0] - after[1] > 2 * prob
+        if (is_clear and old["index"][0] != new["index"][0]) or np.abs(before - after).max() > prob:
+            return f"the probability of class {old['index'][0]} was {before[0]:.5f}, is {after[0]:.5f}"
+    if "embedding" in old:
+        before, after = _floats(old["embedding"]), _floats(new["embedding"])
+        distance = float(np.linalg.norm(before - after) / np.linalg.norm(after))
+        if distance > embedding:
+            return f"its embedding lies {distance:.2g} of its length away"
+    return None
+
+
+def _floats(values: list[float]) -> NDArray[np.float64]:
+    return np.array(values, np.float64)
