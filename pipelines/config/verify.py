@@ -19,8 +19,8 @@ class SampleConfig(Section):
     """Rows that are computed again."""
 
     num_rows: int = Field(default=16, ge=0)
-    """How many rows, at most, are computed again, by the model and from the images that the run names, on this machine's
-    CPUs; 0 for none, where one of them is gone. Default: 16."""
+    """How many rows, at most, are computed again, by the model and from the images that the run names, on the CPUs of
+    this machine; 0 for none, where one of them is gone. Default: 16."""
 
 
 class VerifyConfig(Section):
