@@ -42,11 +42,13 @@ checks: setup  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## side by side: labelling beside Ray's documented pattern, training beside timm's loop
+bench: setup  ## labelling beside Ray's documented pattern, training beside timm's loop, large resumes, faults
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
 		-r pyproject.toml --extra bench --constraints requirements.lock
 	$(LIMIT) 1800 $(RUN) -m benchmarks.whole_run
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
+	$(LIMIT) 900 $(RUN) -m benchmarks.resume
+	$(LIMIT) 1800 $(RUN) -m benchmarks.chaos
 
 lock: setup  ## resolve requirements.lock anew
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-header --quiet \

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from cluster.local import object_store
 from cluster.photographs import crops, encode
+from cluster.processes import descendants
 from pipelines import run_record
 from pipelines.inference.commit import list_files
 from pipelines.inference.schema import parts_schema
@@ -133,8 +134,8 @@ def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
     peak = driver = 0
     try:
         while set(list_files(output_uri)) == before:
-            tree = _tree(process.pid)
-            peak, driver = max(peak, sum(map(_pss, tree))), max(driver, _pss(process.pid))
+            own = _pss(process.pid)
+            peak, driver = max(peak, own + sum(map(_pss, descendants(process.pid)))), max(driver, own)
             assert process.poll() is None, "the job ended without a new file"
             assert time.monotonic() - started < TIMEOUT_S, "no new file"
             time.sleep(POLL_S)
@@ -142,21 +143,6 @@ def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
     finally:
         process.terminate()
         process.wait()
-
-
-def _tree(pid: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    tree, level = [pid], {pid}
-    while level:
-        level = {child for child, parent in parents.items() if parent in level}
-        tree += level
-    return tree
 
 
 def _pss(pid: int) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.processes import with_variable
 from tests.support.infer import REPOSITORY
-from tests.support.processes import with_variable
 
 REFUSED = """
 import os, time

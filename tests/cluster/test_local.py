@@ -9,8 +9,8 @@ import yaml
 
 from cluster.local import object_store
 from cluster.photographs import crops
+from cluster.processes import is_running, wait_until_gone
 from tests.support.infer import REPOSITORY
-from tests.support.processes import is_running, wait_until_gone
 
 
 def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

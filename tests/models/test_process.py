@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 
+from cluster.processes import is_running, wait_until_gone
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.models.process import ModelProcess
 from pipelines.models.resolve import resolve_bundle
 from tests.support.infer import REPOSITORY
-from tests.support.processes import is_running, wait_until_gone
 
 SMALL = "ecaresnet26t"
 

@@ -18,6 +18,7 @@ import torch
 
 from cluster.digits import write_digits
 from cluster.local import ObjectStore, RayHead
+from cluster.processes import descendants, kill_tree
 from pipelines.config.parse import parse_config
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig
@@ -27,7 +28,6 @@ from pipelines.models.weights import resolve_weights
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, read_bytes
 from tests.support.infer import REPOSITORY, run_command, summary_of
-from tests.support.processes import descendants, kill_tree
 from tests.support.recorded_training import read_records
 
 SMALL = "ecaresnet26t"
