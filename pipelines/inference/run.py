@@ -1,4 +1,4 @@
-"""Label and embed images: the dataset chain, top to bottom.
+"""Label and embed images: from the request to `_SUCCESS`.
 
 manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
 """
