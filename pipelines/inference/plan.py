@@ -83,7 +83,7 @@ def _batch_size(config: ComputeConfig) -> int:
 
 def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
     """Replicas, CPUs each, threads each, without GPUs."""
-    per_node = [max(1, int(node.num_cpus) // CPUS_PER_REPLICA) for node in nodes]
+    per_node = [_replicas_of(node) for node in nodes]
     shares = [_replica_share(node) * node.num_cpus / count for node, count in zip(nodes, per_node)]
     threads = min(max(1, int(node.num_cpus) // count) for node, count in zip(nodes, per_node))
     num_default = sum(per_node)
@@ -96,7 +96,35 @@ def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int
             "needs one of its own"
         )
     threads = config.num_threads_per_worker or max(1, int(threads / crowding))
-    return num_workers, _round_down(min(shares) / math.ceil(crowding)), threads
+    cpus_each = _round_down(min(shares) / math.ceil(crowding))
+    return num_workers, _survive_loss(cpus_each, nodes) if crowding == 1 else cpus_each, threads
+
+
+def _survive_loss(cpus_each: float, nodes: list[Node]) -> float:
+    """A little more for each replica, so that the others' nodes have CPUs for tasks left when one node is lost.
+
+    Its replicas start again wherever they fit. Were they to fill the nodes, no task could start any more, and the run
+    would stand still.
+    """
+    if len(nodes) == 1:
+        return cpus_each
+    wanted = cpus_each
+    while all(_replicas_of(node) * wanted < node.num_cpus for node in nodes):
+        if not any(_may_fill_up(wanted, node) for node in nodes):
+            return wanted
+        wanted += 0.01
+    return cpus_each  # nodes of different sizes: no share suits them all
+
+
+def _may_fill_up(cpus_each: float, node: Node) -> bool:
+    """Whether as many replicas as fit would take the CPUs that the plan leaves for tasks."""
+    left_at_least = node.num_cpus - int(node.num_cpus / cpus_each + 1e-6) * cpus_each
+    left_by_plan = node.num_cpus - _replicas_of(node) * cpus_each
+    return left_at_least < min(1.0, left_by_plan * 3 / 4) + min(1.0, left_by_plan / 4) - 1e-6
+
+
+def _replicas_of(node: Node) -> int:
+    return max(1, int(node.num_cpus) // CPUS_PER_REPLICA)
 
 
 def _plan_gpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:

@@ -73,3 +73,17 @@ def test_what_cannot_be_scheduled_is_refused_with_the_numbers(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         plan_compute(config, nodes)
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 3, 4, 8, 12, 16, 24, 32, 64, 96])
+def test_a_lost_nodes_replicas_leave_room_on_the_others(num_cpus: int) -> None:
+    plan = plan_compute(ComputeConfig(), [Node(num_cpus, 0)] * 2)
+    num_that_fit = int(num_cpus / plan.num_cpus_per_worker + 1e-6)
+    left = num_cpus - num_that_fit * plan.num_cpus_per_worker
+    assert left >= plan.num_cpus_per_decode_task + plan.num_cpus_per_write_task - 1e-6
+    assert plan.num_workers == 2 * plan_compute(ComputeConfig(), [Node(num_cpus, 0)]).num_workers
+
+
+def test_nodes_of_different_sizes_have_a_plan_too() -> None:
+    plan = plan_compute(ComputeConfig(), [Node(1, 0), Node(8, 0)])
+    assert (plan.num_workers, plan.num_cpus_per_worker) == (3, 0.5)
