@@ -1,6 +1,7 @@
 """What the tests share: one object store, one Ray, photographs of every kind, and weights that tell them apart."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,26 @@ from tests.support.photographs import write_photographs
 REPOSITORY = Path(__file__).parents[1]
 NUM_PHOTOGRAPHS = 66
 BUCKETS = ("images", "results", "scratch")
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep the status for the end of the process."""
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the process as `pipelines.job.main` ends a job's: without the interpreter's teardown.
+
+    Threads of Ray, Arrow and obstore outlive the tests, and one that wakes while modules are being torn down
+    can end a run whose tests all passed with a segmentation fault.
+    """
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session", autouse=True)
