@@ -97,8 +97,9 @@ class OutputsConfig(Section):
 class PreprocessConfig(Section):
     """From bytes to the model's input."""
 
-    mode: Literal["exact"] = "exact"
-    """`exact` (the default) gives timm's eval transform bit for bit."""
+    mode: Literal["exact", "fast"] = "exact"
+    """`exact` (the default) gives timm's eval transform bit for bit. `fast` decodes and resizes JPEG in a fraction of
+    the time, to pixels that differ a little (see BENCHMARKS.md for how much)."""
 
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""

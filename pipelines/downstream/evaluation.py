@@ -106,7 +106,9 @@ def _count(
     images: LabelledImages,
     targets: NDArray[np.int64],
 ) -> Counts:
-    decode = FetchAndDecode(model.transform, config.input.max_bytes, config.preprocess.max_pixels)
+    decode = FetchAndDecode(
+        model.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
+    )
     options = PredictOptions(plan.batch_size, min(TOPK, model.num_classes), False, plan.num_gpus_per_worker > 0)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
     source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size))

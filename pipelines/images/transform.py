@@ -44,12 +44,36 @@ class EvalTransform:
         Raises:
             ItemError: `too_many_pixels`.
         """
-        width, height = self._resized_size(image.width, image.height)
-        if width * height > max_pixels:
-            raise ItemError("too_many_pixels", f"{image.width} x {image.height} resizes to {width} x {height} pixels")
+        width, height = self.resized_size(image.width, image.height, max_pixels)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return np.asarray(self._center_crop(image))
+        return np.asarray(self.center_crop(image))
+
+    def resized_size(self, width: int, height: int, max_pixels: int) -> tuple[int, int]:
+        """Width and height that an image is resized to before its center is cut out.
+
+        Args:
+            width: of the image, in pixels.
+            height: of the image, in pixels.
+            max_pixels: largest size resized to.
+
+        Raises:
+            ItemError: `too_many_pixels`.
+        """
+        resized_width, resized_height = self._resized_size(width, height)
+        if resized_width * resized_height > max_pixels:
+            raise ItemError(
+                "too_many_pixels", f"{width} x {height} resizes to {resized_width} x {resized_height} pixels"
+            )
+        return resized_width, resized_height
+
+    def center_crop(self, image: Image.Image) -> Image.Image:
+        """The center of a resized image, padded where it is smaller than the model's input."""
+        crop_height, crop_width = self.input_size
+        image = self._pad_to(image, crop_width, crop_height)
+        left = round((image.width - crop_width) / 2.0)
+        top = round((image.height - crop_height) / 2.0)
+        return image.crop((left, top, left + crop_width, top + crop_height))
 
     def _resized_size(self, width: int, height: int) -> tuple[int, int]:
         crop_height, crop_width = self.input_size
@@ -64,13 +88,6 @@ class EvalTransform:
         ratios = height / scale_height, width / scale_width
         ratio = max(ratios) if self.crop_mode == "border" else min(ratios)
         return round(width / ratio), round(height / ratio)
-
-    def _center_crop(self, image: Image.Image) -> Image.Image:
-        crop_height, crop_width = self.input_size
-        image = self._pad_to(image, crop_width, crop_height)
-        left = round((image.width - crop_width) / 2.0)
-        top = round((image.height - crop_height) / 2.0)
-        return image.crop((left, top, left + crop_width, top + crop_height))
 
     def _pad_to(self, image: Image.Image, crop_width: int, crop_height: int) -> Image.Image:
         width, height = max(image.width, crop_width), max(image.height, crop_height)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.errors import ItemError
-from pipelines.images.decode import decode_rgb
+from pipelines.images.preprocess import Mode, Preprocess, make_preprocess
 from pipelines.images.transform import EvalTransform
 from pipelines.inference.schema import IMAGES
 from pipelines.storage.bulk import fetch_many
@@ -24,27 +24,30 @@ class FetchAndDecode:
         transform: the eval transform.
         max_bytes: largest object fetched.
         max_pixels: largest image decoded.
+        mode: of preprocessing.
     """
 
     transform: EvalTransform
     max_bytes: int
     max_pixels: int
+    mode: Mode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`id` and `uri` to `IMAGES`, in the same order; a failed image becomes a row with its error."""
+        preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
         for fetched in fetch_many(object_uris, self.max_bytes):
-            rows[fetched.position] = {"num_retries": fetched.num_retries, **self._decode_row(fetched.content)}
+            rows[fetched.position] = {"num_retries": fetched.num_retries, **_decode_row(fetched.content, preprocess)}
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 
-    def _decode_row(self, content: bytes | ItemError) -> dict[str, Any]:
-        if isinstance(content, ItemError):
-            return {"error_kind": content.kind, "error_message": content.message}
-        try:
-            image = decode_rgb(content, self.max_pixels)
-            pixels = self.transform.apply(image, self.max_pixels)
-        except ItemError as error:
-            return {"error_kind": error.kind, "error_message": error.message}
-        return {"width": image.width, "height": image.height, "image": pixels.tobytes()}
+
+def _decode_row(content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
+    if isinstance(content, ItemError):
+        return {"error_kind": content.kind, "error_message": content.message}
+    try:
+        width, height, pixels = preprocess(content)
+    except ItemError as error:
+        return {"error_kind": error.kind, "error_message": error.message}
+    return {"width": width, "height": height, "image": pixels.tobytes()}

@@ -45,7 +45,9 @@ def rescore(record: dict[str, Any], rows: pa.Table) -> Iterator[str]:
             "with --sample.num_rows 0 none is"
         )
     options = PredictOptions(BATCH_SIZE, record["identity"]["outputs.topk"], config.outputs.embedding, use_gpu=False)
-    decode = FetchAndDecode(bundle.transform, config.input.max_bytes, config.preprocess.max_pixels)
+    decode = FetchAndDecode(
+        bundle.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
+    )
     again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
         problem = new["error_kind"] or _difference(old, new, *TOLERANCES[bundle.dtype])

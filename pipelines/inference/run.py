@@ -85,7 +85,9 @@ def _execute(
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
     config = request.config
     drop_retried(config.output.uri, request.done.retried)
-    decode = FetchAndDecode(request.model.transform, config.input.max_bytes, config.preprocess.max_pixels)
+    decode = FetchAndDecode(
+        request.model.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
+    )
     options = PredictOptions(
         batch_size=plan.batch_size,
         topk=request.topk,

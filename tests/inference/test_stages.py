@@ -40,7 +40,7 @@ def images(bundle: ModelBundle, photographs: Path) -> pa.Table:
     paths = [str(path) for path in sorted(photographs.iterdir())[:11]]
     paths.insert(4, "/absent.jpg")
     batch = pa.table({"id": pa.array(range(12), pa.int64()), "uri": paths})
-    return FetchAndDecode(bundle.transform, 10**8, 10**8)(batch)
+    return FetchAndDecode(bundle.transform, 10**8, 10**8, "exact")(batch)
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,10 @@ def test_no_credential_is_pickled(store: ObjectStore) -> None:
     # What the stages ship to the workers, after this process itself has used the store.
     write_bytes("s3://scratch/pickled", b"x")
     assert list(bulk.fetch_many(["s3://scratch/pickled"], 10)) == [(0, b"x", 0)]
-    stages = [FetchAndDecode(IMAGENET, 1, 1), PartWriter("s3://scratch/out", parts_schema(5, 8), {"model": "x"})]
+    stages = [
+        FetchAndDecode(IMAGENET, 1, 1, "exact"),
+        PartWriter("s3://scratch/out", parts_schema(5, 8), {"model": "x"}),
+    ]
     for stage in stages:
         content = pickle.dumps(stage)
         assert store.secret_key.encode() not in content
@@ -192,7 +195,7 @@ def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: P
         write_bytes(uris.join(root, path.name), path.read_bytes())
     wanted = [uris.join(root, path.name) for path in paths] + [uris.join(root, "absent")]
     batch = pa.table({"id": pa.array(range(10, 16), pa.int64()), "uri": wanted})
-    images = FetchAndDecode(IMAGENET, 10**8, 10**8)(batch)
+    images = FetchAndDecode(IMAGENET, 10**8, 10**8, "exact")(batch)
     assert images["uri"].to_pylist() == wanted
     assert images["error_kind"].to_pylist() == [None] * 5 + ["not_found"]
     assert {len(image) for image in images["image"].to_pylist()[:5]} == {224 * 224 * 3}

@@ -1,0 +1,85 @@
+"""`preprocess.mode=fast` beside `exact`: nearly the same pixels, and the same files fail."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cluster.photographs import encode
+from cluster.photographs import photographs as sources
+from pipelines.errors import ItemError
+from pipelines.images.preprocess import Mode, make_preprocess
+from pipelines.images.transform import EvalTransform
+from tests.support.broken import broken_files, strange_files
+
+IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MAX_PIXELS = 10**8
+MODES: tuple[Mode, ...] = ("exact", "fast")
+
+
+def difference(content: bytes, transform: EvalTransform = IMAGENET) -> float:
+    """Mean absolute difference of a pixel, in steps of 255."""
+    exact, fast = (make_preprocess(mode, transform, MAX_PIXELS)(content) for mode in MODES)
+    assert (fast.width, fast.height) == (exact.width, exact.height)
+    assert fast.pixels.shape == exact.pixels.shape == (*transform.input_size, 3)
+    assert fast.pixels.dtype == np.uint8
+    assert len(fast.pixels.tobytes()) == exact.pixels.size
+    return float(np.abs(fast.pixels.astype(int) - exact.pixels).mean())
+
+
+def test_every_kind_of_file_is_nearly_the_same(photographs: Path) -> None:
+    differences = {path.name: difference(path.read_bytes()) for path in sorted(photographs.iterdir())}
+    assert max(differences.values()) < 0.5, differences
+
+
+@pytest.mark.parametrize("size", [(451, 300), (300, 451), (1000, 800), (2400, 1800), (90, 41), (33, 400), (1, 1)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_every_size_and_crop_is_nearly_the_same(size: tuple[int, int], crop_mode: str) -> None:
+    content = encode(sources()["coffee"].resize(size), quality=92)
+    # Where the DCT scales, edges come out a little sharper or softer.
+    assert difference(content, replace(IMAGENET, crop_mode=crop_mode)) < 2
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest", "lanczos"])
+def test_every_filter_is_nearly_the_same(interpolation: str) -> None:
+    content = encode(sources()["coffee"], quality=92)
+    assert difference(content, replace(IMAGENET, interpolation=interpolation)) < 0.5
+
+
+def test_a_large_photograph_is_scaled_in_the_dct(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.images import fast
+
+    decoded = []
+    resize = fast._resize
+
+    def spy(pixels: NDArray[np.uint8], size: tuple[int, int], transform: EvalTransform) -> NDArray[np.uint8]:
+        decoded.append(pixels.shape)
+        return resize(pixels, size, transform)
+
+    monkeypatch.setattr(fast, "_resize", spy)
+    for size in ((400, 400), (800, 800), (1600, 1600)):
+        fast.preprocess_fast(encode(sources()["coffee"].resize(size)), IMAGENET, MAX_PIXELS)
+    assert decoded == [(400, 400, 3), (400, 400, 3), (400, 400, 3)]
+
+
+@pytest.mark.parametrize("name", [name for name, (content, _) in broken_files().items() if content])
+def test_a_broken_file_fails_as_it_does_exactly(name: str) -> None:
+    content, kinds = broken_files()[name]
+    with pytest.raises(ItemError) as caught:
+        make_preprocess("fast", IMAGENET, MAX_PIXELS)(content)
+    assert caught.value.kind in kinds
+
+
+@pytest.mark.parametrize("name", strange_files())
+def test_a_strange_file_is_what_it_is_exactly(name: str) -> None:
+    assert outcome("fast", strange_files()[name]) == outcome("exact", strange_files()[name])
+
+
+def outcome(mode: Mode, content: bytes) -> tuple[int, int] | str:
+    try:
+        done = make_preprocess(mode, IMAGENET, MAX_PIXELS)(content)
+    except ItemError as error:
+        return error.kind
+    return done.width, done.height
