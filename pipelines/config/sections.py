@@ -65,6 +65,17 @@ class OutputConfig(Section):
     _no_credentials = field_validator("uri")(without_credentials)
 
 
+class QuantizationConfig(Section):
+    """How `model.dtype=int8` is made and judged, on images of the input."""
+
+    num_images: int = Field(default=256, ge=1)
+    """Images sampled, evenly over the input. One half sets the ranges of the activations, the other compares int8 with
+    float32. Default: 256, or as many as there are."""
+
+    min_agreement: float = Field(default=0.99, ge=0, le=1)
+    """Share of the second half whose top-1 has to be that of float32; below it the job is refused. Default: 0.99."""
+
+
 class ModelConfig(Section):
     """The network and its weights."""
 
@@ -76,9 +87,11 @@ class ModelConfig(Section):
     """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file
     or of a directory written by train or export; or `random` (seeded, for trials)."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the forward pass; embeddings and probabilities are written as float32 whatever it is. Default:
-    float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Precision of the forward pass; embeddings and probabilities are written as float32 whatever it is. `int8` is for
+    CPUs with VNNI: it is quantized on images of the input, and compiled once on each machine. Default: float32."""
+
+    quantization: QuantizationConfig = QuantizationConfig()
 
     _no_credentials = field_validator("weights")(without_credentials)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.errors import RunError, root_cause
+from pipelines.inference.calibration import every_nth, read_sample, refuse_if_unable
 from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.fetch_decode import FetchAndDecode
@@ -47,8 +48,13 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
     """
     started = time.monotonic()
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
+    if config.model.dtype == "int8":
+        refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     images = read_labelled(config.input.uri, config.input.exclude)
     facts = model.facts()
+    if facts.dtype == "int8":
+        positions = every_nth(images.table.num_rows, config.model.quantization.num_images)
+        facts = model.quantized_facts(read_sample(images.table["uri"].take(positions), _make_decode(config, facts)))
     targets = targets_of(images, facts)
     with ray_session():
         plan = plan or plan_for_cluster(config.compute)
@@ -98,6 +104,11 @@ class Counts:
     failed: list[str] = field(default_factory=list)
 
 
+def _make_decode(config: EvaluateConfig, model: ModelFacts) -> FetchAndDecode:
+    preprocess = config.preprocess
+    return FetchAndDecode(model.transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
+
+
 def _count(
     config: EvaluateConfig,
     model: ModelFacts,
@@ -106,9 +117,7 @@ def _count(
     images: LabelledImages,
     targets: NDArray[np.int64],
 ) -> Counts:
-    decode = FetchAndDecode(
-        model.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
-    )
+    decode = _make_decode(config, model)
     options = PredictOptions(plan.batch_size, min(TOPK, model.num_classes), False, plan.num_gpus_per_worker > 0)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
     source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
+from pipelines.models.compiled import Forward, compile_program
 from pipelines.models.normalize import Normalizer
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,18 @@ class Predictor:
         self.options = options
         self.batch_size = options.batch_size
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
-        self.dtype: torch.dtype = getattr(torch, bundle.dtype)
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self.label_names = pa.array(bundle.label_names, pa.string())
-        self.model = bundle.module.to(self.device, self.dtype).to(memory_format=torch.channels_last)
         self.normalize = Normalizer(bundle.transform.mean, bundle.transform.std, self.device)
+        self.forward = self._load_forward()
+
+    def _load_forward(self) -> Forward:
+        module = self.bundle.module
+        if isinstance(module, bytes):
+            return compile_program(module, (self.batch_size, 3, *self.bundle.transform.input_size))
+        dtype: torch.dtype = getattr(torch, self.bundle.dtype)
+        model = module.to(self.device, dtype).to(memory_format=torch.channels_last)
+        return lambda images: model(images.to(dtype))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
@@ -69,7 +77,7 @@ class Predictor:
         if num_images < batch_size:
             missing = batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-        logits, features = self.model(self.normalize(torch.from_numpy(images)).to(self.dtype))
+        logits, features = self.forward(self.normalize(torch.from_numpy(images)))
         columns: dict[str, pa.Array] = {}
         if self.options.topk:
             prob, index = logits[:num_images].float().softmax(dim=-1).topk(self.options.topk)

@@ -3,15 +3,21 @@
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
+from pipelines.inference.calibration import every_nth, read_sample
 from pipelines.inference.commit import Done, find_done
+from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.models.bundle import ModelFacts
+from pipelines.models.process import ModelProcess
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there
-from pipelines.storage.listing import list_objects
-from pipelines.storage.manifest import ManifestInfo, find_manifest, write_manifest
+from pipelines.storage.listing import Listing, list_objects
+from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
 
 RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {
     "none": (),
@@ -81,7 +87,7 @@ def find_places(config: InferConfig) -> Places:
     return Places(config, found, manifest, manifest is not None and run_record.is_complete(output_uri))
 
 
-def resolve_request(places: Places, model: ModelFacts) -> Request:
+def resolve_request(places: Places, process: ModelProcess) -> Request:
     """Answer every other question, cheapest first, and pin the manifest.
 
     Raises:
@@ -89,12 +95,15 @@ def resolve_request(places: Places, model: ModelFacts) -> Request:
     """
     config, found, manifest = places.config, places.found, places.manifest
     output_uri = config.output.uri
+    model = process.facts()
     topk = _resolve_topk(config, model)
+    # List before the first write, so that a request without input leaves nothing behind; never list again.
+    listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
+    if model.dtype == "int8":
+        model = process.quantized_facts(_sample(config, model, manifest, listing))
     identity = _identify(config, model, topk)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
-    # List before the first write, so that a request without input leaves nothing behind; never list again.
-    listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
     run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
         manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing)
@@ -109,6 +118,37 @@ def _resolve_topk(config: InferConfig, model: ModelFacts) -> int:
     if config.outputs.is_set("topk"):
         raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
     return model.num_classes
+
+
+def _sample(
+    config: InferConfig, model: ModelFacts, manifest: ManifestInfo | None, listing: Listing | None
+) -> NDArray[np.uint8]:
+    if manifest:
+        return sample_of_manifest(config, model, manifest)
+    assert listing is not None
+    positions = every_nth(listing.table.num_rows, config.model.quantization.num_images)
+    return read_sample(listing.table["uri"].take(positions), make_decode(config, model))
+
+
+def sample_of_manifest(config: InferConfig, model: ModelFacts, manifest: ManifestInfo) -> NDArray[np.uint8]:
+    """Images to quantize by: those that each run on an output takes.
+
+    Args:
+        config: with normalized URIs.
+        model: what it is.
+        manifest: of the output.
+
+    Returns:
+        num_images x H x W x 3.
+    """
+    ids = every_nth(manifest.num_inputs, config.model.quantization.num_images)
+    return read_sample(read_manifest_rows(config.output.uri, ids)["uri"], make_decode(config, model))
+
+
+def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
+    """The first stage of a run."""
+    preprocess = config.preprocess
+    return FetchAndDecode(model.transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
 
 
 def _identify(config: InferConfig, model: ModelFacts, topk: int) -> dict[str, Any]:

@@ -9,19 +9,22 @@ from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RequestError
-from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.replica import PredictOptions
+from pipelines.inference.request import make_decode, sample_of_manifest
+from pipelines.storage.manifest import ManifestInfo
 
 BATCH_SIZE = 8
 # What another machine, a GPU or another batch size may change: of probabilities absolute, of embeddings in proportion.
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01)}
+TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01), "int8": (0.1, 0.1)}
 
 
-def rescore(record: dict[str, Any], rows: pa.Table) -> Iterator[str]:
+def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
     """Compare rows with what the model says of their images now.
 
     Args:
         record: `_run.json` of the output.
+        manifest: of the output.
         rows: good rows of it.
 
     Yields:
@@ -37,6 +40,12 @@ def rescore(record: dict[str, Any], rows: pa.Table) -> Iterator[str]:
     config = InferConfig.model_validate(record["config"])
     try:
         bundle = resolve_bundle(config.model, config.preprocess)
+        if bundle.dtype == "int8":
+            from pipelines.models.int8 import quantize_bundle
+
+            refuse_if_unable(use_gpu=False, is_cluster=False)
+            images = sample_of_manifest(config, bundle.facts(), manifest)
+            bundle = quantize_bundle(bundle, images, config.model.quantization)
     except RequestError as error:
         raise RequestError(f"{error}; with --sample.num_rows 0 no row is computed again") from None
     if bundle.fingerprint != record["fingerprint"]:
@@ -45,9 +54,7 @@ def rescore(record: dict[str, Any], rows: pa.Table) -> Iterator[str]:
             "with --sample.num_rows 0 none is"
         )
     options = PredictOptions(BATCH_SIZE, record["identity"]["outputs.topk"], config.outputs.embedding, use_gpu=False)
-    decode = FetchAndDecode(
-        bundle.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
-    )
+    decode = make_decode(config, bundle)
     again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
         problem = new["error_kind"] or _difference(old, new, *TOLERANCES[bundle.dtype])

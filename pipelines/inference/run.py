@@ -16,16 +16,16 @@ import ray.data
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
+from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.commit import drop_retried, list_sizes, remove_strays, write_digests
 from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
-from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
 from pipelines.inference.replica import PredictOptions
-from pipelines.inference.request import Request, describe_run, find_places, resolve_request
+from pipelines.inference.request import Request, describe_run, find_places, make_decode, resolve_request
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.source import MissingSource, rows_per_task
 from pipelines.inference.write import PartWriter
@@ -49,10 +49,12 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     started = time.monotonic()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
+    if config.model.dtype == "int8":
+        refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     places = find_places(config)
     may_be_done = places.is_complete and config.failure.retry == "none"
     with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
-        request = resolve_request(places, model.facts())
+        request = resolve_request(places, model)
         num_done = request.manifest.num_inputs - request.num_todo
         limit = FailureLimit(config.failure.max_fraction, request.manifest.num_inputs, num_done, request.done.failures)
         progress = Progress(request.manifest.num_inputs, num_done)
@@ -85,9 +87,7 @@ def _execute(
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
     config = request.config
     drop_retried(config.output.uri, request.done.retried)
-    decode = FetchAndDecode(
-        request.model.transform, config.input.max_bytes, config.preprocess.max_pixels, config.preprocess.mode
-    )
+    decode = make_decode(config, request.model)
     options = PredictOptions(
         batch_size=plan.batch_size,
         topk=request.topk,

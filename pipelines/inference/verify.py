@@ -27,7 +27,7 @@ from pipelines.inference.schema import FAILED, parts_schema
 from pipelines.inference.write import digest_of
 from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there, list_names, read_bytes
-from pipelines.storage.manifest import find_manifest, read_manifest
+from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class Expected:
         schemas: of the files, by their kind.
         fingerprint: in each file.
         digests: SHA-256 of each file, by its name.
+        manifest: of the output.
         input_uris: by id.
         num_sampled: good rows of each file that are kept, to be computed again.
     """
@@ -51,6 +52,7 @@ class Expected:
     schemas: dict[str, pa.Schema]
     fingerprint: str
     digests: dict[str, str]
+    manifest: ManifestInfo
     input_uris: pa.ChunkedArray
     num_sampled: int
 
@@ -101,7 +103,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     problems += _problems_of_counts(counts)
     sample = pa.concat_tables(samples).slice(0, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
-        problems += rescore(record, sample)
+        problems += rescore(record, expected.manifest, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:
@@ -135,6 +137,7 @@ def _expected(output_uri: str, record: dict[str, Any], num_sampled: int) -> Expe
         {"part": parts_schema(identity["outputs.topk"], num_features), "failed": FAILED},
         record["fingerprint"],
         digests,
+        manifest,
         read_manifest(output_uri, manifest)["uri"],
         math.ceil(num_sampled / max(1, num_parts)),
     )

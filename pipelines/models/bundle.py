@@ -39,10 +39,11 @@ class ModelBundle(ModelFacts):
     """A model, resolved once for all replicas and shipped to them through Ray's object store.
 
     Attributes:
-        module: batch x 3 x H x W, normalized, to logits and features; float32, on the CPU, in eval mode.
+        module: batch x 3 x H x W, normalized, to logits and features; on the CPU, in eval mode. In int8 an exported
+            program, as `torch.export.save` writes it.
     """
 
-    module: "nn.Module"
+    module: "nn.Module | bytes"
 
     def facts(self) -> ModelFacts:
         """All but the module."""

@@ -16,6 +16,9 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.logs import log_to_stderr
@@ -43,6 +46,8 @@ class ModelProcess:
         self._connection.send((model, preprocess))
         self._receiver = ThreadPoolExecutor(1)
         self._facts = self._receiver.submit(self._receive)
+        if model.dtype == "int8":
+            self._quantized = self._receiver.submit(self._receive)
         # At once: the bundle fills the pipe as soon as it is there, whatever the driver is doing then.
         self._bundle = self._receiver.submit(self._receive)
 
@@ -54,6 +59,20 @@ class ModelProcess:
             RunError: the process died.
         """
         facts: ModelFacts = self._facts.result()
+        return facts
+
+    def quantized_facts(self, images: NDArray[np.uint8]) -> "ModelFacts":
+        """What is known of the model once it is quantized, which a model in int8 waits for.
+
+        Args:
+            images: num_images x H x W x 3 of the input.
+
+        Raises:
+            RequestError: it cannot be, or comes out too far from float32.
+            RunError: the process died.
+        """
+        self._connection.send(images)
+        facts: ModelFacts = self._quantized.result()
         return facts
 
     def pickled_bundle(self) -> bytes:
@@ -95,6 +114,15 @@ def serve(connection: Connection) -> None:
         connection.send(error)
         return
     connection.send(bundle.facts())
+    if model.dtype == "int8":
+        from pipelines.models.int8 import quantize_bundle
+
+        try:
+            bundle = quantize_bundle(bundle, connection.recv(), model.quantization)
+        except RequestError as error:
+            connection.send(error)
+            return
+        connection.send(bundle.facts())
     connection.send(pickle.dumps(prepare_bundle(bundle)))
 
 

@@ -37,6 +37,8 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
 
 def prepare_bundle(bundle: ModelBundle) -> ModelBundle:
     """The bundle as replicas take it: folded, and free of timm, so that they start without importing it."""
+    if isinstance(bundle.module, bytes):
+        return bundle  # quantized: folded by then
     return replace(bundle, module=prepare_for_inference(bundle.module))
 
 

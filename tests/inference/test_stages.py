@@ -80,7 +80,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
     bundle: ModelBundle, images: pa.Table, predictions: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor = Predictor(bundle, OPTIONS)
-    model, sizes = predictor.model, []
+    model, sizes = predictor.forward, []
 
     def small_memory(batch: torch.Tensor) -> Any:
         sizes.append(len(batch))
@@ -88,14 +88,14 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return model(batch)
 
-    monkeypatch.setattr(predictor, "model", small_memory)
+    monkeypatch.setattr(predictor, "forward", small_memory)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found = predictor(images)
     assert sizes == [8, 4, *[2] * 6]
     assert found["id"].equals(predictions["id"])
     assert found["index"].equals(predictions["index"])
     monkeypatch.setattr(predictor, "batch_size", 1)
-    monkeypatch.setattr(predictor, "model", lambda batch: small_memory(torch.cat([batch] * 3)))
+    monkeypatch.setattr(predictor, "forward", lambda batch: small_memory(torch.cat([batch] * 3)))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         predictor(images)
 

@@ -34,6 +34,7 @@ def test_it_gives_what_this_process_would(config: ModelConfig) -> None:
         bundle = pickle.loads(process.pickled_bundle())
     images = torch.rand(2, 3, 224, 224)
     with torch.inference_mode():
+        assert not isinstance(here.module, bytes)
         for ours, theirs in zip(here.module(images), bundle.module(images)):
             torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 

@@ -1,0 +1,72 @@
+"""Exported programs, compiled ahead of time for the CPUs of this machine, once for all its processes and runs."""
+
+import contextlib
+import hashlib
+import io
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.cache import cached
+from pipelines.cpu import cpu_flags, why_no_int8
+from pipelines.errors import RunError
+
+Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def compile_program(program: bytes, shape: tuple[int, ...]) -> Forward:
+    """A forward pass of one shape, each call of it in one thread, the caller's.
+
+    Args:
+        program: of `torch.export.save`.
+        shape: of the images, batch x 3 x H x W.
+
+    Raises:
+        RunError: this machine cannot do it.
+    """
+    if reason := why_no_int8():
+        raise RunError(f"a node cannot run the model in int8: {reason}")
+    about = (program, shape, torch.__version__, sorted(cpu_flags()))
+    key = hashlib.sha256(b"|".join(part if isinstance(part, bytes) else repr(part).encode() for part in about))
+    path = cached(f"{key.hexdigest()}.pt2", lambda path: _compile_to(path, program, shape))
+    return _ThreadsOwn(path)
+
+
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Keep from the user what torch's exporter and compiler say to each other's developers."""
+    for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _ThreadsOwn:
+    """Loads the compiled code once a thread: one loaded copy answers one call at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._loaded = threading.local()
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not hasattr(self._loaded, "model"):
+            self._loaded.model = torch._inductor.aoti_load_package(str(self._path))
+        logits, features = self._loaded.model(images)
+        return logits, features
+
+
+def _compile_to(path: Path, program: bytes, shape: tuple[int, ...]) -> None:
+    module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
+    images = torch.zeros(shape).to(memory_format=torch.channels_last)
+    with torch.no_grad(), quiet_compiler():
+        exported = torch.export.export(module, (images,))
+        # Freezing packs the weights for the kernels; one thread, since each core has a batch of its own.
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs={"freezing": True, "cpp.threads": 1}
+        )
