@@ -1,4 +1,4 @@
-"""The stages up to the predictions, which labelling and evaluation share: fetch, decode, predict."""
+"""The stages of labelling as Ray Data runs them; evaluation and benchmark share them: fetch, decode, predict, write."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +11,15 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan
 from pipelines.inference.replica import PredictOptions, PredictorActor
 from pipelines.inference.source import FetchTask, Source
+from pipelines.inference.write import PartWriter
 from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.models.bundle import ModelFacts
 
 # Ray Data plans every task of a dataset before the first one runs. More images than these tasks hold take several
 # datasets, one after the other.
 MAX_TASKS_PER_DATASET = 131_072
+# A small run is cut into at least this many files.
+MIN_FILES_PER_RUN = 16
 
 
 def stream(
@@ -82,6 +85,37 @@ def _predict(
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
     return predicted
+
+
+def writing(writer: PartWriter, num_rows: int, plan: ComputePlan) -> Callable[[ray.data.Dataset], ray.data.Dataset]:
+    """The last stage of a run that writes: N:1, as many rows as a file takes; a receipt for each file comes back.
+
+    Args:
+        writer: writes one batch.
+        num_rows: of a file.
+        plan: what the stage declares to Ray.
+    """
+
+    def write(predicted: ray.data.Dataset) -> ray.data.Dataset:
+        receipts: ray.data.Dataset = predicted.map_batches(
+            writer, batch_format="pyarrow", batch_size=num_rows, num_cpus=plan.num_cpus_per_write_task
+        )
+        return receipts
+
+    return write
+
+
+def rows_per_file(num_images: int, rows_per_task: int, commit_rows: int) -> int:
+    """Rows of a file: so many that none is a task's rest, so few that results appear while the run goes on.
+
+    Args:
+        num_images: of the run.
+        rows_per_task: rows come in blocks of this many.
+        commit_rows: at most.
+    """
+    rows = min(commit_rows, max(rows_per_task, num_images // MIN_FILES_PER_RUN))
+    # What one write leaves of a block would become a file of its own.
+    return rows // rows_per_task * rows_per_task or rows
 
 
 def describe(num_images: int, model: ModelFacts, plan: ComputePlan) -> str:

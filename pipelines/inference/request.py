@@ -12,6 +12,8 @@ from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.calibration import every_nth, read_sample
 from pipelines.inference.commit import Done, find_done
 from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.plan import ComputePlan
+from pipelines.inference.replica import PredictOptions
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.storage import uris
@@ -96,7 +98,7 @@ def resolve_request(places: Places, process: ModelProcess) -> Request:
     config, found, manifest = places.config, places.found, places.manifest
     output_uri = config.output.uri
     model = process.facts()
-    topk = _resolve_topk(config, model)
+    topk = resolve_topk(config, model)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
     listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
     if model.dtype == "int8":
@@ -112,7 +114,12 @@ def resolve_request(places: Places, process: ModelProcess) -> Request:
     return Request(config, model, manifest, topk, identity, done)
 
 
-def _resolve_topk(config: InferConfig, model: ModelFacts) -> int:
+def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
+    """Classes per row: what was asked for, or all that the model has.
+
+    Raises:
+        RequestError: the user asked for more than it has.
+    """
     if config.outputs.topk <= model.num_classes:
         return config.outputs.topk
     if config.outputs.is_set("topk"):
@@ -149,6 +156,11 @@ def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
     """The first stage of a run."""
     preprocess = config.preprocess
     return FetchAndDecode(model.transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
+
+
+def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOptions:
+    """How the replicas of a run predict."""
+    return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu=plan.num_gpus_per_worker > 0)
 
 
 def _identify(config: InferConfig, model: ModelFacts, topk: int) -> dict[str, Any]:

@@ -3,40 +3,32 @@
 manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict
 from typing import Any
 
 import ray
-import ray.data
 
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.calibration import refuse_if_unable
-from pipelines.inference.chain import describe, stream
+from pipelines.inference.chain import describe, rows_per_file, stream, writing
 from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.commit import drop_retried, list_sizes, remove_strays, write_digests
 from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
-from pipelines.inference.replica import PredictOptions
-from pipelines.inference.request import Request, describe_run, find_places, make_decode, resolve_request
-from pipelines.inference.schema import parts_schema
+from pipelines.inference.request import Request, describe_run, find_places, make_decode, make_options, resolve_request
 from pipelines.inference.source import MissingSource, rows_per_task
-from pipelines.inference.write import PartWriter
+from pipelines.inference.write import make_writer
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
 from pipelines.ray_session import is_cluster_named, ray_session_beside
 
 log = logging.getLogger(__name__)
-
-# A small run is cut into at least this many files, so that its first results appear while it goes on.
-MIN_FILES_PER_RUN = 16
 
 
 def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
@@ -88,25 +80,11 @@ def _execute(
     config = request.config
     drop_retried(config.output.uri, request.done.retried)
     decode = make_decode(config, request.model)
-    options = PredictOptions(
-        batch_size=plan.batch_size,
-        topk=request.topk,
-        embedding=config.outputs.embedding,
-        use_gpu=plan.num_gpus_per_worker > 0,
-    )
+    options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, config.output.commit_rows)
     missing = MissingSource(config.output.uri, request.done.ids, num_rows)
-
-    def write(predicted: ray.data.Dataset) -> ray.data.Dataset:
-        # N:1. As many rows as a file takes; a receipt for each file comes back.
-        receipts: ray.data.Dataset = predicted.map_batches(
-            _writer(request),
-            batch_format="pyarrow",
-            batch_size=_rows_per_file(request, num_rows),
-            num_cpus=plan.num_cpus_per_write_task,
-        )
-        return receipts
-
+    writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding)
+    write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}
     try:
         for receipt in stream(missing, decode, pickled_bundle, options, plan, write):
@@ -118,26 +96,6 @@ def _execute(
         return digests
     except ray.exceptions.RayError as error:
         raise RunError(f"{root_cause(error)}; what is done stays, and the same command goes on from there") from error
-
-
-def _rows_per_file(request: Request, rows_per_task: int) -> int:
-    rows = min(request.config.output.commit_rows, max(rows_per_task, request.num_todo // MIN_FILES_PER_RUN))
-    # Blocks are the rows of a task: what one write leaves of a block would become a file of its own.
-    return rows // rows_per_task * rows_per_task or rows
-
-
-def _writer(request: Request) -> PartWriter:
-    model = request.model
-    return PartWriter(
-        output_uri=request.config.output.uri,
-        parts_schema=parts_schema(request.topk, model.num_features if request.config.outputs.embedding else 0),
-        metadata={
-            "fingerprint": model.fingerprint,
-            "model": model.name,
-            "transform": json.dumps(asdict(model.transform)),
-            "label_names": json.dumps(model.label_names),
-        },
-    )
 
 
 def _refuse_if_incomplete(request: Request, progress: Progress) -> None:

@@ -6,15 +6,17 @@ again overwrites its own file.
 
 import hashlib
 import io
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.inference.schema import FAILED, RECEIPTS
+from pipelines.inference.schema import FAILED, RECEIPTS, parts_schema
+from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
 
@@ -46,6 +48,27 @@ class PartWriter:
     def _write(self, kind: str, table: pa.Table) -> "Written":
         name = f"{kind}-{pc.min(table['id']).as_py():012d}.parquet"
         return write_table(self.output_uri, name, table, self.metadata)
+
+
+def make_writer(output_uri: str, model: ModelFacts, topk: int, embedding: bool) -> PartWriter:
+    """The writer of a run: its files name their model.
+
+    Args:
+        output_uri: where the files go.
+        model: what gave the rows.
+        topk: classes per row.
+        embedding: whether rows hold the pooled features.
+    """
+    return PartWriter(
+        output_uri=output_uri,
+        parts_schema=parts_schema(topk, model.num_features if embedding else 0),
+        metadata={
+            "fingerprint": model.fingerprint,
+            "model": model.name,
+            "transform": json.dumps(asdict(model.transform)),
+            "label_names": json.dumps(model.label_names),
+        },
+    )
 
 
 class Written(NamedTuple):

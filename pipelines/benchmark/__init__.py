@@ -1,0 +1,1 @@
+"""The ceilings of each stage of labelling, and what the whole makes of them."""

@@ -1,0 +1,68 @@
+"""From what the stages cost to what binds, and the table that says so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.benchmark.stages import StageCost
+from pipelines.inference.plan import ComputePlan
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What the whole cannot be faster than.
+
+    Attributes:
+        by: `store`, `cores` or `replicas`.
+        images_per_s: the rate.
+        stage: the one that takes most of it.
+    """
+
+    by: str
+    images_per_s: float
+    stage: str
+
+
+def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int) -> list[Bound]:
+    """The bounds of a run, the lowest first.
+
+    Args:
+        costs: `fetch`, `decode`, `forward`, `write`; the first of one process of `num_readers`.
+        plan: what each stage declares.
+        num_cpus: of the machines.
+        num_readers: processes that read from the store at the same time when `fetch` was measured.
+    """
+    dearest = max(costs, key=lambda name: costs[name].cpu_s_per_image)
+    bounds = [
+        Bound("store", num_readers * costs["fetch"].images_per_s, "fetch"),
+        Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), dearest),
+    ]
+    if plan.num_gpus_per_worker:
+        bounds.append(Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"))
+    return sorted(bounds, key=lambda bound: bound.images_per_s)
+
+
+def format_report(summary: Mapping[str, Any]) -> str:
+    """The summary of the job as tables for people."""
+    stages: dict[str, dict[str, float]] = summary["stages"]
+    total_s = sum(stage["cpu_s_per_image"] for stage in stages.values())
+    lines = [f"{'stage, alone':14}{'images/s':>12}{'MB/s':>10}{'core ms/image':>16}{'share':>8}"]
+    for name, stage in stages.items():
+        mb_per_s = stage["images_per_s"] * stage["bytes_per_image"] / 1e6
+        lines.append(
+            f"{name:14}{stage['images_per_s']:12.1f}{f'{mb_per_s:.1f}' if mb_per_s else '':>10}"
+            f"{1000 * stage['cpu_s_per_image']:16.2f}{stage['cpu_s_per_image'] / total_s:8.0%}"
+        )
+    lines += ["", f"{'ceiling':14}{'images/s':>12}"]
+    lines += [f"{bound['by']:14}{bound['images_per_s']:12.1f}" for bound in summary["ceilings"]]
+    lines += [
+        "",
+        f"{'whole chain':14}{'images/s':>12}",
+        f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {summary['share_of_ceiling']:5.0%} of the lowest ceiling",
+        f"{'with start':14}{summary['images_per_s']:12.1f}",
+        f"binds: {summary['binds']}",
+        "",
+        f"{'start':14}{'s':>12}",
+        *(f"{name:14}{seconds:12.1f}" for name, seconds in summary["start_s"].items()),
+    ]
+    return "\n".join(lines)

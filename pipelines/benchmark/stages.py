@@ -1,0 +1,155 @@
+"""Each stage of labelling alone, in one process: what an image costs in seconds of a core, and the stage's rate.
+
+No Ray: `pipelines.benchmark.run` has these run in workers. Every measurement leaves a first pass out.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.errors import ItemError, RunError
+from pipelines.images.preprocess import make_preprocess
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.replica import PredictOptions
+from pipelines.inference.schema import IMAGES
+from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelBundle
+from pipelines.storage.bulk import fetch_many
+
+Item = TypeVar("Item")
+
+# As a fetching task of the run has in flight.
+FETCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs.
+
+    Attributes:
+        images_per_s: of one process, by the clock.
+        cpu_s_per_image: seconds of a core.
+        bytes_per_image: read or written; 0 where that says nothing.
+    """
+
+    images_per_s: float
+    cpu_s_per_image: float
+    bytes_per_image: float = 0.0
+
+
+def measure_fetch(object_uris: list[str], max_bytes: int, stage_s: float) -> StageCost:
+    """Whole objects, as many requests in flight as in a run; the images are read again where time is left."""
+    num_bytes = 0
+
+    def fetch(uris: Sequence[str]) -> int:
+        nonlocal num_bytes
+        contents = [fetched.content for fetched in fetch_many(list(uris), max_bytes)]
+        num_bytes += sum(len(content) for content in contents if isinstance(content, bytes))
+        return len(uris)
+
+    parts = [object_uris[start : start + FETCH_ROWS] for start in range(0, len(object_uris), FETCH_ROWS)]
+    fetch(parts[0])
+    num_bytes = 0
+    cost, num_images = _time(fetch, itertools.cycle(parts), stage_s)
+    return StageCost(cost.images_per_s, cost.cpu_s_per_image, num_bytes / num_images)
+
+
+def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: float) -> StageCost:
+    """Bytes in memory to the model's input, on one core.
+
+    Raises:
+        RunError: not one of the images can be had.
+    """
+    fetched = fetch_many(object_uris[:FETCH_ROWS], decode.max_bytes)
+    contents = [found.content for found in fetched if isinstance(found.content, bytes)]
+    preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
+
+    def is_image(content: bytes) -> bool:
+        try:
+            preprocess(content)
+        except ItemError:
+            return False
+        return True
+
+    images = [content for content in contents if is_image(content)]
+    if not images:
+        raise RunError("not one of the sampled images could be fetched and decoded")
+
+    def decode_one(content: bytes) -> int:
+        preprocess(content).pixels.tobytes()
+        return 1
+
+    return _time(decode_one, itertools.cycle(images), stage_s)[0]
+
+
+def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:
+    """Images of noise through one replica, from uint8 to rows, `num_threads` batches at a time."""
+    from pipelines.inference.predict import Predictor  # late: torch
+
+    predict = Predictor(bundle, options)
+    batch = _noise(options.batch_size, bundle.transform.input_size)
+
+    def predict_batches(_: None) -> int:
+        list(threads.map(predict, [batch] * num_threads))
+        return num_threads * options.batch_size
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        predict_batches(None)
+        return _time(predict_batches, itertools.repeat(None), stage_s)[0]
+
+
+def measure_write(writer: PartWriter, num_rows: int, stage_s: float) -> StageCost:
+    """Rows to Parquet in the store, a file of `num_rows` rows again and again."""
+    rows = _predictions(writer.parts_schema, num_rows)
+
+    def write(_: None) -> int:
+        writer(rows)
+        return num_rows
+
+    write(None)
+    return _time(write, itertools.repeat(None), stage_s)[0]
+
+
+def _time(work: Callable[[Item], int], items: Iterator[Item], stage_s: float) -> tuple[StageCost, int]:
+    """Work on items, at least one, until the time is up; `work` returns how many images an item was."""
+    num_images = 0
+    cpu_before, before = time.process_time(), time.monotonic()
+    for item in items:
+        num_images += work(item)
+        elapsed = time.monotonic() - before
+        if elapsed >= stage_s:
+            break
+    return StageCost(num_images / elapsed, (time.process_time() - cpu_before) / num_images), num_images
+
+
+def _noise(num_images: int, input_size: tuple[int, int]) -> pa.Table:
+    pixels = np.random.default_rng(0).integers(0, 256, (num_images, *input_size, 3), np.uint8)
+    columns = {
+        "id": pa.array(range(num_images), pa.int64()),
+        "uri": pa.array([""] * num_images),
+        "width": pa.array([input_size[1]] * num_images, pa.int32()),
+        "height": pa.array([input_size[0]] * num_images, pa.int32()),
+        "image": pa.array([image.tobytes() for image in pixels], pa.large_binary()),
+    }
+    empty = {name: pa.nulls(num_images, IMAGES.field(name).type) for name in ("error_kind", "error_message")}
+    return pa.table(columns | empty | {"num_retries": pa.array([0] * num_images, pa.int32())}, schema=IMAGES)
+
+
+def _predictions(schema: pa.Schema, num_rows: int) -> pa.Table:
+    random = np.random.default_rng(0)
+    columns: dict[str, pa.Array] = {}
+    for field in schema:
+        if pa.types.is_fixed_size_list(field.type):
+            values = random.standard_normal(num_rows * field.type.list_size, np.float32)
+            columns[field.name] = pa.FixedSizeListArray.from_arrays(values, field.type.list_size)
+        else:
+            value = {"label": ["a label"] * 5, "prob": [0.2] * 5, "index": [1] * 5, "uri": "s3://bucket/key.jpg"}
+            columns[field.name] = pa.array([value.get(field.name, 1)] * num_rows, field.type)
+    columns |= {name: pa.nulls(num_rows, pa.string()) for name in ("error_kind", "error_message")}
+    return pa.table(columns | {"num_retries": pa.array([0] * num_rows, pa.int32())})

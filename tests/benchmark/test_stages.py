@@ -1,0 +1,108 @@
+"""The stages alone, and what follows from their costs."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.benchmark.report import find_bounds, format_report
+from pipelines.benchmark.stages import StageCost, measure_decode, measure_fetch, measure_forward, measure_write
+from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.errors import RunError
+from pipelines.images.transform import EvalTransform
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.plan import ComputePlan
+from pipelines.inference.replica import PredictOptions
+from pipelines.inference.write import make_writer
+from pipelines.models.bundle import ModelBundle
+from pipelines.models.resolve import prepare_bundle, resolve_bundle
+
+STAGE_S = 0.2
+COSTS = {
+    "fetch": StageCost(500, 0.001, 100_000),
+    "decode": StageCost(250, 0.004),
+    "forward": StageCost(40, 0.04),
+    "write": StageCost(200, 0.005),
+}
+CPU_PLAN = ComputePlan(2, 1.0, 0, 4, 16, 1.0, 1.0)
+GPU_PLAN = ComputePlan(2, 1.0, 1, 1, 256, 1.0, 1.0)
+IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.fixture(scope="module")
+def bundle(telling_weights: Callable[[str], Path]) -> ModelBundle:
+    weights = str(telling_weights("test_resnet"))
+    return prepare_bundle(resolve_bundle(ModelConfig(name="test_resnet", weights=weights), PreprocessConfig()))
+
+
+def test_fetching_counts_the_bytes(photographs: Path) -> None:
+    paths = sorted(photographs.iterdir())
+    cost = measure_fetch([str(path) for path in paths], 10**8, 0.001)
+    assert cost.bytes_per_image == pytest.approx(sum(path.stat().st_size for path in paths[:64]) / 64)
+    assert cost.images_per_s > 0
+
+
+def test_only_images_are_decoded(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no image")
+    decode = FetchAndDecode(IMAGENET, 10**8, 10**8, "fast")
+    paths = [str(tmp_path / "text"), *map(str, sorted(photographs.iterdir())[:3])]
+    cost = measure_decode(paths, decode, STAGE_S)
+    # One thread: no more of a core's time than the clock's.
+    assert 0 < cost.cpu_s_per_image < 1.2 / cost.images_per_s
+    with pytest.raises(RunError, match="not one of the sampled images"):
+        measure_decode(paths[:1], decode, STAGE_S)
+
+
+def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:
+    cost = measure_forward(bundle, PredictOptions(8, 5, True, use_gpu=False), 2, STAGE_S)
+    assert 0 < cost.cpu_s_per_image
+    assert cost.images_per_s > 0
+
+
+@pytest.mark.parametrize(("topk", "embedding"), [(5, True), (0, True), (5, False)])
+def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Path, topk: int, embedding: bool) -> None:
+    writer = make_writer(str(tmp_path), bundle.facts(), topk, embedding)
+    assert measure_write(writer, 20, STAGE_S).images_per_s > 0
+    (file,) = tmp_path.iterdir()
+    table = pq.read_table(file)
+    assert table.num_rows == 20
+    assert table.schema.equals(writer.parts_schema)
+
+
+def test_cores_are_shared_by_all_stages() -> None:
+    lowest, highest = find_bounds(COSTS, CPU_PLAN, 8, num_readers=8)
+    assert (lowest.by, lowest.images_per_s, lowest.stage) == ("cores", pytest.approx(8 / 0.05), "forward")
+    assert (highest.by, highest.images_per_s) == ("store", 4000)
+
+
+def test_replicas_on_gpus_have_a_bound_of_their_own() -> None:
+    bounds = find_bounds(COSTS, GPU_PLAN, 8, num_readers=8)
+    assert [(bound.by, bound.images_per_s) for bound in bounds] == [
+        ("replicas", 80),
+        ("cores", pytest.approx(160)),
+        ("store", 4000),
+    ]
+
+
+def test_the_report_names_every_figure() -> None:
+    summary: dict[str, Any] = {
+        "stages": {name: asdict(cost) for name, cost in COSTS.items()},
+        "ceilings": [asdict(bound) for bound in find_bounds(COSTS, CPU_PLAN, 8, num_readers=8)],
+        "steady_images_per_s": 144.0,
+        "share_of_ceiling": 0.9,
+        "images_per_s": 100.0,
+        "binds": "forward, by the cores",
+        "start_s": {"list": 0.5, "first file": 3.0},
+    }
+    text = format_report(summary)
+    for row in (
+        ["fetch", "500.0", "50.0", "1.00", "2%"],
+        ["forward", "40.0", "40.00", "80%"],
+        ["cores", "160.0"],
+        ["steady", "144.0", "90%", "of", "the", "lowest", "ceiling"],
+        ["first", "file", "3.0"],
+    ):
+        assert row in [line.split() for line in text.splitlines()], row
