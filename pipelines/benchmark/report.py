@@ -58,7 +58,7 @@ def format_report(summary: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{'whole chain':14}{'images/s':>12}",
-        f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {summary['share_of_ceiling']:5.0%} of the lowest ceiling",
+        f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {summary['share_of_ceiling']:.0%} of the lowest ceiling",
         f"{'with start':14}{summary['images_per_s']:12.1f}",
         f"binds: {summary['binds']}",
         "",

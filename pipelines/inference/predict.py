@@ -24,11 +24,12 @@ class Predictor:
     machine a row's result is then independent of its neighbours, bit for bit.
 
     On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
-    share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores.
+    share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores. A model
+    compiled for int8 predicts one batch at a time, in all threads.
     """
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
-        torch.set_num_threads(1)  # for each calling thread
+        torch.set_num_threads(options.num_threads if isinstance(bundle.module, bytes) else 1)
         self.bundle = bundle
         self.options = options
         self.batch_size = options.batch_size
@@ -41,7 +42,8 @@ class Predictor:
     def _load_forward(self) -> Forward:
         module = self.bundle.module
         if isinstance(module, bytes):
-            return compile_program(module, (self.batch_size, 3, *self.bundle.transform.input_size))
+            shape = (self.batch_size, 3, *self.bundle.transform.input_size)
+            return compile_program(module, shape, self.options.num_threads)
         dtype: torch.dtype = getattr(torch, self.bundle.dtype)
         model = module.to(self.device, dtype).to(memory_format=torch.channels_last)
         return lambda images: model(images.to(dtype))

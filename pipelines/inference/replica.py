@@ -16,12 +16,14 @@ class PredictOptions:
         topk: classes kept per image; 0 for none.
         embedding: whether the pooled features are kept.
         use_gpu: run on the GPU that Ray gave this process, else on the CPU.
+        num_threads: on the CPU; of one batch each, or all of one batch where the model is compiled.
     """
 
     batch_size: int
     topk: int
     embedding: bool
     use_gpu: bool
+    num_threads: int = 1
 
 
 class PredictorActor:

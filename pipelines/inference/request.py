@@ -160,7 +160,9 @@ def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
 
 def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOptions:
     """How the replicas of a run predict."""
-    return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu=plan.num_gpus_per_worker > 0)
+    return PredictOptions(
+        plan.batch_size, topk, config.outputs.embedding, plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
+    )
 
 
 def _identify(config: InferConfig, model: ModelFacts, topk: int) -> dict[str, Any]:

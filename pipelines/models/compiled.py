@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,22 +18,24 @@ from pipelines.errors import RunError
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def compile_program(program: bytes, shape: tuple[int, ...]) -> Forward:
-    """A forward pass of one shape, each call of it in one thread, the caller's.
+def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) -> Forward:
+    """A forward pass of one shape. Calls wait for each other: the compiled code holds Python's lock.
 
     Args:
         program: of `torch.export.save`.
         shape: of the images, batch x 3 x H x W.
+        num_threads: that share a batch.
 
     Raises:
         RunError: this machine cannot do it.
     """
     if reason := why_no_int8():
         raise RunError(f"a node cannot run the model in int8: {reason}")
-    about = (program, shape, torch.__version__, sorted(cpu_flags()))
+    about = (program, shape, num_threads, torch.__version__, sorted(cpu_flags()))
     key = hashlib.sha256(b"|".join(part if isinstance(part, bytes) else repr(part).encode() for part in about))
-    path = cached(f"{key.hexdigest()}.pt2", lambda path: _compile_to(path, program, shape))
-    return _ThreadsOwn(path)
+    path = cached(f"{key.hexdigest()}.pt2", lambda path: _compile_to(path, program, shape, num_threads))
+    forward: Forward = torch._inductor.aoti_load_package(str(path))
+    return forward
 
 
 @contextlib.contextmanager
@@ -47,26 +48,12 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
-class _ThreadsOwn:
-    """Loads the compiled code once a thread: one loaded copy answers one call at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._loaded = threading.local()
-
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not hasattr(self._loaded, "model"):
-            self._loaded.model = torch._inductor.aoti_load_package(str(self._path))
-        logits, features = self._loaded.model(images)
-        return logits, features
-
-
-def _compile_to(path: Path, program: bytes, shape: tuple[int, ...]) -> None:
+def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads: int) -> None:
     module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
     images = torch.zeros(shape).to(memory_format=torch.channels_last)
     with torch.no_grad(), quiet_compiler():
         exported = torch.export.export(module, (images,))
-        # Freezing packs the weights for the kernels; one thread, since each core has a batch of its own.
+        # Freezing packs the weights for the kernels.
         torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(path), inductor_configs={"freezing": True, "cpp.threads": 1}
+            exported, package_path=str(path), inductor_configs={"freezing": True, "cpp.threads": num_threads}
         )

@@ -58,7 +58,7 @@ def test_only_images_are_decoded(photographs: Path, tmp_path: Path) -> None:
 
 def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:
     cost = measure_forward(bundle, PredictOptions(8, 5, True, use_gpu=False), 2, STAGE_S)
-    assert 0 < cost.cpu_s_per_image
+    assert cost.cpu_s_per_image > 0
     assert cost.images_per_s > 0
 
 
@@ -74,7 +74,8 @@ def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Pat
 
 def test_cores_are_shared_by_all_stages() -> None:
     lowest, highest = find_bounds(COSTS, CPU_PLAN, 8, num_readers=8)
-    assert (lowest.by, lowest.images_per_s, lowest.stage) == ("cores", pytest.approx(8 / 0.05), "forward")
+    assert (lowest.by, lowest.stage) == ("cores", "forward")
+    assert lowest.images_per_s == pytest.approx(8 / 0.05)
     assert (highest.by, highest.images_per_s) == ("store", 4000)
 
 

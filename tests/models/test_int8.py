@@ -56,7 +56,7 @@ def quantized(bundle: ModelBundle, images: NDArray[np.uint8]) -> ModelBundle:
 @pytest.fixture(scope="module")
 def forward(quantized: ModelBundle) -> Forward:
     assert isinstance(quantized.module, bytes)
-    return compile_program(quantized.module, SHAPE)
+    return compile_program(quantized.module, SHAPE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_it_is_quantized_and_compiled_once(
         again = quantize_bundle(bundle, images, ANYTHING)
         assert again == quantized
         assert isinstance(again.module, bytes)
-        compile_program(again.module, SHAPE)
+        compile_program(again.module, SHAPE, 2)
 
 
 def test_the_fingerprint_is_of_the_images_and_the_gate_too(
