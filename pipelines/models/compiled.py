@@ -49,6 +49,8 @@ def quiet_compiler() -> Iterator[None]:
 
 
 def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads: int) -> None:
+    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the program's operators
+
     module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
     images = torch.zeros(shape).to(memory_format=torch.channels_last)
     with torch.no_grad(), quiet_compiler():
