@@ -20,7 +20,7 @@ def find_run(output_uri: str) -> dict[str, Any] | None:
     with in_plain_words("read", output_uri):
         names = list_names(output_uri)
         if RUN_FILE not in names:
-            foreign = [name for name in names if not name.startswith((".", "_manifest"))]
+            foreign = [name for name in names if not name.startswith((".", "_manifest", "_lock"))]
             if foreign:
                 raise RequestError(
                     f"{output_uri} is not empty, and holds no {RUN_FILE} of an earlier run: found {foreign[0]}"

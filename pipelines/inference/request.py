@@ -17,7 +17,8 @@ from pipelines.inference.replica import PredictOptions
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.storage import uris
-from pipelines.storage.filesystem import is_there
+from pipelines.storage.filesystem import in_plain_words, is_there
+from pipelines.storage.lease import Lease
 from pipelines.storage.listing import Listing, list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
 
@@ -52,6 +53,11 @@ class Request:
     def num_todo(self) -> int:
         """Inputs without a row yet."""
         return self.done.ids.size - len(self.done.ids)
+
+    @property
+    def num_done(self) -> int:
+        """Inputs that had a row when the run began."""
+        return len(self.done.ids)
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ def find_places(config: InferConfig) -> Places:
     return Places(config, found, manifest, manifest is not None and run_record.is_complete(output_uri))
 
 
-def resolve_request(places: Places, process: ModelProcess) -> Request:
-    """Answer every other question, cheapest first, and pin the manifest.
+def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Request:
+    """Answer every other question, cheapest first; then take the output, and pin the manifest.
 
     Raises:
         RequestError: one of the answers is no.
@@ -106,11 +112,14 @@ def resolve_request(places: Places, process: ModelProcess) -> Request:
     identity = _identify(config, model, topk)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
+    with in_plain_words("write to", output_uri):
+        lease.take()
     run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
         manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing)
     assert manifest is not None
-    done = find_done(output_uri, manifest.num_inputs, RETRIED_KINDS[config.failure.retry])
+    with in_plain_words("read", output_uri):
+        done = find_done(output_uri, manifest.num_inputs, RETRIED_KINDS[config.failure.retry])
     return Request(config, model, manifest, topk, identity, done)
 
 
@@ -149,7 +158,9 @@ def sample_of_manifest(config: InferConfig, model: ModelFacts, manifest: Manifes
         num_images x H x W x 3.
     """
     ids = every_nth(manifest.num_inputs, config.model.quantization.num_images)
-    return read_sample(read_manifest_rows(config.output.uri, ids)["uri"], make_decode(config, model))
+    return read_sample(
+        read_manifest_rows(config.output.uri, ids, manifest.rows_per_file)["uri"], make_decode(config, model)
+    )
 
 
 def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:

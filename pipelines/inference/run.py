@@ -27,6 +27,8 @@ from pipelines.inference.write import make_writer
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
 from pipelines.ray_session import is_cluster_named, ray_session_beside
+from pipelines.storage.filesystem import in_plain_words
+from pipelines.storage.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -45,36 +47,42 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     places = find_places(config)
     may_be_done = places.is_complete and config.failure.retry == "none"
-    with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
-        request = resolve_request(places, model)
-        num_done = request.manifest.num_inputs - request.num_todo
-        limit = FailureLimit(config.failure.max_fraction, request.manifest.num_inputs, num_done, request.done.failures)
-        progress = Progress(request.manifest.num_inputs, num_done)
-        digests: dict[str, str] = {}
-        if request.num_todo:
-            limit.check()
-            wait_for_ray()
-            plan = plan or plan_for_cluster(config.compute)
-            log.info("%s", describe(request.num_todo, request.model, plan))
-            with progress:
-                digests = _execute(request, model.pickled_bundle(), plan, progress, limit)
-        else:
-            log.info("nothing to do: %s holds all %d images", request.config.output.uri, num_done)
-        is_finished = places.is_complete and not request.num_todo
+    with Lease(places.config.output.uri) as lease:
+        with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
+            request = resolve_request(places, model, lease)
+            limit = _limit_failures(request)
+            progress = Progress(request.manifest.num_inputs, request.num_done)
+            digests: dict[str, str] = {}
+            if request.num_todo:
+                limit.check()
+                wait_for_ray()
+                plan = plan or plan_for_cluster(config.compute)
+                log.info("%s", describe(request.num_todo, request.model, plan))
+                with progress:
+                    digests = _execute(request, model.pickled_bundle(), plan, progress, limit, lease)
+            else:
+                log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.num_done)
+            is_finished = places.is_complete and not request.num_todo
+            if not is_finished:
+                _refuse_if_incomplete(request, progress)
+                limit.check()
+                digests |= _tidy(request, digests.keys(), wait_for_ray, lease)
+        summary = _summarize(request, progress, limit, started)
         if not is_finished:
-            _refuse_if_incomplete(request, progress)
-            limit.check()
-            digests |= _tidy(request, digests.keys(), wait_for_ray)
-    summary = _summarize(request, progress, limit, started)
-    if not is_finished:
-        _commit(request, digests, summary)
+            lease.check()
+            _commit(request, digests, summary)
     if limit.num_failed:
         log.info("%d images failed: %s", limit.num_failed, limit.commonest())
     return summary
 
 
+def _limit_failures(request: Request) -> FailureLimit:
+    num_inputs, max_fraction = request.manifest.num_inputs, request.config.failure.max_fraction
+    return FailureLimit(max_fraction, num_inputs, request.num_done, request.done.failures)
+
+
 def _execute(
-    request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit
+    request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit, lease: Lease
 ) -> dict[str, str]:
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
     config = request.config
@@ -82,7 +90,7 @@ def _execute(
     decode = make_decode(config, request.model)
     options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, config.output.commit_rows)
-    missing = MissingSource(config.output.uri, request.done.ids, num_rows)
+    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, num_rows)
     writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}
@@ -93,6 +101,7 @@ def _execute(
             progress.add(receipt["num_ok"], len(failures), len(receipt["files"]), receipt["num_retries"])
             limit.add(receipt["num_ok"], failures)
             limit.check()
+            lease.check()
         return digests
     except ray.exceptions.RayError as error:
         raise RunError(f"{root_cause(error)}; what is done stays, and the same command goes on from there") from error
@@ -104,15 +113,23 @@ def _refuse_if_incomplete(request: Request, progress: Progress) -> None:
         raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
 
 
-def _tidy(request: Request, written: Collection[str], wait_for_ray: Callable[[], None]) -> dict[str, str]:
+def _tidy(request: Request, written: Collection[str], wait_for_ray: Callable[[], None], lease: Lease) -> dict[str, str]:
     """Leave each row in one file, and files of a good size; returns the SHA-256 of those made for it, by name."""
     output_uri = request.config.output.uri
-    remove_strays(output_uri, {*request.done.names, *written})
-    groups = plan_compaction(list_sizes(output_uri))
+    lease.check()
+    known = {*request.done.names, *written}
+    with in_plain_words("write to", output_uri, RunError):
+        remove_strays(output_uri, known)
+        sizes = list_sizes(output_uri)
+    if gone := known - sizes.keys():
+        raise RunError(
+            f"{len(gone)} files of {output_uri} are gone, {min(gone)} among them; run the same command again"
+        )
+    groups = plan_compaction(sizes)
     if not groups:
         return {}
     wait_for_ray()
-    return compact(output_uri, groups)
+    return compact(output_uri, groups, lease)
 
 
 def _summarize(request: Request, progress: Progress, limit: FailureLimit, started: float) -> dict[str, Any]:
@@ -135,7 +152,8 @@ def _summarize(request: Request, progress: Progress, limit: FailureLimit, starte
 def _commit(request: Request, digests: dict[str, str], summary: dict[str, Any]) -> None:
     """Write `_files.json` and `_run.json`, then `_SUCCESS`."""
     output_uri = request.config.output.uri
-    write_digests(output_uri, digests)
     described = describe_run(request.config, request.model, request.identity, {"summary": summary})
-    run_record.write_run(output_uri, described)
-    run_record.mark_complete(output_uri)
+    with in_plain_words("write to", output_uri, RunError):
+        write_digests(output_uri, digests)
+        run_record.write_run(output_uri, described)
+        run_record.mark_complete(output_uri)

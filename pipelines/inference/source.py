@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.idset import IdSet
-from pipelines.storage.manifest import read_manifest_rows
+from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
 # Tasks of one batch each, until there are so many that Ray's own work for each of them would show.
 ENOUGH_TASKS = 16_384
@@ -41,6 +41,7 @@ def rows_per_task(num_rows: int, batch_size: int, max_rows: int = MAX_ROWS_PER_T
         batch_size: of the model.
         max_rows: of a task, where that is a batch or more.
     """
+    max_rows = min(max_rows, MAX_ROWS_PER_TASK)
     enough = -(-num_rows // (ENOUGH_TASKS * batch_size))
     return batch_size * max(1, min(enough, max_rows // batch_size))
 
@@ -71,8 +72,9 @@ class TableSource:
 class MissingSource:
     """Rows of a manifest whose ids are missing in an output."""
 
-    def __init__(self, output_uri: str, done: IdSet, rows_per_task: int) -> None:
+    def __init__(self, output_uri: str, manifest: ManifestInfo, done: IdSet, rows_per_task: int) -> None:
         self._output_uri = output_uri
+        self._rows_per_file = manifest.rows_per_file
         self._done = done
         self._starts: NDArray[np.int64] = np.append(done.every_nth_missing(rows_per_task), done.size)
 
@@ -84,7 +86,7 @@ class MissingSource:
     def rows_of(self, task: int) -> pa.Table:
         """`id` and `uri` of one task."""
         start, stop = self._starts[task : task + 2].tolist()
-        return read_manifest_rows(self._output_uri, self._done.missing(start, stop))
+        return read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._rows_per_file)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ again overwrites its own file.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -19,6 +18,9 @@ from pipelines.inference.schema import FAILED, RECEIPTS, parts_schema
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
+
+# With an embedding, 8 KB a row: what a reader that wants a few rows has to read.
+ROWS_PER_GROUP = 16_384
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PartWriter:
 
     def _write(self, kind: str, table: pa.Table) -> "Written":
         name = f"{kind}-{pc.min(table['id']).as_py():012d}.parquet"
-        return write_table(self.output_uri, name, table, self.metadata)
+        return write_table(self.output_uri, name, table, table.schema.with_metadata(self.metadata))
 
 
 def make_writer(output_uri: str, model: ModelFacts, topk: int, embedding: bool) -> PartWriter:
@@ -79,15 +81,22 @@ class Written(NamedTuple):
     num_retries: int
 
 
-def write_table(
-    output_uri: str, name: str, table: pa.Table, metadata: Mapping[str, str] | Mapping[bytes, bytes]
-) -> Written:
-    """Write a Parquet file, sorted by id."""
-    table = table.sort_by("id").replace_schema_metadata(metadata)
+def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema) -> Written:
+    """Write a Parquet file, sorted by id.
+
+    Args:
+        output_uri: where it goes.
+        name: of the file.
+        table: its rows, of types that can be cast to those of the schema.
+        schema: of the file, with its metadata.
+    """
+    table = table.sort_by("id")
     buffer = io.BytesIO()
     # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
     dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
-    pq.write_table(table, buffer, compression="zstd", use_dictionary=_leaf_paths(table.schema, dictionary))
+    with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=_leaf_paths(schema, dictionary)) as writer:
+        for start in range(0, table.num_rows, ROWS_PER_GROUP):
+            writer.write_table(table.slice(start, ROWS_PER_GROUP).cast(schema))
     num_retries = store_object(uris.join(output_uri, name), buffer.getvalue())
     return Written(name, digest_of(buffer.getvalue()), num_retries)
 

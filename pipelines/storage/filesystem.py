@@ -13,14 +13,17 @@ from typing import Any
 
 import fsspec
 
-from pipelines.errors import RequestError
+from pipelines.errors import RequestError, RunError
 from pipelines.storage import uris
+from pipelines.storage.retry import in_words
 
 # Seconds. botocore's own retries would multiply with those of s3fs.
 S3_CONFIG = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 0}}
 # With the waits of s3fs between them, an endpoint may be gone for 45 s.
 S3_ATTEMPTS = 11
 S3_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+# Modules whose errors are a store's.
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore")
 # When a job starts, an endpoint counts as unreachable that takes longer than this to answer, so many times.
 PROBE_TIMEOUT_S, PROBE_ATTEMPTS = 2, 3
 
@@ -129,23 +132,25 @@ def download(uri: str, folder: str) -> str:
 
 
 @contextlib.contextmanager
-def in_plain_words(what: str, uri: str) -> Iterator[None]:
+def in_plain_words(what: str, uri: str, kind: type[RequestError | RunError] = RequestError) -> Iterator[None]:
     """Turn the storage errors of a `with` block into one line: `what` failed on `uri`, because.
 
     Raises:
-        RequestError: in place of any error of the operating system, fsspec, s3fs or botocore.
+        RequestError: or what `kind` says, in place of any error of the operating system or of a store's client.
     """
     try:
         yield
-    except RequestError:
+    except (RequestError, RunError):
         raise
     except FileNotFoundError:
-        raise RequestError(f"cannot {what} {uri}: it does not exist") from None
+        raise kind(f"cannot {what} {uri}: it does not exist") from None
     except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise RequestError(f"cannot {what} {uri}: {error.strerror or error}") from None
+        raise kind(f"cannot {what} {uri}: {error.strerror or error}") from None
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__module__.startswith(("botocore", "aiobotocore", "aiohttp")):
-            raise RequestError(f"cannot {what} {uri}: {' '.join(str(error).split())}") from None
+        if isinstance(error, OSError) or type(error).__module__.startswith(CLIENTS):
+            is_obstores = type(error).__module__.startswith("obstore")
+            reason = in_words(error) if is_obstores else " ".join(str(error).split())
+            raise kind(f"cannot {what} {uri}: {reason}") from None
         raise
 
 

@@ -37,6 +37,7 @@ class ManifestInfo:
     num_inputs: int
     num_excluded: int
     num_files: int
+    rows_per_file: int
 
 
 def find_manifest(output_uri: str) -> ManifestInfo | None:
@@ -65,7 +66,7 @@ def write_manifest(output_uri: str, input_uri: str, exclude: list[str], listing:
         buffer = io.BytesIO()
         pq.write_table(table.slice(index * ROWS_PER_FILE, ROWS_PER_FILE), buffer, compression="zstd")
         write_bytes(_file_uri(output_uri, index), buffer.getvalue())
-    info = ManifestInfo(input_uri, exclude, num_inputs, listing.num_excluded, num_files)
+    info = ManifestInfo(input_uri, exclude, num_inputs, listing.num_excluded, num_files, ROWS_PER_FILE)
     write_bytes(_info_uri(output_uri), json.dumps(asdict(info), indent=2).encode())
     return info
 
@@ -78,10 +79,16 @@ def read_manifest(output_uri: str, info: ManifestInfo) -> pa.Table:
         return pa.concat_tables(tables)
 
 
-def read_manifest_rows(output_uri: str, ids: NDArray[np.int64]) -> pa.Table:
-    """`id` and `uri` of some ids, given in order."""
-    files = ids // ROWS_PER_FILE
-    rows = [_cached_file(output_uri, int(file)).take(ids[files == file] % ROWS_PER_FILE) for file in np.unique(files)]
+def read_manifest_rows(output_uri: str, ids: NDArray[np.int64], rows_per_file: int) -> pa.Table:
+    """`id` and `uri` of some ids, given in order.
+
+    Args:
+        output_uri: the output.
+        ids: of its manifest.
+        rows_per_file: of the manifest.
+    """
+    files = ids // rows_per_file
+    rows = [_cached_file(output_uri, int(file)).take(ids[files == file] % rows_per_file) for file in np.unique(files)]
     return pa.concat_tables(rows).combine_chunks()
 
 

@@ -17,7 +17,7 @@ from pipelines.inference.compact import JOURNAL, compact_group, plan_compaction,
 from pipelines.inference.schema import FAILED, parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.storage import uris
-from pipelines.storage.filesystem import list_names, remove, write_bytes
+from pipelines.storage.filesystem import list_names, read_bytes, remove, write_bytes
 from tests.support.infer import infer, read_kind
 
 MIB = 1 << 20
@@ -150,6 +150,16 @@ def test_wherever_it_breaks_off_the_next_run_finds_each_row_once(
         compact_group(output, group)
     assert_is_compacted(output, good, failed)
     assert len([name for name in list_files(output) if name.startswith("part-")]) <= len(groups)
+
+
+def test_a_file_without_its_end_takes_no_rows_with_it(output: str) -> None:
+    good, failed = read_kind(output, "part"), read_kind(output, "failed")
+    group = plan_compaction(list_sizes(output))[0]
+    write_bytes(uris.join(output, JOURNAL), json.dumps([group.__dict__]).encode())
+    write_bytes(uris.join(output, group.target), read_bytes(uris.join(output, group.sources[0]))[:-100])
+    assert len(find_done(output, NUM_ROWS).ids) == NUM_ROWS
+    assert read_kind(output, "part").equals(good)
+    assert read_kind(output, "failed").equals(failed)
 
 
 def test_a_task_that_runs_again_finds_its_file(output: str) -> None:

@@ -5,11 +5,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 
 import pyarrow as pa
 import pytest
+from obstore.exceptions import GenericError
 
 from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local import ObjectStore
@@ -115,7 +117,7 @@ def test_what_is_given_up_is_said_in_our_words(
 def test_writing_and_reading_columns_survive_too(behind: Callable[[Faults], Proxy], store: ObjectStore) -> None:
     behind(Faults(unavailable=0.3, reset=0.3))
     table = pa.table({"id": [1, 2], "uri": ["a", "b"]})
-    written = [write_table("s3://scratch/retried", f"part-{index}.parquet", table, {}) for index in range(8)]
+    written = [write_table("s3://scratch/retried", f"part-{index}.parquet", table, table.schema) for index in range(8)]
     assert sum(file.num_retries for file in written) > 0
     for file in written:
         found = bulk.read_columns(f"s3://scratch/retried/{file.name}", ["id"])
@@ -138,6 +140,26 @@ def test_requests_get_fewer_when_the_store_asks_for_it_and_slowly_more(monkeypat
     for _ in range(2000):
         limit.speed_up()
     assert limit.limit == 32
+
+
+def test_waiting_for_a_slot_is_not_held_against_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "REQUESTS", RequestLimit(1))
+    monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 0.3)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    attempts = [0] * 4
+
+    def send(index: int) -> None:
+        def request() -> None:
+            attempts[index] += 1
+            time.sleep(0.1)
+            if attempts[index] == 1:
+                raise GenericError("HTTP error: once")
+
+        retry.Retries().send(request)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(send, range(4)))
+    assert attempts == [2] * 4
 
 
 def test_one_wave_of_refusals_halves_once() -> None:
