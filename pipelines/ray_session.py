@@ -22,10 +22,6 @@ CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000, "enable_metrics_collection": False}
 
 
-# Ray's start gives way to what decides whether it is needed: a request is refused as soon as without it.
-NICENESS_OF_START = 10
-
-
 def is_cluster_named() -> bool:
     """Whether this process was told of a cluster, by `RAY_ADDRESS` or as a submitted job."""
     return any(os.environ.get(name) for name in CLUSTER_VARIABLES)
@@ -96,7 +92,6 @@ class RayStart:
         self._is_over.set()
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS_OF_START)
         try:
             _start()
         except Exception as error:

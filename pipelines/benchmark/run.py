@@ -162,7 +162,7 @@ class WholeRate:
         num_failed: images without.
         first_rows_s: from its start to the first file.
         elapsed_s: from its start to the last file.
-        steady_images_per_s: after the first files, which hold the start of the replicas.
+        steady_images_per_s: from the first file, before which the replicas start, to the last but a tenth.
     """
 
     num_ok: int
@@ -193,9 +193,18 @@ def _measure_whole(
             progress.add(receipt["num_ok"], len(receipt["failures"]), len(receipt["files"]))
             num_ok += receipt["num_ok"]
             times.append((progress.num_ok + progress.num_failed, time.monotonic()))
-    (_, started), (first_rows, first), (rows, last) = times[0], times[1], times[-1]
-    steady = (rows - first_rows) / (last - first) if last > first else rows / (last - started)
-    return WholeRate(num_ok, rows - num_ok, first - started, last - started, steady)
+    (_, started), (_, first), (rows, last) = times[0], times[1], times[-1]
+    return WholeRate(num_ok, rows - num_ok, first - started, last - started, _steady_rate(times))
+
+
+def _steady_rate(times: list[tuple[int, float]]) -> float:
+    """Between two moments at which the chain was as full: the first file, and the one that made it nine tenths."""
+    total = times[-1][0]
+    first = times[1]
+    last = next(moment for moment in times if moment[0] >= 0.9 * total)
+    if last[0] == first[0]:
+        return total / (times[-1][1] - times[0][1])
+    return (last[0] - first[0]) / (last[1] - first[1])
 
 
 def _summarize(

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipelines import run_record
 from pipelines.inference.compact import settle_compaction
+from pipelines.inference.failures import count_reasons
 from pipelines.inference.idset import IdSet
 from pipelines.inference.write import digest_of, reasons_of
 from pipelines.storage import uris
@@ -74,16 +75,18 @@ def find_done(output_uri: str, num_inputs: int, retried_kinds: Container[str] = 
                 if any(kind in retried_kinds for kind in table["error_kind"].to_pylist()):
                     retried.add(name)
                     continue
-                failures.update(reasons_of(table))
+                count_reasons(failures, Counter(reasons_of(table)))
             ids.add(table["id"].to_numpy())
     return Done(ids, frozenset(names) - retried, frozenset(retried), failures)
 
 
-def drop_retried(output_uri: str, retried: Iterable[str]) -> None:
+def drop_retried(output_uri: str, retried: Collection[str]) -> None:
     """Remove files of failed rows, so that their images are missing again."""
     with in_plain_words("write to", output_uri):
-        for name in retried:
+        if retried:
             run_record.mark_incomplete(output_uri)
+            remove(uris.join(output_uri, FILES_FILE))  # a file that is written anew may have its old name
+        for name in retried:
             remove(uris.join(output_uri, name))
 
 

@@ -25,7 +25,7 @@ class FailureLimit:
         self._min_images = min(MIN_IMAGES, num_inputs)
         self.num_done = num_done
         self.reasons: Counter[str] = Counter()
-        self._count(reasons)
+        count_reasons(self.reasons, reasons)
 
     @property
     def num_failed(self) -> int:
@@ -35,17 +35,12 @@ class FailureLimit:
     def add(self, num_ok: int, reasons: Iterable[str]) -> None:
         """Count what a write task reports."""
         before = self.num_failed
-        self._count(Counter(reasons))
+        count_reasons(self.reasons, Counter(reasons))
         self.num_done += num_ok + self.num_failed - before
 
     def commonest(self) -> str:
         """The commonest reasons, with their counts."""
         return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(NUM_REASONS))
-
-    def _count(self, reasons: Counter[str]) -> None:
-        for reason, count in reasons.items():
-            is_kept = reason in self.reasons or len(self.reasons) < MAX_REASONS
-            self.reasons[reason if is_kept else reason.partition(":")[0] + ": other reasons"] += count
 
     def check(self) -> None:
         """See whether the run may go on.
@@ -60,3 +55,10 @@ class FailureLimit:
             f"{self._max_fraction}: {self.commonest()}. "
             "What is done stays; with a higher limit the run goes on from there"
         )
+
+
+def count_reasons(counts: Counter[str], more: Counter[str]) -> None:
+    """Add to counts that stay small, however many different reasons there are."""
+    for reason, count in more.items():
+        is_kept = reason in counts or len(counts) < MAX_REASONS
+        counts[reason if is_kept else reason.partition(":")[0] + ": other reasons"] += count

@@ -21,7 +21,8 @@ class Predictor:
     """One replica of the model.
 
     Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of
-    machine a row's result is then independent of its neighbours, bit for bit.
+    machine a row's result is then independent of its neighbours, bit for bit; on a GPU, as long as its memory holds the
+    batches.
 
     On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
     share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores. A model
@@ -30,6 +31,7 @@ class Predictor:
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
         torch.set_num_threads(options.num_threads if isinstance(bundle.module, bytes) else 1)
+        torch.backends.cudnn.allow_tf32 = False  # who asks for float32 gets it
         self.bundle = bundle
         self.options = options
         self.batch_size = options.batch_size

@@ -1,5 +1,6 @@
 """A sample of an output's rows, computed again: by the model and the images that the run names, on this machine."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
-from pipelines.errors import RequestError
+from pipelines.errors import TRANSIENT_KINDS, RequestError
 from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.request import make_decode, sample_of_manifest
 from pipelines.storage.manifest import ManifestInfo
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 # What another machine, a GPU or another batch size may change: of probabilities absolute, of embeddings in proportion.
@@ -57,6 +60,9 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
     decode = make_decode(config, bundle)
     again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
+        if new["error_kind"] in TRANSIENT_KINDS:
+            log.warning("row %d is not computed again: %s", old["id"], new["error_message"])
+            continue
         problem = new["error_kind"] or _difference(old, new, *TOLERANCES[bundle.dtype])
         if problem:
             yield f"row {old['id']}, computed again: {problem}"

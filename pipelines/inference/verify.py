@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipelines import run_record
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.inference.commit import NUM_READERS, read_digests
+from pipelines.inference.commit import read_digests
 from pipelines.inference.rescore import rescore
 from pipelines.inference.schema import FAILED, parts_schema
 from pipelines.inference.write import digest_of
@@ -32,6 +32,8 @@ from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifes
 log = logging.getLogger(__name__)
 
 MAX_NAMED_IDS = 5
+# Each holds a file and its table, several GB of a large file of labels.
+NUM_READERS = 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             num_rows[report.name.partition("-")[0]] += len(report.ids)
             samples += [report.sample] if report.sample is not None else []
     problems += _problems_of_counts(counts)
-    sample = pa.concat_tables(samples).slice(0, config.sample.num_rows) if samples and not problems else None
+    sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
         problems += rescore(record, expected.manifest, sample)
     for problem in problems:
@@ -116,6 +118,13 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         "num_sampled": 0 if sample is None else sample.num_rows,
         "output_uri": expected.output_uri,
     }
+
+
+def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
+    """Rows spread over the files, the same ones in each check."""
+    rows = pa.concat_tables(samples)
+    count = min(num_rows, rows.num_rows)
+    return rows.take(np.sort(np.random.default_rng(0).choice(rows.num_rows, count, replace=False)))
 
 
 def _record(output_uri: str) -> dict[str, Any]:

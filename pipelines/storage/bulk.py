@@ -7,9 +7,10 @@ its path type cannot hold, and all other stores, go through fsspec.
 
 import functools
 import io
+import itertools
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Of the whole request, and of the next bytes: stores answer within a second, or stall.
 REQUEST_TIMEOUT, READ_TIMEOUT = timedelta(seconds=120), timedelta(seconds=10)
+# Objects of one call that are in flight or in memory.
+MAX_AHEAD = 2 * MAX_IN_FLIGHT
 CONNECT_TIMEOUT = timedelta(seconds=5)
 # How often temporary credentials are asked for again when their source does not say when they end.
 CREDENTIALS_LIFETIME = timedelta(minutes=10)
@@ -59,9 +62,17 @@ def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[Fetched]:
         One for each URI, as they arrive.
     """
     with ThreadPoolExecutor(min(MAX_IN_FLIGHT, max(1, len(object_uris)))) as pool:
-        positions = {pool.submit(_fetch, uri, max_bytes): position for position, uri in enumerate(object_uris)}
-        for future in as_completed(positions):
-            yield Fetched(positions.pop(future), *future.result())
+        waiting = enumerate(object_uris)
+        positions: dict[Future[tuple[bytes | ItemError, int]], int] = {}
+        while True:
+            # No more than these: what has arrived lies in memory until it is taken.
+            for position, uri in itertools.islice(waiting, MAX_AHEAD - len(positions)):
+                positions[pool.submit(_fetch, uri, max_bytes)] = position
+            if not positions:
+                return
+            done, _ = wait(positions, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield Fetched(positions.pop(future), *future.result())
 
 
 def read_object(uri: str) -> bytes:
@@ -78,7 +89,7 @@ def store_object(uri: str, content: bytes) -> int:
         bucket, key = uris.split_bucket(uri)
         if _is_obstore_path(key):
             retries = Retries()
-            retries.send(lambda: obstore.put(_s3_store(bucket), key, content))
+            retries.send(lambda: obstore.put(_s3_store(bucket, is_written=True), key, content))
             return retries.num
     write_bytes(uri, content)
     return 0
@@ -182,7 +193,7 @@ def _fetch_fsspec(uri: str, max_bytes: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)
-def _s3_store(bucket: str) -> "S3Store":
+def _s3_store(bucket: str, is_written: bool = False) -> "S3Store":
     from obstore.store import S3Store
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -197,8 +208,9 @@ def _s3_store(bucket: str) -> "S3Store":
         client_options={
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "timeout": REQUEST_TIMEOUT,
-            "read_timeout": READ_TIMEOUT,
             "connect_timeout": CONNECT_TIMEOUT,
+            # No answer comes while a request is still being sent.
+            **({} if is_written else {"read_timeout": READ_TIMEOUT}),
         },
         **options,
     )

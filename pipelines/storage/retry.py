@@ -101,14 +101,22 @@ class Retries:
         Raises:
             GenericError: of its last attempt.
         """
+        first_sent_at: list[float] = []
+
+        def attempt() -> Result:
+            with REQUESTS.slot():
+                first_sent_at.append(time.monotonic())
+                return _send(request)
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-            stop=tenacity.stop_after_delay(GIVE_UP_AFTER_S),
+            # Waiting for a slot is no fault of the store's.
+            stop=lambda _: time.monotonic() - first_sent_at[0] >= GIVE_UP_AFTER_S,
             before_sleep=self._count,
             reraise=True,
         )
-        result: Result = retrying(_attempt, request)
+        result: Result = retrying(attempt)
         return result
 
     def _count(self, _: tenacity.RetryCallState) -> None:
@@ -129,13 +137,12 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
-def _attempt(request: Callable[[], Result]) -> Result:
-    with REQUESTS.slot():
-        try:
-            result = request()
-        except GenericError as error:
-            if THROTTLED.search(str(error)):
-                REQUESTS.slow_down()
-            raise
-        REQUESTS.speed_up()
-        return result
+def _send(request: Callable[[], Result]) -> Result:
+    try:
+        result = request()
+    except GenericError as error:
+        if THROTTLED.search(str(error)):
+            REQUESTS.slow_down()
+        raise
+    REQUESTS.speed_up()
+    return result
