@@ -1,0 +1,113 @@
+"""How near the faster ways come to float32 and timm's transform, by a model that was trained on real images.
+
+    python -m benchmarks.agreement [--num-images 500] [--epochs 6] [--folder DIRECTORY]
+
+A network learns which photograph a crop is of; then other crops are labelled in each way. Prints a table: accuracy,
+share of images with the top-1 of float32 and `exact`, median cosine of the embeddings. In a folder that is named,
+everything stays, and a second call does what is missing.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.photographs import write_crops
+
+MODEL = "ecaresnet50d_pruned"
+TRAIN_SIZE, TEST_SIZE = 128, 160  # networks see larger objects in training than in use (FixRes, arXiv:1906.06423)
+NUM_TRAIN = 800
+RUN_TIMEOUT_S = 1800
+WAYS: dict[str, tuple[str, ...]] = {
+    "float32, exact": (),
+    "float32, fast": ("--preprocess.mode", "fast"),
+    "bfloat16, exact": ("--model.dtype", "bfloat16"),
+    "int8, exact": ("--model.dtype", "int8"),
+    "int8, fast": ("--model.dtype", "int8", "--preprocess.mode", "fast"),
+}
+
+
+def main() -> None:
+    """Train, label in each way, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-images", type=int, default=500)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        weights = _train(folder, args.epochs)
+        write_crops(str(folder / "images"), args.num_images, quality=94, seed=2)
+        tables = {way: _label(folder, index, options, weights) for index, (way, options) in enumerate(WAYS.items())}
+    reference = tables["float32, exact"]
+    print(f"{MODEL}, trained at {TRAIN_SIZE} px; {args.num_images} crops of photographs at {TEST_SIZE} px")
+    print(f"{'way':18}{'accuracy':>10}{'same top-1':>12}{'median cosine':>15}{'lowest':>10}")
+    for way, table in tables.items():
+        same = np.mean(_top1(table) == _top1(reference))
+        cosine = _cosines(table, reference)
+        print(f"{way:18}{_accuracy(table):10.1%}{same:12.2%}{np.median(cosine):15.6f}{cosine.min():10.4f}")
+
+
+def _train(folder: Path, epochs: int) -> str:
+    write_crops(str(folder / "train"), NUM_TRAIN, quality=94, seed=1)
+    with (folder / "train.csv").open("w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["uri", "label"])
+        rows.writerows([str(path), _label_of(path.name)] for path in sorted((folder / "train").iterdir()))
+    summary = _run(
+        "jobs.train",
+        *("--data.train.uri", str(folder / "train.csv"), "--output.uri", str(folder / "run")),
+        *("--model.name", MODEL, "--model.weights", "random", "--preprocess.image_size", str(TRAIN_SIZE)),
+        *("--optim.epochs", str(epochs), "--optim.global_batch_size", "32", "--optim.opt", "adamw"),
+        *("--optim.lr", "2e-3", "--optim.weight_decay", "0.05", "--optim.warmup_epochs", "1"),
+        *("--augment.scale", "[0.5, 1.0]"),
+    )
+    weights: str = summary["checkpoint_uri"]
+    return weights
+
+
+def _label(folder: Path, index: int, options: tuple[str, ...], weights: str) -> pa.Table:
+    output = folder / f"labels-{index}"
+    _run(
+        "jobs.infer",
+        *("--input.uri", str(folder / "images"), "--output.uri", str(output)),
+        *("--model.weights", weights, "--preprocess.image_size", str(TEST_SIZE), *options),
+    )
+    return pq.read_table(sorted(output.glob("part-*.parquet"))).sort_by("id")
+
+
+def _run(module: str, *arguments: str) -> dict[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, timeout=RUN_TIMEOUT_S, check=True
+    )
+    summary: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    return summary
+
+
+def _label_of(file_name: str) -> str:
+    return file_name.partition("-")[2].removesuffix(".jpg")
+
+
+def _top1(table: pa.Table) -> "np.ndarray[tuple[int], np.dtype[np.str_]]":
+    return np.array([labels[0] for labels in table["label"].to_pylist()])
+
+
+def _accuracy(table: pa.Table) -> float:
+    truth = np.array([_label_of(uri.rpartition("/")[2]) for uri in table["uri"].to_pylist()])
+    return float(np.mean(_top1(table) == truth))
+
+
+def _cosines(table: pa.Table, reference: pa.Table) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    ours, theirs = (np.array(each["embedding"].to_pylist(), np.float64) for each in (table, reference))
+    return np.asarray((ours * theirs).sum(1) / (np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)))
+
+
+if __name__ == "__main__":
+    main()
