@@ -38,17 +38,17 @@ class Predictor:
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self.label_names = pa.array(bundle.label_names, pa.string())
-        self.normalize = Normalizer(bundle.transform.mean, bundle.transform.std, self.device)
         self.forward = self._load_forward()
 
     def _load_forward(self) -> Forward:
         module = self.bundle.module
         if isinstance(module, bytes):
-            shape = (self.batch_size, 3, *self.bundle.transform.input_size)
+            shape = (self.batch_size, *self.bundle.transform.input_size, 3)
             return compile_program(module, shape, self.options.num_threads)
         dtype: torch.dtype = getattr(torch, self.bundle.dtype)
         model = module.to(self.device, dtype).to(memory_format=torch.channels_last)
-        return lambda images: model(images.to(dtype))
+        normalize = Normalizer(self.bundle.transform.mean, self.bundle.transform.std).to(self.device)
+        return lambda images: model(normalize(images.to(self.device)).to(dtype))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
@@ -81,7 +81,7 @@ class Predictor:
         if num_images < batch_size:
             missing = batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-        logits, features = self.forward(self.normalize(torch.from_numpy(images)))
+        logits, features = self.forward(torch.from_numpy(images))
         columns: dict[str, pa.Array] = {}
         if self.options.topk:
             prob, index = logits[:num_images].float().softmax(dim=-1).topk(self.options.topk)

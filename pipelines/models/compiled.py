@@ -16,6 +16,7 @@ from pipelines.cpu import cpu_flags, why_no_int8
 from pipelines.errors import RunError
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Batch x H x W x 3, uint8, to logits and features."""
 
 
 def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) -> Forward:
@@ -23,7 +24,7 @@ def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) ->
 
     Args:
         program: of `torch.export.save`.
-        shape: of the images, batch x 3 x H x W.
+        shape: of the images, batch x H x W x 3.
         num_threads: that share a batch.
 
     Raises:
@@ -52,7 +53,7 @@ def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads:
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the program's operators
 
     module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
-    images = torch.zeros(shape).to(memory_format=torch.channels_last)
+    images = torch.zeros(shape, dtype=torch.uint8)
     with torch.no_grad(), quiet_compiler():
         exported = torch.export.export(module, (images,))
         # Freezing packs the weights for the kernels.

@@ -81,7 +81,7 @@ class Learner:
         self._mixup = make_mixup(config, task.num_classes)
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
-        self._normalize = Normalizer(task.mean, task.std, device)
+        self._normalize = Normalizer(task.mean, task.std).to(device)
 
     @property
     def lr(self) -> float:
@@ -227,7 +227,8 @@ class Learner:
 
     def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows x 3 x height x width, normalized, in the model's layout."""
-        return self._normalize(torch.from_numpy(share["image"][rows])).contiguous(memory_format=self._layout)
+        images: torch.Tensor = self._normalize(torch.from_numpy(share["image"][rows]).to(self.device))
+        return images.contiguous(memory_format=self._layout)
 
     def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(share["target"][rows]).to(self.device)
