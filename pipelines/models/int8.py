@@ -28,6 +28,8 @@ from pipelines.models.normalize import Normalizer
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
+# What a program is that is kept: to be changed with whatever changes it.
+RECIPE = "torchao PT2E, default x86 config, from uint8"
 
 
 def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: QuantizationConfig) -> ModelBundle:
@@ -45,6 +47,7 @@ def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: Quan
         "float32": bundle.fingerprint,
         "images": hashlib.sha256(images.tobytes()).hexdigest(),
         "min_agreement": config.min_agreement,
+        "recipe": RECIPE,
         "torchao": _torchao_version(),
     }
     own_fingerprint = fingerprint(parts)
