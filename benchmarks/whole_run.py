@@ -1,8 +1,10 @@
-"""Whole runs side by side, start-up included: Ray's documented pattern and ours, from the same S3 store.
+"""Whole runs side by side, start-up included, from the same S3 store: ours and its peers.
 
-    python -m benchmarks.whole_run [--num-images 1000] [--model ecaresnet50d_pruned] [--rounds 1]
+    python -m benchmarks.whole_run [--num-images 1000] [--model ecaresnet50d_pruned] [--rounds 1] [--programs ...]
 
-Prints one line a run, then the ratio of the rates in each round.
+The peers: Ray's documented pattern, Daft's, and the loop of timm's `inference.py`, eager, in channels-last and compiled.
+Prints one line a run, then each rate of a round beside that of Ray's pattern. Where a program measures its steady state
+by itself, that is printed too; `jobs.benchmark` measures ours.
 """
 
 import argparse
@@ -17,23 +19,40 @@ from cluster.local import object_store
 from cluster.photographs import write_crops
 
 RUN_TIMEOUT_S = 1800
+INPUT_URI = "s3://images/photographs"
+BASELINE = "ray"
+PEERS = {
+    BASELINE: ("benchmarks.ray_pattern",),
+    "daft": ("benchmarks.daft_pattern",),
+    "timm": ("benchmarks.timm_inference", "eager"),
+    "timm-channels-last": ("benchmarks.timm_inference", "channels_last"),
+    "timm-compiled": ("benchmarks.timm_inference", "compiled"),
+}
+OURS = {
+    "ecaray": (),
+    "ecaray-fast": ("--preprocess.mode", "fast"),
+    "ecaray-int8": ("--preprocess.mode", "fast", "--model.dtype", "int8", "--model.quantization.min_agreement", "0"),
+}
 
 
 def main() -> None:
-    """Run the peers in turn."""
+    """Run the programs in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--model", default="ecaresnet50d_pruned")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--programs", nargs="+", choices=[*PEERS, *OURS], default=[BASELINE, "ecaray"])
     args = parser.parse_args()
     with object_store(buckets=("images", "results")) as store, tempfile.TemporaryDirectory() as folder:
         os.environ.update(store.environment())
-        num_bytes = write_crops("s3://images/photographs", args.num_images, quality=94)
+        num_bytes = write_crops(INPUT_URI, args.num_images, quality=94)
         print(f"{args.num_images} photographs, {num_bytes / args.num_images / 1000:.0f} KB each, {args.model}")
         weights = _save_random_weights(args.model, Path(folder) / "weights.safetensors")
         for index in range(args.rounds):
-            rates = {name: _run(name, args, weights, index) for name in ("ray_pattern", "ecaray")}
-            print(f"round {index}: ecaray / ray_pattern = {rates['ecaray'] / rates['ray_pattern']:.2f}", flush=True)
+            rates = {name: _run(name, args, weights, index) for name in args.programs}
+            if BASELINE in rates:
+                ratios = ", ".join(f"{name} {rate / rates[BASELINE]:.2f}" for name, rate in rates.items())
+                print(f"round {index}, of Ray's pattern: {ratios}", flush=True)
 
 
 def _save_random_weights(model: str, path: Path) -> Path:
@@ -47,20 +66,22 @@ def _save_random_weights(model: str, path: Path) -> Path:
 
 
 def _run(name: str, args: argparse.Namespace, weights: Path, index: int) -> float:
-    """Run one peer as a program of its own; returns images per second over its whole run."""
+    """Run one program; returns images per second over its whole run."""
     output = f"s3://results/{name}-{index}"
-    if name == "ray_pattern":
-        command = ["benchmarks.ray_pattern", "s3://images/photographs", output, args.model, str(weights)]
+    if name in PEERS:
+        module, *options = PEERS[name]
+        command = [module, INPUT_URI, output, args.model, str(weights), *options]
     else:
-        command = ["jobs.infer", "--input.uri", "s3://images/photographs", "--output.uri", output]
-        command += ["--model.name", args.model, "--model.weights", str(weights)]
+        command = ["jobs.infer", "--input.uri", INPUT_URI, "--output.uri", output]
+        command += ["--model.name", args.model, "--model.weights", str(weights), *OURS[name]]
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
     elapsed = time.monotonic() - started
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-4000:]}")
     rate: float = args.num_images / elapsed
-    print(f"round {index}: {name:12} {elapsed:7.1f} s {rate:7.1f} images/s, whole run", flush=True)
+    steady = [line for line in done.stdout.splitlines() if line.startswith("steady")]
+    print(f"round {index}: {name:20} {elapsed:7.1f} s {rate:7.1f} images/s", *steady, flush=True)
     return rate
 
 

@@ -65,8 +65,9 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         RunError: a stage failed.
     """
     watch = Watch()
-    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    if config.model.dtype == "int8":
+    is_compiled = config.model.dtype == "int8"
+    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
+    if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     output_uri = _empty_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
@@ -80,7 +81,7 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     watch.lap("model, beside the listing")
     writer = make_writer(output_uri, facts, resolve_topk(config, facts), config.outputs.embedding)
     with ray_session():
-        plan = plan or plan_for_cluster(config.compute)
+        plan = plan or plan_for_cluster(config.compute, is_compiled)
         num_cpus = sum(node.num_cpus for node in list_nodes())
         watch.lap("Ray")
         try:

@@ -47,8 +47,9 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
         RunError: the run failed, or not one image could be had.
     """
     started = time.monotonic()
-    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    if config.model.dtype == "int8":
+    is_compiled = config.model.dtype == "int8"
+    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
+    if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     images = read_labelled(config.input.uri, config.input.exclude)
     facts = model.facts()
@@ -57,7 +58,7 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
         facts = model.quantized_facts(read_sample(images.table["uri"].take(positions), _make_decode(config, facts)))
     targets = targets_of(images, facts)
     with ray_session():
-        plan = plan or plan_for_cluster(config.compute)
+        plan = plan or plan_for_cluster(config.compute, is_compiled)
         log.info("%s", describe(images.table.num_rows, facts, plan))
         counts = _count(config, facts, model.pickled_bundle(), plan, images, targets)
     if not counts.num_images:

@@ -90,4 +90,4 @@ def _center_crop(pixels: NDArray[np.uint8], transform: EvalTransform) -> NDArray
     if width < crop_width or height < crop_height:
         return np.asarray(transform.center_crop(Image.fromarray(pixels)))
     left, top = round((width - crop_width) / 2.0), round((height - crop_height) / 2.0)
-    return np.ascontiguousarray(pixels[top : top + crop_height, left : left + crop_width])
+    return pixels[top : top + crop_height, left : left + crop_width]

@@ -45,9 +45,30 @@ class EvalTransform:
             ItemError: `too_many_pixels`.
         """
         width, height = self.resized_size(image.width, image.height, max_pixels)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return np.asarray(self.center_crop(image))
+        if self._is_cut_between_passes(image, width, height):
+            image = self._cut_width(self._resize(image, width, image.height))
+            width = image.width
+        return np.asarray(self.center_crop(self._resize(image, width, height)))
+
+    def _is_cut_between_passes(self, image: Image.Image, width: int, height: int) -> bool:
+        """Whether columns that go in the end may go between the two passes of Pillow's resize, which saves a tenth.
+
+        Pillow resizes photographs that are wider than high, and keep their shape, by width first, then by height, and
+        rounds to bytes between. `nearest` has no passes.
+        """
+        is_shape_kept = self.crop_mode == "center" and image.width > image.height
+        return (
+            is_shape_kept and width > self.input_size[1] and height < image.height and self.interpolation != "nearest"
+        )
+
+    def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+
+    def _cut_width(self, image: Image.Image) -> Image.Image:
+        left = round((image.width - self.input_size[1]) / 2.0)
+        return image.crop((left, 0, left + self.input_size[1], image.height))
 
     def resized_size(self, width: int, height: int, max_pixels: int) -> tuple[int, int]:
         """Width and height that an image is resized to before its center is cut out.

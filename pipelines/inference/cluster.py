@@ -16,21 +16,21 @@ POLL_S = 1.0
 REPORT_EVERY_S = 5.0
 
 
-def plan_for_cluster(config: ComputeConfig) -> ComputePlan:
+def plan_for_cluster(config: ComputeConfig, is_compiled: bool = False) -> ComputePlan:
     """The plan for the cluster at hand; where it can grow, for what it has to become, once it has become so.
 
     Raises:
         RequestError: the cluster can't grow, and what is asked for can't be scheduled on it.
     """
     if not can_grow():
-        return plan_compute(config, list_nodes())
+        return plan_compute(config, list_nodes(), is_compiled)
     wanted = _bundles_to_grow_to(config)
     started = last_report = time.monotonic()
     request_resources(bundles=wanted)
     try:
         while True:
             try:
-                return plan_compute(config, list_nodes())
+                return plan_compute(config, list_nodes(), is_compiled)
             except RequestError as reason:
                 now = time.monotonic()
                 if now - last_report >= REPORT_EVERY_S:

@@ -11,7 +11,10 @@ from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
 from pipelines.nodes import Node
 
-CPUS_PER_REPLICA = 4  # threads share the weights and the start-up; beyond a few, Python's lock comes between them
+# Threads share the weights and the start-up; beyond a few, Python's lock comes between them.
+CPUS_PER_REPLICA = 4
+# Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
+CPUS_PER_COMPILED_REPLICA = 1
 SMALL_NODE_CPUS = 4
 CPU_BATCH_SIZE = 16  # as fast as 32 (within 4 %), and half the memory: about 150 MB of activations a thread
 GPU_BATCH_SIZE = 256
@@ -42,12 +45,13 @@ class ComputePlan:
     num_cpus_per_write_task: float
 
 
-def plan_compute(config: ComputeConfig, nodes: list[Node]) -> ComputePlan:
+def plan_compute(config: ComputeConfig, nodes: list[Node], is_compiled: bool = False) -> ComputePlan:
     """Share the nodes among the stages.
 
     Args:
         config: what the user asked for.
         nodes: the machines of a cluster, or those it may grow to.
+        is_compiled: whether replicas on CPUs run compiled code.
 
     Raises:
         RequestError: it cannot be scheduled on these nodes; says what is wanted and what there is.
@@ -55,7 +59,10 @@ def plan_compute(config: ComputeConfig, nodes: list[Node]) -> ComputePlan:
     working = [node for node in nodes if node.num_cpus > 0]
     if not working:
         raise RequestError("the cluster has no CPUs")
-    num_workers, cpus_each, threads = _plan_gpu(config, working) if config.use_gpu else _plan_cpu(config, working)
+    per_replica = CPUS_PER_COMPILED_REPLICA if is_compiled else CPUS_PER_REPLICA
+    num_workers, cpus_each, threads = (
+        _plan_gpu(config, working) if config.use_gpu else _plan_cpu(config, working, per_replica)
+    )
     if config.num_cpus_per_worker is not None:
         cpus_each = config.num_cpus_per_worker
     _refuse_if_too_many(num_workers, cpus_each, config.use_gpu, working)
@@ -81,9 +88,9 @@ def _batch_size(config: ComputeConfig) -> int:
     return math.ceil((config.batch_size or CPU_BATCH_SIZE) / CPU_BATCH_MULTIPLE) * CPU_BATCH_MULTIPLE
 
 
-def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
+def _plan_cpu(config: ComputeConfig, nodes: list[Node], per_replica: int) -> tuple[int, float, int]:
     """Replicas, CPUs each, threads each, without GPUs."""
-    per_node = [_replicas_of(node) for node in nodes]
+    per_node = [_replicas_of(node, per_replica) for node in nodes]
     shares = [_replica_share(node) * node.num_cpus / count for node, count in zip(nodes, per_node)]
     threads = min(max(1, int(node.num_cpus) // count) for node, count in zip(nodes, per_node))
     num_default = sum(per_node)
@@ -97,10 +104,10 @@ def _plan_cpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int
         )
     threads = config.num_threads_per_worker or max(1, int(threads / crowding))
     cpus_each = _round_down(min(shares) / math.ceil(crowding))
-    return num_workers, _survive_loss(cpus_each, nodes) if crowding == 1 else cpus_each, threads
+    return num_workers, _survive_loss(cpus_each, nodes, per_replica) if crowding == 1 else cpus_each, threads
 
 
-def _survive_loss(cpus_each: float, nodes: list[Node]) -> float:
+def _survive_loss(cpus_each: float, nodes: list[Node], per_replica: int) -> float:
     """A little more for each replica, so that the others' nodes have CPUs for tasks left when one node is lost.
 
     Its replicas start again wherever they fit. Were they to fill the nodes, no task could start any more, and the run
@@ -109,22 +116,22 @@ def _survive_loss(cpus_each: float, nodes: list[Node]) -> float:
     if len(nodes) == 1:
         return cpus_each
     wanted = cpus_each
-    while all(_replicas_of(node) * wanted < node.num_cpus for node in nodes):
-        if not any(_may_fill_up(wanted, node) for node in nodes):
+    while all(_replicas_of(node, per_replica) * wanted < node.num_cpus for node in nodes):
+        if not any(_may_fill_up(wanted, node, per_replica) for node in nodes):
             return wanted
         wanted += 0.01
     return cpus_each  # nodes of different sizes: no share suits them all
 
 
-def _may_fill_up(cpus_each: float, node: Node) -> bool:
+def _may_fill_up(cpus_each: float, node: Node, per_replica: int) -> bool:
     """Whether as many replicas as fit would take the CPUs that the plan leaves for tasks."""
     left_at_least = node.num_cpus - int(node.num_cpus / cpus_each + 1e-6) * cpus_each
-    left_by_plan = node.num_cpus - _replicas_of(node) * cpus_each
+    left_by_plan = node.num_cpus - _replicas_of(node, per_replica) * cpus_each
     return left_at_least < min(1.0, left_by_plan * 3 / 4) + min(1.0, left_by_plan / 4) - 1e-6
 
 
-def _replicas_of(node: Node) -> int:
-    return max(1, int(node.num_cpus) // CPUS_PER_REPLICA)
+def _replicas_of(node: Node, per_replica: int) -> int:
+    return max(1, int(node.num_cpus) // per_replica)
 
 
 def _plan_gpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:

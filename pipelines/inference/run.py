@@ -42,8 +42,9 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     """
     started = time.monotonic()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
-    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()])
-    if config.model.dtype == "int8":
+    is_compiled = config.model.dtype == "int8"
+    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
+    if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     places = find_places(config)
     may_be_done = places.is_complete and config.failure.retry == "none"
@@ -56,7 +57,7 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
             if request.num_todo:
                 limit.check()
                 wait_for_ray()
-                plan = plan or plan_for_cluster(config.compute)
+                plan = plan or plan_for_cluster(config.compute, is_compiled)
                 log.info("%s", describe(request.num_todo, request.model, plan))
                 with progress:
                     digests = _execute(request, model.pickled_bundle(), plan, progress, limit, lease)

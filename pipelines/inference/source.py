@@ -17,7 +17,9 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.idset import IdSet
 from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
-# Tasks of one batch each, until there are so many that Ray's own work for each of them would show.
+# Tasks of one batch each in small runs, whose last tasks would keep few cores busy; soon more, since Ray's own work for
+# a task is that for some images; in the end so many that Ray can hold all tasks.
+MIN_TASKS, QUICK_TASK_ROWS = 64, 64
 ENOUGH_TASKS = 16_384
 MAX_ROWS_PER_TASK = 1024
 
@@ -43,7 +45,8 @@ def rows_per_task(num_rows: int, batch_size: int, max_rows: int = MAX_ROWS_PER_T
     """
     max_rows = min(max_rows, MAX_ROWS_PER_TASK)
     enough = -(-num_rows // (ENOUGH_TASKS * batch_size))
-    return batch_size * max(1, min(enough, max_rows // batch_size))
+    quick = min(QUICK_TASK_ROWS, num_rows // MIN_TASKS) // batch_size
+    return batch_size * max(1, min(max(enough, quick), max_rows // batch_size))
 
 
 @dataclass(frozen=True)

@@ -42,19 +42,22 @@ def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) ->
 @contextlib.contextmanager
 def quiet_compiler() -> Iterator[None]:
     """Keep from the user what torch's exporter and compiler say to each other's developers."""
-    for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads: int) -> None:
-    import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the program's operators
-
-    module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
     images = torch.zeros(shape, dtype=torch.uint8)
     with torch.no_grad(), quiet_compiler():
+        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the operators
+
+        module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
         exported = torch.export.export(module, (images,))
         # Freezing packs the weights for the kernels.
         torch._inductor.aoti_compile_and_package(

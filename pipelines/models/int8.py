@@ -70,13 +70,14 @@ def _quantize_to(path: Path, bundle: ModelBundle, images: NDArray[np.uint8], min
             reason = str(error).strip().partition("\n")[0]
             raise RequestError(f"{bundle.name} cannot be quantized: {type(error).__name__}: {reason}") from None
         agreement = _agreement(module, quantized, batches[middle:])
-        num_judged = sum(map(len, batches[middle:]))
-        log.info("int8: the top-1 of float32 on %.2f %% of %d images of the input", 100 * agreement, num_judged)
-        if agreement < min_agreement:
-            raise RequestError(
-                f"in int8, {bundle.name} gives the top-1 of float32 on {agreement:.2%} of {num_judged} images of the "
-                f"input, less than model.quantization.min_agreement = {min_agreement:.2%}"
-            )
+    num_judged = sum(map(len, batches[middle:]))
+    log.info("int8: the top-1 of float32 on %.2f %% of %d images of the input", 100 * agreement, num_judged)
+    if agreement < min_agreement:
+        raise RequestError(
+            f"in int8, {bundle.name} gives the top-1 of float32 on {agreement:.2%} of {num_judged} images of the "
+            f"input, less than model.quantization.min_agreement = {min_agreement:.2%}"
+        )
+    with torch.no_grad(), quiet_compiler():
         torch.export.save(_export(quantized, batches[0]), path)
 
 

@@ -45,6 +45,15 @@ def test_equals_timms_for_all_crops(crop_mode: str, input_size: tuple[int, int],
         np.testing.assert_array_equal(transform.apply(image, MAX_PIXELS), timms_pixels(image, transform), str(size))
 
 
+def test_equals_timms_for_photographs_of_any_size() -> None:
+    random, source = np.random.default_rng(0), sources()["coffee"]
+    for width, height in np.exp(random.uniform(3, 7, (150, 2))).astype(int).tolist():
+        image = source.resize((width, height))
+        for interpolation in ("bicubic", "bilinear", "lanczos"):
+            transform = replace(IMAGENET, interpolation=interpolation)
+            assert np.array_equal(transform.apply(image, MAX_PIXELS), timms_pixels(image, transform)), image.size
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"])
 def test_equals_timms_for_all_filters(interpolation: str) -> None:
     transform = replace(IMAGENET, interpolation=interpolation)

@@ -18,6 +18,12 @@ CPU_CLUSTERS = {
 
 
 @pytest.mark.parametrize("nodes", CPU_CLUSTERS.values(), ids=CPU_CLUSTERS)
+def test_compiled_code_has_a_replica_for_each_cpu() -> None:
+    plan = plan_compute(ComputeConfig(), [Node(16, 0)], is_compiled=True)
+    assert (plan.num_workers, plan.num_threads_per_worker) == (16, 1)
+    assert plan.num_workers * plan.num_cpus_per_worker < 16
+
+
 def test_replicas_leave_room_for_a_decode_and_a_write_task(nodes: list[Node]) -> None:
     plan = plan_compute(ComputeConfig(), nodes)
     total = sum(node.num_cpus for node in nodes)

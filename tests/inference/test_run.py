@@ -17,6 +17,7 @@ import torch
 
 from cluster.local import RayHead
 from cluster.photographs import crops, encode
+from pipelines.cpu import why_no_int8
 from pipelines.errors import RequestError, RunError
 from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.storage import uris
@@ -255,6 +256,43 @@ def test_the_other_models_equal_timms_too(
     found = read_kind(str(tmp_path / "out"), "part")
     assert found.schema.field("embedding").type.list_size == timm.create_model(name).num_features
     assert_equals_timm(found, name, weights, photographs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_no_int8() is not None, reason=f"no int8 on this machine: {why_no_int8()}")
+def test_int8_gives_nearly_the_rows_of_float32(
+    ray_server: RayHead, uploaded: str, rows: pa.Table, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    int8 = {"dtype": "int8", "quantization": {"min_agreement": 0.5}}
+    request: dict[str, Any] = {
+        "input": {"uri": uploaded, "exclude": ["*.json"]},
+        "output": {"uri": str(tmp_path / "out")},
+        "model": sections["model"] | int8,
+    }
+    assert infer(ray_server, **request)["num_ok"] == NUM_PHOTOGRAPHS
+    found = read_kind(str(tmp_path / "out"), "part")
+    ours, theirs = (np.array(table["embedding"].to_pylist()) for table in (found, rows))
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert np.median(cosines) > 0.98
+    same = np.mean([a[0] == b[0] for a, b in zip(found["index"].to_pylist(), rows["index"].to_pylist())])
+    assert same > 0.7
+    assert infer(ray_server, **request)["num_resumed"] == NUM_PHOTOGRAPHS + 2
+    request["model"] = sections["model"]
+    with pytest.raises(RequestError, match="fingerprint was"):
+        infer(ray_server, **request)
+
+
+@pytest.mark.slow
+def test_fast_gives_nearly_the_rows_of_exact(
+    ray_server: RayHead, uploaded: str, rows: pa.Table, sections: dict[str, Any], tmp_path: Path
+) -> None:
+    where = {"input": {"uri": uploaded, "exclude": ["*.json"]}, "output": {"uri": str(tmp_path / "out")}}
+    infer(ray_server, **where, **sections, preprocess={"mode": "fast"})
+    found = read_kind(str(tmp_path / "out"), "part")
+    assert found["width"].to_pylist() == rows["width"].to_pylist()
+    ours, theirs = (np.array(table["embedding"].to_pylist()) for table in (found, rows))
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert np.median(cosines) > 0.999
 
 
 @pytest.mark.slow

@@ -64,8 +64,9 @@ def test_a_table_is_cut_into_tasks() -> None:
 
 def test_tasks_grow_with_the_run() -> None:
     assert rows_per_task(1000, 16) == 16
-    assert rows_per_task(ENOUGH_TASKS * 16, 16) == 16
-    assert rows_per_task(ENOUGH_TASKS * 16 * 3, 16) == 48
+    assert rows_per_task(3000, 16) == 32
+    assert rows_per_task(ENOUGH_TASKS * 16, 16) == 64
+    assert rows_per_task(ENOUGH_TASKS * 16 * 8, 16) == 128
     assert rows_per_task(10**9, 16) == 1024
     assert rows_per_task(10**9, 256, max_rows=600) == 512
     assert rows_per_task(10**9, 2048) == 2048

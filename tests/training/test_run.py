@@ -296,6 +296,14 @@ def train_on(server: RayHead, *request: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+def test_a_number_of_workers_may_be_a_range(digits: Path, tmp_path: Path) -> None:
+    request = arguments(digits, tmp_path / "out", scaling__num_workers=[1, 2], optim__epochs=1)
+    done = run_command("jobs.train", *request, timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    assert summary_of(done.stdout)["epochs"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_validation_counts_each_image_once_at_any_number_of_workers(
     ray_server: RayHead, all_digits: Path, tmp_path: Path
