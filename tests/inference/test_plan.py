@@ -18,12 +18,6 @@ CPU_CLUSTERS = {
 
 
 @pytest.mark.parametrize("nodes", CPU_CLUSTERS.values(), ids=CPU_CLUSTERS)
-def test_compiled_code_has_a_replica_for_each_cpu() -> None:
-    plan = plan_compute(ComputeConfig(), [Node(16, 0)], is_compiled=True)
-    assert (plan.num_workers, plan.num_threads_per_worker) == (16, 1)
-    assert plan.num_workers * plan.num_cpus_per_worker < 16
-
-
 def test_replicas_leave_room_for_a_decode_and_a_write_task(nodes: list[Node]) -> None:
     plan = plan_compute(ComputeConfig(), nodes)
     total = sum(node.num_cpus for node in nodes)
@@ -31,6 +25,12 @@ def test_replicas_leave_room_for_a_decode_and_a_write_task(nodes: list[Node]) ->
     assert plan.num_workers >= 1
     assert held + plan.num_cpus_per_decode_task + plan.num_cpus_per_write_task <= total
     assert max(plan.num_cpus_per_worker, plan.num_cpus_per_decode_task) <= max(node.num_cpus for node in nodes)
+
+
+def test_compiled_code_has_a_replica_for_each_cpu() -> None:
+    plan = plan_compute(ComputeConfig(), [Node(16, 0)], is_compiled=True)
+    assert (plan.num_workers, plan.num_threads_per_worker) == (16, 1)
+    assert plan.num_workers * plan.num_cpus_per_worker < 16
 
 
 def test_two_cores_get_one_replica_with_both_as_threads() -> None:
