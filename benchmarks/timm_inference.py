@@ -9,6 +9,7 @@ Prints the rate of the steady state: from the second batch on.
 """
 
 import io
+import os
 import sys
 import time
 from typing import Any
@@ -39,7 +40,7 @@ class StoredImages(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if self._filesystem is None:  # one a process
-            self._filesystem = pyarrow.fs.S3FileSystem()
+            self._filesystem = _filesystem()
         with self._filesystem.open_input_file(self.paths[index]) as file:
             image = Image.open(io.BytesIO(file.read())).convert("RGB")
         return self.transform(image), index
@@ -47,7 +48,7 @@ class StoredImages(torch.utils.data.Dataset[tuple[Any, int]]):
 
 def main(input_uri: str, output_uri: str, name: str, weights: str, way: str) -> None:
     """Label every image under `input_uri`."""
-    filesystem = pyarrow.fs.S3FileSystem()
+    filesystem = _filesystem()
     selector = pyarrow.fs.FileSelector(input_uri.removeprefix("s3://"), recursive=True)
     paths = [info.path for info in filesystem.get_file_info(selector) if info.is_file]
     model: Any = timm.create_model(name, checkpoint_path=weights).eval()
@@ -72,6 +73,10 @@ def main(input_uri: str, output_uri: str, name: str, weights: str, way: str) -> 
         pq.write_table(pa.concat_tables(rows), file)
     steady = sum(count for count, _ in times[2:-1]) / (times[-2][1] - times[1][1])
     print(f"steady {steady:.3f}")
+
+
+def _filesystem() -> Any:
+    return pyarrow.fs.S3FileSystem(endpoint_override=os.environ.get("AWS_ENDPOINT_URL"))
 
 
 def _heads(model: Any) -> Any:

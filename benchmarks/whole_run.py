@@ -2,7 +2,7 @@
 
     python -m benchmarks.whole_run [--num-images 1000] [--model ecaresnet50d_pruned] [--rounds 1] [--programs ...]
 
-The peers: Ray's documented pattern, Daft's, and the loop of timm's `inference.py`, eager, in channels-last and compiled.
+The peers: Ray's documented pattern, Daft's, and the loop of timm's `inference.py`, eager, channels-last and compiled.
 Prints one line a run, then each rate of a round beside that of Ray's pattern. Where a program measures its steady
 state by itself, that is printed too; `jobs.benchmark` measures ours.
 """

@@ -1,11 +1,14 @@
 """What a run says of itself under its output: `_run.json` when it starts and again when it ends, then `_SUCCESS`."""
 
 import json
+import logging
 from typing import Any
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
 from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
@@ -38,14 +41,23 @@ def find_run(output_uri: str) -> dict[str, Any] | None:
 def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str, Any]) -> None:
     """Refuse to mix rows of two kinds in one output.
 
+    A table of what differs goes to the log.
+
     Raises:
         RequestError: names what differs, with both values.
     """
     keys = sorted(found["identity"].keys() | identity.keys())
     pairs = [(key, found["identity"].get(key), identity.get(key)) for key in keys]
-    differences = [f"{key} was {old!r}, is {new!r}" for key, old, new in pairs if old != new]
-    if differences:
-        raise RequestError(f"{output_uri} holds the output of another run: {'; '.join(differences)}")
+    differing = [(key, f"{old!r}", f"{new!r}") for key, old, new in pairs if old != new]
+    if differing:
+        log.info("%s", _as_table([("", "was", "is"), *differing]))
+        text = "; ".join(f"{key} was {old}, is {new}" for key, old, new in differing)
+        raise RequestError(f"{output_uri} holds the output of another run: {text}")
+
+
+def _as_table(rows: list[tuple[str, str, str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def is_complete(output_uri: str) -> bool:

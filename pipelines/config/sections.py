@@ -1,5 +1,6 @@
 """The sections that jobs share."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -10,13 +11,17 @@ from pipelines.config.base import Section
 MAX_BYTES = 256 * 1024**2
 # Pillow's own limit, above which it refuses to open an image (twice its warning limit of a quarter GiB of RGB).
 PILLOW_MAX_PIXELS = 178_956_970
+# Of presigned URLs: S3's, Google's and Azure's.
+SIGNATURE = re.compile(r"[?&](x-amz-|x-goog-)?(signature|sig|credential|security-token|token)=", re.IGNORECASE)
 
 
 def without_credentials(uri: str) -> str:
-    """Refuse a URI that holds a user and password."""
-    authority = uri.partition("://")[2].partition("/")[0]
-    if ":" in authority.rpartition("@")[0]:
+    """Refuse a URI that holds a user and password, or a signature."""
+    protocol, _, rest = uri.partition("://")
+    if ":" in rest.partition("/")[0].rpartition("@")[0]:
         raise ValueError("a URI may not hold a user and password: give credentials by the standard variables")
+    if protocol in ("http", "https") and SIGNATURE.search(rest):
+        raise ValueError("a URI may not hold a signature: it would be written down with every row")
     return uri
 
 

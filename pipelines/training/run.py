@@ -20,7 +20,8 @@ from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
-from pipelines.storage.filesystem import write_bytes
+from pipelines.storage.filesystem import in_plain_words, write_bytes
+from pipelines.storage.lease import Lease
 from pipelines.training.curves import draw_curves
 from pipelines.training.history import SCORE, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
@@ -50,18 +51,28 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
     request = resolve_request(config)
-    request.pin()
-    _say(request)
-    with ray_session():
-        result = _fit(request, resources or plan_workers(config.scaling, list_nodes(), can_grow()))
+    with Lease(config.output.uri) as lease:
+        with in_plain_words("write to", config.output.uri):
+            lease.take()
+        request.pin()
+        _say(request)
+        with ray_session():
+            result = _fit(request, resources or plan_workers(config.scaling, list_nodes(), can_grow()))
+        lease.check()
+        return _finish(request, result, started)
+
+
+def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
+    """Write what is written last; returns the summary."""
+    output_uri = request.config.output.uri
     outcome: dict[str, Any] = result.return_value
     if outcome["stopped_by"] is not None:
         raise RunError(outcome["stopped_by"])
     summary = _summary(request, result, started)
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
-    write_bytes(uris.join(config.output.uri, CURVES_FILE), curves)
-    run_record.write_run(config.output.uri, request.describe() | {"history": outcome["history"], "summary": summary})
-    run_record.mark_complete(config.output.uri)
+    write_bytes(uris.join(output_uri, CURVES_FILE), curves)
+    run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
+    run_record.mark_complete(output_uri)
     return summary
 
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from pipelines.config.base import Section, leaf_fields
+from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.export import ExportConfig
 from pipelines.config.infer import InferConfig
@@ -57,6 +58,7 @@ def test_what_the_user_said_is_known_even_where_it_is_the_default() -> None:
         ([*NEEDED, "stray"], "cannot make sense of 'stray'"),
         ([*NEEDED, "--config", "absent.yaml"], "absent.yaml"),
         (["--input.uri", "s3://user:secret@bucket/x", "--output.uri", "out"], "credentials"),
+        (["--input.uri", "https://host/x?X-Amz-Signature=abc", "--output.uri", "out"], "signature"),
     ],
 )
 def test_wrong_requests_are_explained_in_one_line(arguments: list[str], message: str) -> None:
@@ -88,7 +90,9 @@ def test_every_config_file_loads(path: Path) -> None:
     assert config.output.uri == "out"
 
 
-@pytest.mark.parametrize("schema", [InferConfig, TrainConfig, EvaluateConfig, ExportConfig, ModelsConfig])
+@pytest.mark.parametrize(
+    "schema", [InferConfig, TrainConfig, EvaluateConfig, ExportConfig, ModelsConfig, BenchmarkConfig]
+)
 def test_every_key_has_a_docstring(schema: type[Section]) -> None:
     missing = [name for name, field in leaf_fields(schema).items() if not field.description]
     assert not missing
