@@ -69,8 +69,8 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
     if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
-    output_uri = _empty_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
+    output_uri = _empty_output(config)
     watch.lap("list")
     sample = listing.table["uri"].take(every_nth(listing.table.num_rows, config.sample.num_images))
     facts = model.facts()
@@ -100,6 +100,8 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
 
 def _empty_output(config: BenchmarkConfig) -> str:
     output_uri = uris.normalize(config.output.uri)
+    if uris.contains(uris.normalize(config.input.uri), output_uri):
+        raise RequestError(f"output.uri {output_uri} lies inside input.uri")
     with in_plain_words("write to", output_uri):
         if is_there(output_uri) and set(list_names(output_uri)) - {REPORT_FILE}:
             raise RequestError(f"{output_uri} is not empty: a benchmark wants a place of its own")

@@ -4,6 +4,7 @@ An object store has no locks. A holder that is cut off for longer than others wa
 finds out at its next sign of life, and stops.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ LOCK_FILE = "_lock.json"
 BEAT_EVERY_S = 5.0
 # Three signs of life that do not come are those of a run that is dead.
 WATCH_S = 3 * BEAT_EVERY_S + 1
+RELEASE_S = 5.0
 
 
 class Lease:
@@ -70,9 +72,17 @@ class Lease:
         if self._thread is None:
             return
         self._is_over.set()
+        # The store may be what ended the run. Without it, others see that this process is gone, or that no sign comes.
+        release = threading.Thread(target=self._release, daemon=True)
+        release.start()
+        release.join(RELEASE_S)
+
+    def _release(self) -> None:
+        assert self._thread is not None
         self._thread.join()
-        if self._is_held():
-            remove(self._uri)
+        with contextlib.suppress(Exception):
+            if not self._is_lost and self._is_held():
+                remove(self._uri)
 
     def _keep(self) -> None:
         while not self._is_over.wait(BEAT_EVERY_S):

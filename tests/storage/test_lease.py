@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,26 @@ def test_it_shows_that_it_is_alive(output: str) -> None:
                 break
             threading.Event().wait(0.1)
         assert held(output)["beat"] > first + 1
+
+
+def test_a_run_that_fails_gives_it_back(output: str) -> None:
+    def fail() -> None:
+        with Lease(output) as lease:
+            lease.take()
+            raise RunError("too many failures")
+
+    with pytest.raises(RunError, match="too many"):
+        fail()
+    assert LOCK_FILE not in list_names(output)
+
+
+def test_a_store_that_is_gone_does_not_hold_the_end_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RELEASE_S", 0.2)
+    with Lease(str(tmp_path)) as lease:
+        lease.take()
+        monkeypatch.setattr(module, "read_object", lambda uri: time.sleep(60))
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
 
 
 def test_without_being_taken_it_leaves_nothing(output: str) -> None:
