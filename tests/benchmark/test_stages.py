@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.benchmark.report import find_bounds, format_report
 from pipelines.benchmark.stages import StageCost, measure_decode, measure_fetch, measure_forward, measure_write
+from pipelines.benchmark.whole import steady_rate
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
@@ -107,3 +108,10 @@ def test_the_report_names_every_figure() -> None:
         ["first", "file", "3.0"],
     ):
         assert row in [line.split() for line in text.splitlines()], row
+
+
+def test_the_steady_rate_leaves_out_the_start_and_the_end() -> None:
+    # 100 images after 10 s of start, then 100 a second, and a last file that waits for nobody.
+    times = [(0, 0.0), (100, 10.0), (500, 14.0), (900, 18.0), (1000, 30.0)]
+    assert steady_rate(times) == pytest.approx(100)
+    assert steady_rate([(0, 0.0), (50, 10.0)]) == pytest.approx(5)

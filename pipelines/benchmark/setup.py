@@ -1,0 +1,60 @@
+"""What is measured: a config with every question answered."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pipelines.config.benchmark import BenchmarkConfig
+from pipelines.inference.chain import rows_per_file
+from pipelines.inference.plan import ComputePlan
+from pipelines.inference.replica import PredictOptions
+from pipelines.inference.request import make_options, resolve_topk
+from pipelines.inference.source import rows_per_task
+from pipelines.inference.write import PartWriter
+from pipelines.models.bundle import ModelFacts
+
+# Processes that read from the store at the same time while its ceiling is measured, at most.
+MAX_READERS = 32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A benchmark, about to be run.
+
+    Attributes:
+        config: of the job.
+        facts: what the model is.
+        pickled_bundle: the model.
+        plan: what each stage declares to Ray.
+        num_cpus: of the machines.
+        sample: URIs of images of the input.
+        writer: of the rows.
+    """
+
+    config: BenchmarkConfig
+    facts: ModelFacts
+    pickled_bundle: bytes
+    plan: ComputePlan
+    num_cpus: float
+    sample: pa.ChunkedArray
+    writer: PartWriter
+
+    @property
+    def options(self) -> PredictOptions:
+        """How the replicas predict."""
+        return make_options(self.config, self.plan, resolve_topk(self.config, self.facts))
+
+    @property
+    def rows_per_task(self) -> int:
+        """As in a run over the sample."""
+        return rows_per_task(len(self.sample), self.plan.batch_size, self.config.output.commit_rows)
+
+    @property
+    def rows_per_file(self) -> int:
+        """As in a run over the sample."""
+        return rows_per_file(len(self.sample), self.rows_per_task, self.config.output.commit_rows)
+
+    @property
+    def num_readers(self) -> int:
+        """Processes that read from the store at the same time."""
+        return max(1, min(MAX_READERS, int(self.num_cpus)))
