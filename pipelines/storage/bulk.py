@@ -78,8 +78,8 @@ def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[Fetched]:
 def read_object(uri: str) -> bytes:
     """The whole object. Raises FileNotFoundError where there is none."""
     bucket, key = uris.split_bucket(uri)
-    if uris.protocol_of(uri) == "s3" and _is_obstore_path(key):
-        return Retries().send(lambda: bytes(obstore.get(_s3_store(bucket), key).bytes()))
+    if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
+        return Retries().send(lambda: bytes(obstore.get(s3_store(bucket), key).bytes()))
     return read_bytes(uri)
 
 
@@ -87,9 +87,9 @@ def store_object(uri: str, content: bytes) -> int:
     """Write the whole object, so that no reader ever sees a part of it; returns the attempts before the last one."""
     if uris.protocol_of(uri) == "s3":
         bucket, key = uris.split_bucket(uri)
-        if _is_obstore_path(key):
+        if is_obstore_path(key):
             retries = Retries()
-            retries.send(lambda: obstore.put(_s3_store(bucket, is_written=True), key, content))
+            retries.send(lambda: obstore.put(s3_store(bucket, is_written=True), key, content))
             return retries.num
     write_bytes(uri, content)
     return 0
@@ -100,8 +100,8 @@ def read_columns(uri: str, columns: list[str]) -> pa.Table:
     if uris.is_local(uri):
         return pq.read_table(uri, columns=columns, partitioning=None)
     bucket, key = uris.split_bucket(uri)
-    if uris.protocol_of(uri) == "s3" and _is_obstore_path(key):
-        return pq.read_table(_S3File(_s3_store(bucket), key), columns=columns)
+    if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
+        return pq.read_table(_S3File(s3_store(bucket), key), columns=columns)
     filesystem, path = open_filesystem(uri)
     with filesystem.open(path, "rb") as file:
         return pq.read_table(file, columns=columns)
@@ -168,15 +168,18 @@ def _refuse_large(size_bytes: int, max_bytes: int) -> None:
 
 def _fetch_s3(uri: str, max_bytes: int) -> bytes:
     bucket, key = uris.split_bucket(uri)
-    if not _is_obstore_path(key):
+    if not is_obstore_path(key):
         return _fetch_fsspec(uri, max_bytes)
-    result = obstore.get(_s3_store(bucket), key)
+    result = obstore.get(s3_store(bucket), key)
     _refuse_large(result.meta["size"], max_bytes)
     return bytes(result.bytes())
 
 
-def _is_obstore_path(key: str) -> bool:
-    # object_store's Path holds no empty and no relative segments, and encodes what is not printable.
+def is_obstore_path(key: str) -> bool:
+    """Whether obstore finds an object by its key.
+
+    object_store's Path holds no empty and no relative segments, and encodes what is not printable.
+    """
     segments = key.split("/")
     return key.isprintable() and "%" not in key and not any(segment in ("", ".", "..") for segment in segments)
 
@@ -193,7 +196,14 @@ def _fetch_fsspec(uri: str, max_bytes: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=64)
-def _s3_store(bucket: str, is_written: bool = False) -> "S3Store":
+def s3_store(bucket: str, is_written: bool = False, num_retries: int = 0) -> "S3Store":
+    """Obstore's client of a bucket, with the credentials that botocore finds.
+
+    Args:
+        bucket: its name.
+        is_written: for uploads, which no answer may interrupt.
+        num_retries: of its own. None for whole objects: ours are counted, and ask again when an answer broke off too.
+    """
     from obstore.store import S3Store
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -204,7 +214,7 @@ def _s3_store(bucket: str, is_written: bool = False) -> "S3Store":
     return S3Store(
         bucket,
         credential_provider=_credentials,
-        retry_config={"max_retries": 0},  # ours can be counted, and also ask again when an answer broke off
+        retry_config={"max_retries": num_retries},
         client_options={
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "timeout": REQUEST_TIMEOUT,

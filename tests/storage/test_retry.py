@@ -43,11 +43,11 @@ def behind(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             proxy = stack.enter_context(faulty_proxy(store.endpoint, faults))
             for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
                 monkeypatch.setitem(os.environ, name, proxy.endpoint)
-            bulk._s3_store.cache_clear()
+            bulk.s3_store.cache_clear()
             return proxy
 
         yield put
-        bulk._s3_store.cache_clear()
+        bulk.s3_store.cache_clear()
 
 
 def fetch(uris: list[str]) -> tuple[list[bytes | ItemError], int]:

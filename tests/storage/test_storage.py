@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from pipelines.errors import ItemError, RequestError
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
-from pipelines.storage import bulk, filesystem, uris
+from pipelines.storage import bulk, filesystem, listing, uris
 from pipelines.storage.bulk import read_columns
 from pipelines.storage.filesystem import is_there, list_names, read_bytes, write_bytes
-from pipelines.storage.listing import list_objects
+from pipelines.storage.listing import LISTING_SCHEMA, list_objects
 from pipelines.storage.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
 from tests.images.test_transform import IMAGENET
 
@@ -107,9 +108,9 @@ def test_keys_that_no_file_system_has(store: ObjectStore) -> None:
 def test_exclude_counts_what_it_leaves_out(root: str) -> None:
     for key in ("a.jpg", "b.json", "thumbs/c.jpg"):
         write_bytes(uris.join(root, key), b"x")
-    listing = list_objects(root, ["*.json", "thumbs/*"])
-    assert listing.table["uri"].to_pylist() == [uris.join(root, "a.jpg")]
-    assert listing.num_excluded == 2
+    found = list_objects(root, ["*.json", "thumbs/*"])
+    assert found.table["uri"].to_pylist() == [uris.join(root, "a.jpg")]
+    assert found.num_excluded == 2
     with pytest.raises(RequestError, match="leaves none of the 3"):
         list_objects(root, ["*"])
 
@@ -122,11 +123,42 @@ def test_one_object_is_an_input_too(root: str) -> None:
 
 def test_many_prefixes_are_listed_whole(root: str) -> None:
     keys = [f"{outer:02d}/{inner:02d}/{index}" for outer in range(4) for inner in range(30) for index in range(3)]
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: write_bytes(uris.join(root, key), b"x"), [*keys, "top"]))
     assert list_objects(root, []).table.num_rows == len(keys) + 1
+
+
+@pytest.mark.parametrize("enough_prefixes", [1, 64])
+def test_a_prefix_listed_whole_holds_what_its_levels_hold(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough_prefixes: int
+) -> None:
+    import s3fs
+
+    # The root is opened, what is below it listed whole: plainly, with the mark of a folder, and with an odd key.
+    monkeypatch.setattr(listing, "ENOUGH_PREFIXES", enough_prefixes)
+    client, folder = s3fs.S3FileSystem(), tmp_path.name
+    plain = [f"plain/{key}" for key in (*ODD_KEYS, "%41", "z")]
+    kept = [*plain, "marked/a/x", "marked/empty", "odd/line\nbreak", "odd/x"]
+    for key in (*kept, "marked/sub/"):
+        body = b"" if key in ("marked/sub/", "marked/empty") else b"x"
+        client.call_s3("put_object", Bucket="scratch", Key=f"{folder}/{key}", Body=body)
+    found = list_objects(f"s3://scratch/{folder}", [])
+    assert found.table["uri"].to_pylist() == sorted(f"s3://scratch/{folder}/{key}" for key in kept)
+    assert found.num_excluded == 1
+    assert found.table.schema.equals(LISTING_SCHEMA)
+    sizes = dict(zip(found.table["uri"].to_pylist(), found.table["size_bytes"].to_pylist()))
+    assert sizes[f"s3://scratch/{folder}/marked/empty"] == 0
+    assert set(sizes.values()) == {0, 1}
+    assert all(len(etag) == 32 for etag in found.table["etag"].to_pylist())
+
+
+def test_thousands_side_by_side_are_listed_whole(store: ObjectStore, tmp_path: Path) -> None:
+    root = f"s3://scratch/{tmp_path.name}"
+    names = [f"{root}/{index:04d}" for index in range(1100)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: bulk.store_object(name, b"x"), names))
+    assert list_objects(root, []).table["uri"].to_pylist() == names
+    assert list_objects(root, ["00*", "*9"]).num_excluded == 100 + 100
 
 
 def test_nothing_there_is_said(root: str) -> None:
@@ -159,8 +191,8 @@ def test_manifest_is_pinned(root: str) -> None:
         write_bytes(uris.join(root, f"in/{key}"), key.encode())
     output = uris.join(root, "out")
     assert find_manifest(output) is None
-    listing = list_objects(uris.join(root, "in"), ["c"])
-    written = write_manifest(output, uris.join(root, "in"), ["c"], listing)
+    found = list_objects(uris.join(root, "in"), ["c"])
+    written = write_manifest(output, uris.join(root, "in"), ["c"], found)
     write_bytes(uris.join(root, "in/later"), b"x")
     assert find_manifest(output) == written
     table = read_manifest(output, written)

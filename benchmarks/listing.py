@@ -1,0 +1,120 @@
+"""Ten million keys: listed, written down as a manifest, and cut into tasks; the time and the memory of the driver.
+
+    python -m benchmarks.listing [--num-keys 10000000] [--keys-per-folder 10000]
+
+No store on one machine holds so many objects: a server in a process of its own answers S3's ListObjectsV2 alone, page
+by page, from the numbers of the keys. It takes its share of the cores.
+"""
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from pipelines.inference.idset import IdSet
+from pipelines.inference.source import MissingSource, rows_per_task
+from pipelines.storage.listing import list_objects
+from pipelines.storage.manifest import ManifestInfo, write_manifest
+
+INPUT_URI = "s3://bucket/images"
+KEYS_PER_PAGE = 1000
+BATCH_SIZE = 256
+ETAG = hashlib.sha256(b"").hexdigest()[:32]
+
+
+def main() -> None:
+    """List, write, plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-keys", type=int, default=10_000_000)
+    parser.add_argument("--keys-per-folder", type=int, default=10_000)
+    args = parser.parse_args()
+    ours, theirs = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=_serve, args=(args, theirs), daemon=True)
+    server.start()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_REGION": "us-east-1",
+    }
+    print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the highest so far")
+    with tempfile.TemporaryDirectory() as output:
+        manifest = _make_manifest(output, args.num_keys)
+        num_rows = rows_per_task(args.num_keys, BATCH_SIZE)
+        source = _measure("planned", lambda: MissingSource(output, manifest, IdSet(args.num_keys), num_rows))
+        rows = _measure("rows of the last task", lambda: source.rows_of(source.num_tasks - 1))
+        print(f"{source.num_tasks:,} tasks; the last row: {rows['uri'][-1].as_py()}")
+    server.terminate()
+
+
+def _make_manifest(output: str, num_keys: int) -> ManifestInfo:
+    listing = _measure("listed", lambda: list_objects(INPUT_URI, []))
+    assert listing.table.num_rows == num_keys
+    written: ManifestInfo = _measure("manifest written", lambda: write_manifest(output, INPUT_URI, [], listing))
+    return written
+
+
+def _measure(what: str, work: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    result = work()
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{what:24}{time.monotonic() - started:8.1f} s{peak_gb:8.2f} GB", flush=True)
+    return result
+
+
+def _serve(args: argparse.Namespace, ready: Connection) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
+            body = _page(args, query).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    ready.send(server.server_port)
+    server.serve_forever()
+
+
+def _page(args: argparse.Namespace, query: dict[str, str]) -> str:
+    """The folders below `images/`, or a page of the keys of one."""
+    num_folders = -(-args.num_keys // args.keys_per_folder)
+    folder = query.get("prefix", "").rstrip("/").rpartition("/")[2]
+    if not folder.isdigit():
+        prefixes = (f"<CommonPrefixes><Prefix>images/{i:06d}/</Prefix></CommonPrefixes>" for i in range(num_folders))
+        return _xml("".join(prefixes), None)
+    start = int(query.get("continuation-token", 0))
+    stop = min(start + KEYS_PER_PAGE, args.keys_per_folder, args.num_keys - int(folder) * args.keys_per_folder)
+    contents = "".join(
+        f"<Contents><Key>images/{folder}/photograph-{index:09d}.jpg</Key><LastModified>2026-01-01T00:00:00.000Z"
+        f"</LastModified><ETag>&quot;{ETAG}&quot;</ETag><Size>100000</Size></Contents>"
+        for index in range(start, stop)
+    )
+    return _xml(contents, stop if stop - start == KEYS_PER_PAGE and stop < args.keys_per_folder else None)
+
+
+def _xml(content: str, next_start: int | None) -> str:
+    more = f"<NextContinuationToken>{next_start}</NextContinuationToken>" if next_start is not None else ""
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<Name>bucket</Name><IsTruncated>{str(bool(more)).lower()}</IsTruncated>{more}{content}</ListBucketResult>"
+    )
+
+
+if __name__ == "__main__":
+    main()
