@@ -3,12 +3,15 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The ones used last stay; each is as large as a model.
 MAX_FILES = 8
+LONGEST_MAKING_S = 86_400.0
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -43,6 +46,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _drop_oldest(folder: Path) -> None:
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"]
-    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[MAX_FILES:]:
+    """Files beyond the limit, and what processes that died while they made one left."""
+    used_at: dict[Path, float] = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process drops the same
+            if path.is_dir() and path.stat().st_mtime < time.time() - LONGEST_MAKING_S:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_file() and path.suffix != ".lock":
+                used_at[path] = path.stat().st_mtime
+    for path in sorted(used_at, key=lambda path: used_at[path], reverse=True)[MAX_FILES:]:
         path.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
+# Of a value in a refusal, in characters: a fingerprint, but not hundreds of ids.
+MAX_SHOWN = 100
 
 
 def find_run(output_uri: str) -> dict[str, Any] | None:
@@ -48,11 +50,30 @@ def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str,
     """
     keys = sorted(found["identity"].keys() | identity.keys())
     pairs = [(key, found["identity"].get(key), identity.get(key)) for key in keys]
-    differing = [(key, f"{old!r}", f"{new!r}") for key, old, new in pairs if old != new]
+    differing = [(key, _brief(old), _brief(new)) for key, old, new in pairs if old != new]
     if differing:
         log.info("%s", _as_table([("", "was", "is"), *differing]))
         text = "; ".join(f"{key} was {old}, is {new}" for key, old, new in differing)
         raise RequestError(f"{output_uri} holds the output of another run: {text}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def refuse_if_changed(output_uri: str, found: dict[str, Any] | None) -> None:
+    """Refuse to go on from what is no longer so.
+
+    Args:
+        output_uri: the output, which is ours by now.
+        found: what `find_run` said before it was.
+
+    Raises:
+        RequestError: another run worked on it meanwhile.
+    """
+    if find_run(output_uri) != found:
+        raise RequestError(f"another run worked on {output_uri} while this one began: run the same command again")
 
 
 def _as_table(rows: list[tuple[str, str, str]]) -> str:

@@ -71,7 +71,8 @@ class ModelProcess:
             RequestError: it cannot be, or comes out too far from float32.
             RunError: the process died.
         """
-        self._connection.send(images)
+        with contextlib.suppress(ConnectionError):  # it died: its answer, or that there is none, says why
+            self._connection.send(images)
         facts: ModelFacts = self._quantized.result()
         return facts
 

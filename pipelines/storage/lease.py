@@ -1,7 +1,7 @@
 """One run at a time on an output: whoever holds `_lock.json`, and shows every few seconds that it is alive.
 
 An object store has no locks. A holder that is cut off for longer than others watch for it loses the output to them,
-finds out at its next sign of life, and stops.
+finds out at its next sign of life, and stops where it next calls `check`.
 """
 
 import contextlib
@@ -100,8 +100,9 @@ class Lease:
 
     def _beat(self) -> None:
         self._num_beats += 1
-        about = {"owner": self._owner, "beat": self._num_beats, "host": socket.gethostname(), "pid": os.getpid()}
-        store_object(self._uri, json.dumps(about | {"started": _start_of(os.getpid())}).encode())
+        process = {"host": socket.gethostname(), "machine": _this_machine(), "pid": os.getpid()}
+        process |= {"started": _start_of(os.getpid())}
+        store_object(self._uri, json.dumps({"owner": self._owner, "beat": self._num_beats, **process}).encode())
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -112,15 +113,26 @@ class Lease:
 
 
 def _is_alive(found: dict[str, Any], read: Callable[[], dict[str, Any] | None]) -> bool:
-    if found["host"] == socket.gethostname():
+    if found["machine"] is not None and found["machine"] == _this_machine():
         return bool(_start_of(found["pid"]) == found["started"])
     log.info("a run on %s may be at work on this output: watching for %.0f s", found["host"], WATCH_S)
-    until = time.monotonic() + WATCH_S
-    while time.monotonic() < until:
+    silence_s = 0.0
+    while silence_s < WATCH_S:
         time.sleep(BEAT_EVERY_S / 5)
+        asked = time.monotonic()
         if (now := read()) != found:
             return now is not None
+        # A store that answers late may have kept the other run waiting too.
+        silence_s = silence_s + BEAT_EVERY_S / 5 if time.monotonic() - asked < BEAT_EVERY_S else 0.0
     return False
+
+
+def _this_machine() -> str | None:
+    """What two processes share that see each other's ids: the boot of a machine, and the namespace on it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _start_of(process_id: int) -> str | None:

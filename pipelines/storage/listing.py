@@ -190,7 +190,7 @@ class _S3Lister:
 
     def _list_whole(self, prefix: str) -> list[pa.Table]:
         folder = prefix.removesuffix("/")
-        found = self._list_with_obstore(folder) if not folder or is_obstore_path(folder) else None
+        found = self._list_with_obstore(folder) if not prefix or is_obstore_path(folder) else None
         return list(_in_tables(self._list_pages(prefix))) if found is None else found
 
     def _list_with_obstore(self, folder: str) -> list[pa.Table] | None:

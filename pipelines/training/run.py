@@ -20,7 +20,7 @@ from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, write_bytes
+from pipelines.storage.filesystem import in_plain_words, is_there, write_bytes
 from pipelines.storage.lease import Lease
 from pipelines.training.curves import draw_curves
 from pipelines.training.history import SCORE, final_score, mean_rate
@@ -50,10 +50,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return summary
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
+    found = run_record.find_run(config.output.uri) if is_there(config.output.uri) else None
     request = resolve_request(config)
     with Lease(config.output.uri) as lease:
         with in_plain_words("write to", config.output.uri):
             lease.take()
+        run_record.refuse_if_changed(config.output.uri, found)
         request.pin()
         _say(request)
         with ray_session():

@@ -67,10 +67,10 @@ def test_the_lock_of_a_dead_process_is_taken_at_once(output: str) -> None:
 
 
 def test_another_host_is_watched(output: str) -> None:
-    lock = leave(output, host="elsewhere")
+    lock = leave(output, host="elsewhere", machine="another")
     with Lease(output) as lease:
         lease.take()  # no sign of life came
-    leave(output, host="elsewhere")
+    leave(output, host="elsewhere", machine="another")
     beats = threading.Event()
 
     def beat() -> None:
