@@ -36,9 +36,8 @@ def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: flo
     bounds = [
         Bound("store", num_readers * costs["fetch"].images_per_s, "fetch"),
         Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), dearest),
+        Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"),
     ]
-    if plan.num_gpus_per_worker:
-        bounds.append(Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"))
     return sorted(bounds, key=lambda bound: bound.images_per_s)
 
 
@@ -58,7 +57,7 @@ def format_report(summary: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{'whole chain':14}{'images/s':>12}",
-        f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {summary['share_of_ceiling']:.0%} of the lowest ceiling",
+        _steady_line(summary),
         f"{'with start':14}{summary['images_per_s']:12.1f}",
         f"binds: {summary['binds']}",
         "",
@@ -66,3 +65,10 @@ def format_report(summary: Mapping[str, Any]) -> str:
         *(f"{name:14}{seconds:12.1f}" for name, seconds in summary["start_s"].items()),
     ]
     return "\n".join(lines)
+
+
+def _steady_line(summary: Mapping[str, Any]) -> str:
+    if summary["steady_images_per_s"] is None:
+        return f"{'steady':14}{'':12}  too few files to say: take a larger --sample.num_images"
+    share = summary["share_of_ceiling"]
+    return f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {share:.0%} of the lowest ceiling"

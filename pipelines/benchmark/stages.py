@@ -49,9 +49,10 @@ def measure_fetch(object_uris: list[str], max_bytes: int, stage_s: float) -> Sta
 
     def fetch(uris: Sequence[str]) -> int:
         nonlocal num_bytes
-        contents = [fetched.content for fetched in fetch_many(list(uris), max_bytes)]
-        num_bytes += sum(len(content) for content in contents if isinstance(content, bytes))
-        return len(uris)
+        fetched = [one.content for one in fetch_many(list(uris), max_bytes)]
+        contents = [content for content in fetched if isinstance(content, bytes)]
+        num_bytes += sum(map(len, contents))
+        return len(contents)
 
     parts = [object_uris[start : start + FETCH_ROWS] for start in range(0, len(object_uris), FETCH_ROWS)]
     fetch(parts[0])
@@ -66,7 +67,7 @@ def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: floa
     Raises:
         RunError: not one of the images can be had.
     """
-    fetched = fetch_many(object_uris[:FETCH_ROWS], decode.max_bytes)
+    fetched = fetch_many(object_uris[:: -(-len(object_uris) // FETCH_ROWS)], decode.max_bytes)
     contents = [found.content for found in fetched if isinstance(found.content, bytes)]
     preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
 
@@ -125,6 +126,8 @@ def _time(work: Callable[[Item], int], items: Iterator[Item], stage_s: float) ->
         elapsed = time.monotonic() - before
         if elapsed >= stage_s:
             break
+    if not num_images:
+        raise RunError("not one of the sampled images could be had")
     return StageCost(num_images / elapsed, (time.process_time() - cpu_before) / num_images), num_images
 
 

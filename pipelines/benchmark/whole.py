@@ -14,6 +14,8 @@ from pipelines.inference.source import TableSource
 
 log = logging.getLogger(__name__)
 
+MIN_FILES = 6
+
 
 @dataclass(frozen=True)
 class WholeRate:
@@ -24,14 +26,15 @@ class WholeRate:
         num_failed: images without.
         first_file_s: from its start to the first file.
         elapsed_s: from its start to the last file.
-        steady_images_per_s: from the first file, before which the replicas start, to the last but a tenth.
+        steady_images_per_s: from the first file, before which the replicas start, to the last but a tenth; None where
+            there are too few files to say.
     """
 
     num_ok: int
     num_failed: int
     first_file_s: float
     elapsed_s: float
-    steady_images_per_s: float
+    steady_images_per_s: float | None
 
 
 def measure_whole(setup: Setup) -> WholeRate:
@@ -51,15 +54,14 @@ def measure_whole(setup: Setup) -> WholeRate:
     return WholeRate(num_ok, rows - num_ok, first - started, last - started, steady_rate(times))
 
 
-def steady_rate(times: list[tuple[int, float]]) -> float:
-    """Images per second between two moments at which the chain was as full.
+def steady_rate(times: list[tuple[int, float]]) -> float | None:
+    """Images per second between two moments at which the chain was as full; None where few files lie between.
 
     Args:
         times: images done and seconds, at the start and after each file.
     """
-    total = times[-1][0]
     first = times[1]
-    last = next(moment for moment in times if moment[0] >= 0.9 * total)
-    if last[0] == first[0]:
-        return total / (times[-1][1] - times[0][1])
-    return (last[0] - first[0]) / (last[1] - first[1])
+    last = next(index for index, (done, _) in enumerate(times) if done >= 0.9 * times[-1][0])
+    if last < MIN_FILES:
+        return None
+    return (times[last][0] - first[0]) / (times[last][1] - first[1])

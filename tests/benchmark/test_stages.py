@@ -1,7 +1,7 @@
 """The stages alone, and what follows from their costs."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,10 @@ def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Pat
 
 
 def test_cores_are_shared_by_all_stages() -> None:
-    lowest, highest = find_bounds(COSTS, CPU_PLAN, 8, num_readers=8)
-    assert (lowest.by, lowest.stage) == ("cores", "forward")
-    assert lowest.images_per_s == pytest.approx(8 / 0.05)
-    assert (highest.by, highest.images_per_s) == ("store", 4000)
+    bounds = find_bounds(COSTS, replace(CPU_PLAN, num_workers=5), 8, num_readers=8)
+    assert [bound.by for bound in bounds] == ["cores", "replicas", "store"]
+    assert [bound.images_per_s for bound in bounds] == pytest.approx([8 / 0.05, 200, 4000])
+    assert bounds[0].stage == "forward"
 
 
 def test_replicas_on_gpus_have_a_bound_of_their_own() -> None:
@@ -108,10 +108,12 @@ def test_the_report_names_every_figure() -> None:
         ["first", "file", "3.0"],
     ):
         assert row in [line.split() for line in text.splitlines()], row
+    assert "too few files" in format_report(summary | {"steady_images_per_s": None, "share_of_ceiling": None})
 
 
 def test_the_steady_rate_leaves_out_the_start_and_the_end() -> None:
     # 100 images after 10 s of start, then 100 a second, and a last file that waits for nobody.
-    times = [(0, 0.0), (100, 10.0), (500, 14.0), (900, 18.0), (1000, 30.0)]
+    times = [(0, 0.0), *((100 * number, 9.0 + number) for number in range(1, 10)), (1000, 30.0)]
     assert steady_rate(times) == pytest.approx(100)
-    assert steady_rate([(0, 0.0), (50, 10.0)]) == pytest.approx(5)
+    assert steady_rate([(0, 0.0), (512, 20.0), (1000, 20.0001)]) is None
+    assert steady_rate([(0, 0.0), (50, 10.0)]) is None

@@ -22,7 +22,7 @@ def test_it_prints_a_table_and_leaves_nothing_but_its_figures(photographs: Path,
     summary = summary_of(done.stdout)
     assert list(summary["stages"]) == STAGES
     assert summary["num_images"] == len(list(photographs.iterdir()))
-    assert summary["steady_images_per_s"] > 0
+    assert summary["images_per_s"] > 0
     assert [line.split()[0] for line in done.stdout.splitlines()[1:5]] == STAGES
     (left,) = (tmp_path / "out").iterdir()
     assert json.loads(left.read_text()) == summary
