@@ -6,11 +6,13 @@ list (what) -> model -> Ray -> each stage alone, in workers -> the whole -> repo
 import json
 import logging
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from pipelines.benchmark.report import find_bounds, format_report
@@ -34,7 +36,7 @@ from pipelines.storage.listing import list_objects
 
 log = logging.getLogger(__name__)
 
-REPORT_FILE = "benchmark.json"
+REPORT_FILE, ROWS_FOLDER = "benchmark.json", "_rows"
 
 
 class Watch:
@@ -65,17 +67,19 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
     if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
+    output_uri = _free_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
-    output_uri = _empty_output(config)
     watch.lap("list")
     sample = listing.table["uri"].take(every_nth(listing.table.num_rows, config.sample.num_images))
     facts = model.facts()
     if facts.dtype == "int8":
         positions = every_nth(len(sample), config.model.quantization.num_images)
-        facts = model.quantized_facts(read_sample(sample.take(positions), make_decode(config, facts)))
+        rows = pa.table({"id": positions, "uri": sample.take(positions).combine_chunks()})
+        facts = model.quantized_facts(read_sample(rows, make_decode(config, facts)).images)
     pickled_bundle = model.pickled_bundle()
     watch.lap("model, beside the listing")
-    writer = make_writer(output_uri, facts, resolve_topk(config, facts), config.outputs.embedding)
+    rows_uri = uris.join(output_uri, ROWS_FOLDER)
+    writer = make_writer(rows_uri, facts, resolve_topk(config, facts), config.outputs.embedding)
     with ray_session():
         plan = plan or plan_for_cluster(config.compute, is_compiled)
         num_cpus = sum(node.num_cpus for node in list_nodes())
@@ -87,22 +91,29 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         except ray.exceptions.RayError as error:
             raise RunError(root_cause(error)) from error
         finally:
-            for name in list_names(output_uri):
-                remove(uris.join(output_uri, name))
+            _remove_all(rows_uri)
     summary = _summarize(setup, costs, whole, watch)
     print(format_report(summary), flush=True)
-    write_bytes(uris.join(output_uri, REPORT_FILE), json.dumps(summary, indent=2).encode())
+    with in_plain_words("write to", output_uri, RunError):
+        write_bytes(uris.join(output_uri, REPORT_FILE), json.dumps(summary, indent=2).encode())
     return summary
 
 
-def _empty_output(config: BenchmarkConfig) -> str:
+def _remove_all(folder_uri: str) -> None:
+    with in_plain_words("write to", folder_uri, RunError):
+        for name in list_names(folder_uri):
+            remove(uris.join(folder_uri, name))
+        if uris.is_local(folder_uri):
+            shutil.rmtree(folder_uri, ignore_errors=True)
+
+
+def _free_output(config: BenchmarkConfig) -> str:
     output_uri = uris.normalize(config.output.uri)
     if uris.contains(uris.normalize(config.input.uri), output_uri):
         raise RequestError(f"output.uri {output_uri} lies inside input.uri")
     with in_plain_words("write to", output_uri):
-        if is_there(output_uri) and set(list_names(output_uri)) - {REPORT_FILE}:
+        if is_there(output_uri) and set(list_names(output_uri)) - {REPORT_FILE, ROWS_FOLDER}:
             raise RequestError(f"{output_uri} is not empty: a benchmark wants a place of its own")
-        write_bytes(uris.join(output_uri, REPORT_FILE), b"{}")
     return output_uri
 
 
@@ -111,7 +122,10 @@ def measure_stages(setup: Setup) -> dict[str, StageCost]:
     config, stage_s = setup.config, setup.config.sample.stage_s
     log.info("measuring each stage alone, %.0f s each", stage_s)
     object_uris, decode = setup.sample.to_pylist(), make_decode(config, setup.facts)
-    reads = [_remote(measure_fetch, object_uris, config.input.max_bytes, stage_s) for _ in range(setup.num_readers)]
+    # Each reader begins elsewhere, so that none reads what another has just warmed.
+    starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
+    orders = [object_uris[start:] + object_uris[:start] for start in starts]
+    reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
     return {
         "fetch": _mean(ray.get(reads)),
         "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
@@ -150,7 +164,7 @@ def _measure_replica(setup: Setup) -> "ray.ObjectRef[StageCost]":
 def _summarize(setup: Setup, costs: dict[str, StageCost], whole: WholeRate, watch: Watch) -> dict[str, Any]:
     bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers)
     num_images = whole.num_ok + whole.num_failed
-    lowest = bounds[0]
+    lowest, steady = bounds[0], whole.steady_images_per_s
     return {
         "model": setup.facts.name,
         "dtype": setup.facts.dtype,
@@ -161,8 +175,8 @@ def _summarize(setup: Setup, costs: dict[str, StageCost], whole: WholeRate, watc
         "stages": {name: asdict(cost) for name, cost in costs.items()},
         "ceilings": [asdict(bound) for bound in bounds],
         "binds": f"{lowest.stage}, by the {lowest.by}",
-        "steady_images_per_s": round(whole.steady_images_per_s, 3),
-        "share_of_ceiling": round(whole.steady_images_per_s / lowest.images_per_s, 4),
+        "steady_images_per_s": steady and round(steady, 3),
+        "share_of_ceiling": steady and round(steady / lowest.images_per_s, 4),
         "images_per_s": round(num_images / (sum(watch.laps.values()) + whole.elapsed_s), 3),
         "num_images": num_images,
         "num_failed": whole.num_failed,

@@ -55,7 +55,8 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
     facts = model.facts()
     if facts.dtype == "int8":
         positions = every_nth(images.table.num_rows, config.model.quantization.num_images)
-        facts = model.quantized_facts(read_sample(images.table["uri"].take(positions), _make_decode(config, facts)))
+        rows = pa.table({"id": positions, "uri": images.table["uri"].take(positions).combine_chunks()})
+        facts = model.quantized_facts(read_sample(rows, _make_decode(config, facts)).images)
     targets = targets_of(images, facts)
     with ray_session():
         plan = plan or plan_for_cluster(config.compute, is_compiled)

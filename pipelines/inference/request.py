@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
 from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
-from pipelines.inference.calibration import every_nth, read_sample
+from pipelines.inference.calibration import Sample, every_nth, read_sample
 from pipelines.inference.commit import Done, find_done
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan
@@ -22,6 +22,7 @@ from pipelines.storage.lease import Lease
 from pipelines.storage.listing import Listing, list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
 
+SAMPLED_IDS = "model.quantization.sampled_ids"
 RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {
     "none": (),
     "transient": TRANSIENT_KINDS,
@@ -107,13 +108,16 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     topk = resolve_topk(config, model)
     # List before the first write, so that a request without input leaves nothing behind; never list again.
     listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
+    sampled_ids: list[int] | None = None
     if model.dtype == "int8":
-        model = process.quantized_facts(_sample(config, model, manifest, listing))
-    identity = _identify(config, model, topk)
+        images, sampled_ids = _sample(config, model, manifest, listing, _sampled_ids(found))
+        model = process.quantized_facts(images)
+    identity = _identify(config, model, topk, sampled_ids)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
     with in_plain_words("write to", output_uri):
         lease.take()
+    run_record.refuse_if_changed(output_uri, found)
     run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     if listing is not None:
         manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing)
@@ -136,31 +140,44 @@ def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
     return model.num_classes
 
 
+def _sampled_ids(found: dict[str, Any] | None) -> list[int] | None:
+    ids: list[int] | None = found["identity"].get(SAMPLED_IDS) if found else None
+    return ids
+
+
 def _sample(
-    config: InferConfig, model: ModelFacts, manifest: ManifestInfo | None, listing: Listing | None
-) -> NDArray[np.uint8]:
+    config: InferConfig,
+    model: ModelFacts,
+    manifest: ManifestInfo | None,
+    listing: Listing | None,
+    pinned_ids: list[int] | None,
+) -> Sample:
     if manifest:
-        return sample_of_manifest(config, model, manifest)
+        return sample_of_manifest(config, model, manifest, pinned_ids)
     assert listing is not None
     positions = every_nth(listing.table.num_rows, config.model.quantization.num_images)
-    return read_sample(listing.table["uri"].take(positions), make_decode(config, model))
+    rows = pa.table({"id": positions, "uri": listing.table["uri"].take(positions).combine_chunks()})
+    return read_sample(rows, make_decode(config, model))
 
 
-def sample_of_manifest(config: InferConfig, model: ModelFacts, manifest: ManifestInfo) -> NDArray[np.uint8]:
+def sample_of_manifest(
+    config: InferConfig, model: ModelFacts, manifest: ManifestInfo, pinned_ids: list[int] | None
+) -> Sample:
     """Images to quantize by: those that each run on an output takes.
 
     Args:
         config: with normalized URIs.
         model: what it is.
         manifest: of the output.
+        pinned_ids: that the first run took.
 
-    Returns:
-        num_images x H x W x 3.
+    Raises:
+        RequestError: they cannot be had.
     """
-    ids = every_nth(manifest.num_inputs, config.model.quantization.num_images)
-    return read_sample(
-        read_manifest_rows(config.output.uri, ids, manifest.rows_per_file)["uri"], make_decode(config, model)
-    )
+    chosen = every_nth(manifest.num_inputs, config.model.quantization.num_images)
+    ids = chosen if pinned_ids is None else np.array(pinned_ids, np.int64)
+    rows = read_manifest_rows(config.output.uri, ids, manifest.rows_per_file)
+    return read_sample(rows, make_decode(config, model), is_pinned=pinned_ids is not None)
 
 
 def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
@@ -176,9 +193,10 @@ def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOp
     )
 
 
-def _identify(config: InferConfig, model: ModelFacts, topk: int) -> dict[str, Any]:
+def _identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:
     """What has to be the same for two runs to share an output."""
-    return {
+    sampled = {} if sampled_ids is None else {SAMPLED_IDS: sampled_ids}
+    return sampled | {
         "input.uri": config.input.uri,
         "input.exclude": config.input.exclude,
         "model.name": model.name,

@@ -12,7 +12,7 @@ from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, RequestError
 from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.replica import PredictOptions
-from pipelines.inference.request import make_decode, sample_of_manifest
+from pipelines.inference.request import SAMPLED_IDS, make_decode, sample_of_manifest
 from pipelines.storage.manifest import ManifestInfo
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
             from pipelines.models.int8 import quantize_bundle
 
             refuse_if_unable(use_gpu=False, is_cluster=False)
-            images = sample_of_manifest(config, bundle.facts(), manifest)
+            images, _ = sample_of_manifest(config, bundle.facts(), manifest, record["identity"][SAMPLED_IDS])
             bundle = quantize_bundle(bundle, images, config.model.quantization)
     except RequestError as error:
         raise RequestError(f"{error}; with --sample.num_rows 0 no row is computed again") from None

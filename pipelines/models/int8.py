@@ -52,7 +52,10 @@ def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: Quan
     }
     own_fingerprint = fingerprint(parts)
     # A run that goes on takes the program that it began with: ranges may differ in the last bit on another machine.
-    path = cached(f"{own_fingerprint}.pt2", lambda path: _quantize_to(path, bundle, images, config.min_agreement))
+    try:
+        path = cached(f"{own_fingerprint}.pt2", lambda path: _quantize_to(path, bundle, images, config.min_agreement))
+    except OSError as error:
+        raise RequestError(f"model.dtype = int8 keeps its program in ~/.cache/ecaray: {error}") from None
     return replace(bundle, module=path.read_bytes(), fingerprint=own_fingerprint)
 
 
