@@ -88,6 +88,7 @@ class RayStart:
         if self._is_done.is_set():
             ray.shutdown()
         elif self._thread.native_id:
+            threading.excepthook = _say_nothing  # ray.init's threads would print that they lost their Ray
             _kill_children(os.getpid(), self._thread.native_id)
         self._is_over.set()
 
@@ -98,6 +99,10 @@ class RayStart:
             self._error = error
         self._is_done.set()
         self._is_over.wait()
+
+
+def _say_nothing(_: threading.ExceptHookArgs) -> None:
+    pass
 
 
 def _start() -> None:

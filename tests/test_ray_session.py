@@ -12,7 +12,7 @@ from cluster.processes import with_variable
 from tests.support.infer import REPOSITORY
 
 REFUSED = """
-import os, time
+import os, threading, time
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError
 from pipelines.job import main
@@ -21,17 +21,25 @@ from pipelines.ray_session import ray_session_beside
 def run(config):
     with ray_session_beside(at_once=True):
         time.sleep(float(os.environ["REFUSED_AFTER_S"]))
+        while os.environ.get("REFUSED_WITH") not in {None, *(thread.name for thread in threading.enumerate())}:
+            time.sleep(0.001)
         raise RequestError("refused")
 
-main("a job", VerifyConfig, run)
+def run_and_linger(config):
+    try:
+        run(config)
+    finally:
+        time.sleep(float(os.environ.get("LINGER_S", "0")))
+
+main("a job", VerifyConfig, run_and_linger)
 """
 
 
-def refuse_after(delay_s: float) -> "tuple[subprocess.Popen[str], str]":
+def refuse_after(delay_s: float, **more: str) -> "tuple[subprocess.Popen[str], str]":
     """A job that is refused so long after Ray began to start, and the mark that all of its processes carry."""
     mark = f"MARK_{uuid.uuid4().hex}"
     command = [sys.executable, "-c", REFUSED, "--output.uri", "/absent"]
-    variables = os.environ | {mark: "1", "REFUSED_AFTER_S": str(delay_s)}
+    variables = os.environ | {mark: "1", "REFUSED_AFTER_S": str(delay_s)} | more
     return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stderr=subprocess.PIPE, text=True), mark
 
 
@@ -50,3 +58,9 @@ def test_a_refusal_while_ray_starts_leaves_nothing_behind(own_home: Path, delay_
     process.stderr.close()
     if delay_s >= 2:
         assert any("gcs_server" in command for command in seen)  # Ray was starting
+
+
+def test_threads_that_lose_a_ray_killed_half_started_say_nothing(own_home: Path) -> None:
+    process, _ = refuse_after(0, REFUSED_WITH="ray_print_logs", LINGER_S="2")
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (2, "a job: error: refused\n")
