@@ -6,7 +6,9 @@ from pipelines.config.train import ScalingConfig
 from pipelines.errors import RequestError
 from pipelines.nodes import Node
 
-# Workers on CPUs share half of the cores. Below this share of one each, they only wait for each other.
+# Workers on CPUs share half of the cores; the other half fetches and decodes.
+WORKERS_SHARE = 0.5
+# Below this share of a core each, they only wait for each other.
 MIN_CPUS_PER_WORKER = 0.25
 
 
@@ -41,7 +43,7 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
     least, most = (workers, workers) if isinstance(workers, int) else workers
     if scaling.use_gpu and num_gpus < least and not may_grow:
         raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
-    share = max(num_cpus / 2 / most, MIN_CPUS_PER_WORKER)
+    share = max(_largest_share(nodes, most), MIN_CPUS_PER_WORKER)
     default = {"GPU": 1.0, "CPU": min(1.0, share)} if scaling.use_gpu else {"CPU": share}
     per_worker = scaling.resources_per_worker or default
     wanted = per_worker.get("CPU", 0.0)
@@ -51,5 +53,13 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
             f"and leaves none for fetching and decoding"
         )
     left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
-    num_threads = max(1, int(wanted if scaling.resources_per_worker else num_cpus / most))
+    num_threads = max(1, int(wanted if scaling.resources_per_worker else share / WORKERS_SHARE))
     return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, min(1.0, left / 2))
+
+
+def _largest_share(nodes: list[Node], num_workers: int) -> float:
+    """The most CPUs that each worker can have, where those of one node share `WORKERS_SHARE` of its cores."""
+    offers = [node.num_cpus * WORKERS_SHARE for node in nodes]
+    shares = {offer / count for offer in offers for count in range(1, num_workers + 1)}
+    fitting = (share for share in shares if sum(int(offer / share + 1e-6) for offer in offers) >= num_workers)
+    return max(fitting, default=0.0)

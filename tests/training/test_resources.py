@@ -39,6 +39,22 @@ def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_asi
 
 
 @pytest.mark.parametrize(
+    ("num_cpus", "num_workers", "share", "num_threads"),
+    [
+        ([2, 2, 2], 2, 1, 2),  # a node each
+        ([4] * 8, 2, 2, 4),  # no worker can have more than a node
+        ([2, 64, 64], 4, 16, 32),  # the small one is left to the tasks
+        ([8, 8], 3, 2, 4),
+    ],
+)
+def test_workers_are_spread_over_nodes_and_never_larger_than_one(
+    num_cpus: list[float], num_workers: int, share: float, num_threads: int
+) -> None:
+    plan = plan_workers(ScalingConfig(num_workers=num_workers), [Node(count, 0) for count in num_cpus], False)
+    assert (plan.per_worker, plan.num_threads) == ({"CPU": share}, num_threads)
+
+
+@pytest.mark.parametrize(
     ("scaling", "message"),
     [
         ({"num_workers": 9}, "scaling.num_workers = 9 at 0.25 CPUs each asks for 2.25 of 2 CPUs"),
