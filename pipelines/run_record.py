@@ -1,5 +1,9 @@
-"""What a run says of itself under its output: `_run.json` when it starts and again when it ends, then `_SUCCESS`."""
+"""What a run says of itself under its output: `_run.json` when it starts and again when it ends, then `_SUCCESS`.
 
+And `_progress.json` every few seconds, for programs that watch.
+"""
+
+import datetime
 import json
 import logging
 from typing import Any
@@ -12,6 +16,7 @@ log = logging.getLogger(__name__)
 
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
+PROGRESS_FILE = "_progress.json"
 # Of a value in a refusal, in characters: a fingerprint, but not hundreds of ids.
 MAX_SHOWN = 100
 
@@ -94,6 +99,15 @@ def write_run(output_uri: str, run: dict[str, Any]) -> None:
     """
     with in_plain_words("write to", output_uri):
         write_bytes(uris.join(output_uri, RUN_FILE), json.dumps(run, indent=2).encode())
+
+
+def write_progress(output_uri: str, figures: dict[str, Any]) -> None:
+    """Write `_progress.json`: the figures, and `updated_at`. Where that fails, a warning: no run ends for it."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        write_bytes(uris.join(output_uri, PROGRESS_FILE), json.dumps({"updated_at": now, **figures}).encode())
+    except Exception as error:  # of whatever file system
+        log.warning("%s could not be written: %s", PROGRESS_FILE, error)
 
 
 def mark_incomplete(output_uri: str) -> None:

@@ -4,11 +4,13 @@ Both happen in one task, so that the encoded bytes and the full-size image never
 while the rest of the batch is in flight. Rows 1:1.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from pipelines import metrics
 from pipelines.errors import ItemError
 from pipelines.images.preprocess import Mode, Preprocess, make_preprocess
 from pipelines.images.transform import EvalTransform
@@ -37,8 +39,14 @@ class FetchAndDecode:
         preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
+        started, decode_s = time.monotonic(), 0.0
         for fetched in fetch_many(object_uris, self.max_bytes):
+            decode_started = time.monotonic()
             rows[fetched.position] = {"num_retries": fetched.num_retries, **_decode_row(fetched.content, preprocess)}
+            decode_s += time.monotonic() - decode_started
+            metrics.count("ecaray_fetched_bytes", len(fetched.content) if isinstance(fetched.content, bytes) else 0)
+        metrics.count("ecaray_stage_seconds", decode_s, stage="decode")
+        metrics.count("ecaray_stage_seconds", time.monotonic() - started - decode_s, stage="fetch")
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 

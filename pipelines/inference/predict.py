@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from pipelines import metrics
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
@@ -54,7 +55,10 @@ class Predictor:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
         good = batch.filter(pc.is_valid(batch["image"]))
         images = _stack(good, self.bundle.transform.input_size)
-        results = self._predict_images(images) if len(images) else self._empty_results()
+        with metrics.timed("forward"):
+            results = self._predict_images(images) if len(images) else self._empty_results()
+        if self.options.use_gpu:
+            metrics.show_gpu_memory(torch.cuda.max_memory_allocated())
         return self._join(batch, results)
 
     def _predict_images(self, images: NDArray[np.uint8]) -> pa.Table:
@@ -78,6 +82,8 @@ class Predictor:
     def _predict_batch(self, images: NDArray[np.uint8], batch_size: int) -> pa.Table:
         """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
         num_images = len(images)
+        metrics.count("ecaray_batch_images", num_images)
+        metrics.count("ecaray_batch_places", batch_size)
         if num_images < batch_size:
             missing = batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])

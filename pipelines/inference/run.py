@@ -3,6 +3,7 @@
 manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
 """
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -52,7 +53,8 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
         with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
             request = resolve_request(places, model, lease)
             limit = _limit_failures(request)
-            progress = Progress(request.manifest.num_inputs, request.num_done)
+            publish = functools.partial(run_record.write_progress, request.config.output.uri)
+            progress = Progress(request.manifest.num_inputs, request.num_done, publish)
             digests: dict[str, str] = {}
             if request.num_todo:
                 limit.check()

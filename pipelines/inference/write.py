@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines import metrics
 from pipelines.inference.schema import FAILED, RECEIPTS, parts_schema
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
@@ -42,8 +43,13 @@ class PartWriter:
         is_good = pc.is_null(batch["error_kind"])
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
         failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
-        written = [self._write(kind, table) for kind, table in (("part", good), ("failed", failed)) if table.num_rows]
+        with metrics.timed("write"):
+            tables = (("part", good), ("failed", failed))
+            written = [self._write(kind, table) for kind, table in tables if table.num_rows]
         num_retries = pc.sum(batch["num_retries"]).as_py() + sum(file.num_retries for file in written)
+        metrics.count("ecaray_images", good.num_rows, status="ok")
+        metrics.count("ecaray_images", failed.num_rows, status="failed")
+        metrics.count("ecaray_requests_sent_again", num_retries)
         names, digests = [file.name for file in written], [file.digest for file in written]
         return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests], [num_retries]], schema=RECEIPTS)
 
@@ -97,6 +103,7 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema) 
     with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=_leaf_paths(schema, dictionary)) as writer:
         for start in range(0, table.num_rows, ROWS_PER_GROUP):
             writer.write_table(table.slice(start, ROWS_PER_GROUP).cast(schema))
+    metrics.count("ecaray_written_bytes", buffer.tell())
     num_retries = store_object(uris.join(output_uri, name), buffer.getvalue())
     return Written(name, digest_of(buffer.getvalue()), num_retries)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.storage import uris
 from pipelines.storage.filesystem import write_bytes
@@ -67,6 +68,17 @@ class TrainingLog:
             "epoch %d of %d, step %d of %d, loss %.4f, rate %.3g, %.1f images/s, %s left",
             *(epoch + 1, optim.epochs, within + 1, self._steps_per_epoch),
             *(mean_loss, lr, rate, _duration(num_left / rate)),
+        )
+        run_record.write_progress(
+            self._config.output.uri,
+            {
+                "is_running": True,
+                "step": step,
+                "num_steps": self._steps_per_epoch * optim.epochs,
+                "loss": mean_loss,
+                "images_per_s": round(rate, 3),
+                "left_s": round(num_left / rate, 1),
+            },
         )
         self._window, self._since = [], now
 

@@ -74,6 +74,7 @@ def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
     write_bytes(uris.join(output_uri, CURVES_FILE), curves)
     run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
+    run_record.write_progress(output_uri, {"is_running": False, **summary})
     run_record.mark_complete(output_uri)
     return summary
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines import run_record
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.predict import Predictor
@@ -158,6 +161,25 @@ def test_progress_says_what_is_done_and_left(capsys: pytest.CaptureFixture[str])
         assert progress.line().startswith("52 of 100 images, 2 failed, ")
         assert "left, 1 files" in progress.line()
     assert "52 of 100" in capsys.readouterr().err
+
+
+def test_progress_is_published_for_programs_that_watch(tmp_path: Path) -> None:
+    published: list[dict[str, Any]] = []
+    with Progress(100, 20, published.append) as progress:
+        assert progress.figures()["left_s"] is None
+        progress.add(30, 2, 1)
+        assert progress.figures()["left_s"] is not None
+    assert published[-1].items() >= {"is_running": False, "num_inputs": 100, "num_ok": 30, "num_failed": 2}.items()
+    run_record.write_progress(str(tmp_path), published[-1])
+    content = json.loads((tmp_path / "_progress.json").read_text())
+    assert content.items() >= published[-1].items()
+    assert datetime.fromisoformat(content["updated_at"]).tzinfo is not None
+
+
+def test_progress_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    run_record.write_progress(str(tmp_path / "file"), {})
+    assert "_progress.json could not be written" in caplog.text
 
 
 def test_parquet_bytes_hold_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
