@@ -1,25 +1,43 @@
 """The machines that Ray has, and whether it can get more."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import ray
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray._private.utils import get_num_cpus
 
+# Ray's own; so are those with a colon in their names.
+OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine offers to Ray."""
+    """What one machine offers to Ray.
+
+    Attributes:
+        num_cpus: logical CPUs.
+        num_gpus: logical GPUs.
+        resources: custom ones, by name.
+        node_id: Ray's, where Ray is up.
+    """
 
     num_cpus: float
     num_gpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+    node_id: str | None = None
 
 
 def list_nodes() -> list[Node]:
     """The living nodes that offer CPUs."""
-    offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(offer.get("CPU", 0), offer.get("GPU", 0)) for offer in offers if offer.get("CPU", 0) > 0]
+    nodes = [_describe(node["Resources"], node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if node.num_cpus > 0]
+
+
+def _describe(offer: Mapping[str, float], node_id: str) -> Node:
+    custom = {name: count for name, count in offer.items() if name not in OWN_RESOURCES and ":" not in name}
+    return Node(offer.get("CPU", 0), offer.get("GPU", 0), custom, node_id)
 
 
 def this_machine() -> Node:

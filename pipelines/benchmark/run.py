@@ -155,6 +155,7 @@ def _measure_replica(setup: Setup) -> "ray.ObjectRef[StageCost]":
     task = ray.remote(measure).options(
         num_cpus=plan.num_cpus_per_worker,
         num_gpus=plan.num_gpus_per_worker or None,
+        resources=dict(plan.resources_per_worker) or None,
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
     reference: ray.ObjectRef[StageCost] = task.remote(ray.put(setup.pickled_bundle))

@@ -1,9 +1,9 @@
 """The sections that jobs share."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from pipelines.config.base import Section
 
@@ -23,6 +23,22 @@ def without_credentials(uri: str) -> str:
     if protocol in ("http", "https") and SIGNATURE.search(rest):
         raise ValueError("a URI may not hold a signature: it would be written down with every row")
     return uri
+
+
+def _one_or_two(value: object) -> object:
+    # The command line hands every value of a field that may be a range over as a list.
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _at_least_one_worker(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    least, most = (value, value) if isinstance(value, int) else value
+    if not 1 <= least <= most:
+        raise ValueError("a number from 1, or the least and the most of the workers")
+    return value
+
+
+WorkerRange = Annotated[int | tuple[int, int], BeforeValidator(_one_or_two), AfterValidator(_at_least_one_worker)]
+"""A number of workers, or the least and the most of them."""
 
 
 class InputConfig(Section):
@@ -146,11 +162,23 @@ class FailureConfig(Section):
 class ComputeConfig(Section):
     """The machines' share. Every default is planned from what the cluster has."""
 
-    num_workers: int | None = Field(default=None, ge=1)
-    """Model replicas (actors). Default: one for each GPU with `use_gpu`, else one for every 4 CPUs of a node."""
+    num_workers: WorkerRange | None = None
+    """Model replicas (actors), or the least and the most of them: all are asked for at once, and the run begins with
+    the least. Default: one for each GPU with `use_gpu`, else one for every 4 CPUs of a node."""
 
     use_gpu: bool = False
     """Whether each replica takes a GPU of the cluster, as Ray's `ScalingConfig.use_gpu`. Default: false."""
+
+    resources_per_worker: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Custom resources that Ray sets aside for each replica, such as `{"inferentia": 1}`: replicas run only on nodes
+    that offer them, and fetching, decoding and writing on the others, where there are any. Default: none."""
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _only_custom_resources(cls, value: dict[str, float]) -> dict[str, float]:
+        if said := value.keys() & {"CPU", "GPU"}:
+            raise ValueError(f"{min(said)} has a key of its own: num_cpus_per_worker or use_gpu")
+        return value
 
     num_cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPUs that Ray sets aside for each replica. Default: 1 with a GPU; else three quarters of the CPUs shared among

@@ -2,10 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.config.base import Section
-from pipelines.config.sections import MAX_BYTES, PILLOW_MAX_PIXELS, LabelledInputConfig, without_credentials
+from pipelines.config.sections import (
+    MAX_BYTES,
+    PILLOW_MAX_PIXELS,
+    LabelledInputConfig,
+    WorkerRange,
+    without_credentials,
+)
 
 
 class DataConfig(Section):
@@ -173,15 +179,10 @@ class OptimConfig(Section):
     """Of everything random. Default: 0."""
 
 
-def _one_or_two(value: object) -> object:
-    # The command line hands every value of a field that may be a range over as a list.
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
 class ScalingConfig(Section):
     """The workers, by the names of Ray Train's `ScalingConfig`."""
 
-    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_one_or_two)] = 1
+    num_workers: WorkerRange = 1
     """Training workers, or the least and the most of them, between which Ray resizes the run. Default: 1."""
 
     use_gpu: bool = False
@@ -203,14 +204,6 @@ class ScalingConfig(Section):
 
     elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0)
     """Seconds between looks at whether more workers fit, where `num_workers` is a range. Default: 60."""
-
-    @field_validator("num_workers")
-    @classmethod
-    def _at_least_one_worker(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        least, most = (value, value) if isinstance(value, int) else value
-        if not 1 <= least <= most:
-            raise ValueError("a number from 1, or the least and the most of the workers")
-        return value
 
 
 class CheckpointConfig(Section):

@@ -59,11 +59,22 @@ def _fetch_and_decode(task: FetchTask, num_tasks: int, plan: ComputePlan) -> ray
         RangeDatasource(num_tasks, block_format="arrow", column_name="id"),
         override_num_blocks=num_tasks,
         num_cpus=num_cpus,
+        **_place_tasks(plan),
     )
-    images: ray.data.Dataset = numbers.map_batches(task, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
+    images: ray.data.Dataset = numbers.map_batches(
+        task, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus, **_place_tasks(plan)
+    )
     # A task's images are one block, however large: cut by bytes, most blocks would end in a batch that is not full.
     images.context.target_max_block_size = None
     return images
+
+
+def _place_tasks(plan: ComputePlan) -> dict[str, Any]:
+    """Where fetching, decoding and writing run: on any node but those kept from them, while there is another."""
+    if not plan.kept_from_tasks:
+        return {}
+    elsewhere = {"ray.io/node-id": f"!in({','.join(plan.kept_from_tasks)})"}
+    return {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": {}}]}
 
 
 def _predict(
@@ -76,12 +87,15 @@ def _predict(
         batch_size=None,
         fn_constructor_args=(bundle, options),
         compute=ray.data.ActorPoolStrategy(
-            size=plan.num_workers,
+            min_size=plan.min_workers,
+            max_size=plan.num_workers,
+            initial_size=plan.num_workers,
             max_concurrent_calls_per_actor=plan.num_threads_per_worker,
             enable_true_multi_threading=True,
         ),
         num_cpus=plan.num_cpus_per_worker,
         num_gpus=plan.num_gpus_per_worker or None,
+        resources=dict(plan.resources_per_worker) or None,
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
     return predicted
@@ -98,7 +112,11 @@ def writing(writer: PartWriter, num_rows: int, plan: ComputePlan) -> Callable[[r
 
     def write(predicted: ray.data.Dataset) -> ray.data.Dataset:
         receipts: ray.data.Dataset = predicted.map_batches(
-            writer, batch_format="pyarrow", batch_size=num_rows, num_cpus=plan.num_cpus_per_write_task
+            writer,
+            batch_format="pyarrow",
+            batch_size=num_rows,
+            num_cpus=plan.num_cpus_per_write_task,
+            **_place_tasks(plan),
         )
         return receipts
 

@@ -30,7 +30,7 @@ def plan_for_cluster(config: ComputeConfig, is_compiled: bool = False) -> Comput
     try:
         while True:
             try:
-                return plan_compute(config, list_nodes(), is_compiled)
+                return plan_compute(config, list_nodes(), is_compiled, may_grow=True)
             except RequestError as reason:
                 now = time.monotonic()
                 if now - last_report >= REPORT_EVERY_S:
@@ -42,8 +42,9 @@ def plan_for_cluster(config: ComputeConfig, is_compiled: bool = False) -> Comput
 
 
 def _bundles_to_grow_to(config: ComputeConfig) -> list[dict[str, float]]:
-    """One bundle a replica, and one for the tasks beside them."""
-    replica = {"CPU": config.num_cpus_per_worker or 1.0}
+    """One bundle a replica, the most of them, and one for the tasks beside them."""
+    replica = {"CPU": config.num_cpus_per_worker or 1.0, **config.resources_per_worker}
     if config.use_gpu:
         replica["GPU"] = 1.0
-    return [replica] * (config.num_workers or 1) + [{"CPU": 1.0}]
+    most = config.num_workers[1] if isinstance(config.num_workers, tuple) else config.num_workers or 1
+    return [replica] * most + [{"CPU": 1.0}]

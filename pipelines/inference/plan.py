@@ -5,6 +5,7 @@ no fetch, decode or write task could start, and the run would stand still withou
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.config.sections import ComputeConfig
@@ -27,31 +28,43 @@ class ComputePlan:
     """What each stage declares to Ray.
 
     Attributes:
-        num_workers: replicas.
+        num_workers: replicas; all are asked for at once.
+        min_workers: with so many the run begins.
         num_cpus_per_worker: set aside for each replica.
         num_gpus_per_worker: 1 or 0.
         num_threads_per_worker: batches that a replica predicts at the same time, each on one core.
         batch_size: images per forward pass.
         num_cpus_per_decode_task: set aside for each fetching and decoding task.
         num_cpus_per_write_task: set aside for each writing task.
+        resources_per_worker: custom ones, set aside for each replica.
+        kept_from_tasks: ids of the nodes with accelerators, where others can fetch, decode and write.
     """
 
     num_workers: int
+    min_workers: int
     num_cpus_per_worker: float
     num_gpus_per_worker: int
     num_threads_per_worker: int
     batch_size: int
     num_cpus_per_decode_task: float
     num_cpus_per_write_task: float
+    resources_per_worker: Mapping[str, float]
+    kept_from_tasks: tuple[str, ...]
 
 
-def plan_compute(config: ComputeConfig, nodes: list[Node], is_compiled: bool = False) -> ComputePlan:
+def plan_compute(
+    config: ComputeConfig, nodes: list[Node], is_compiled: bool = False, may_grow: bool = False
+) -> ComputePlan:
     """Share the nodes among the stages.
+
+    Replicas go where the GPUs, or the custom resources that the config names, are. Everything else goes to the other
+    nodes, where there are any: the CPUs beside a GPU feed it.
 
     Args:
         config: what the user asked for.
-        nodes: the machines of a cluster, or those it may grow to.
+        nodes: the machines of a cluster.
         is_compiled: whether replicas on CPUs run compiled code.
+        may_grow: whether more may come, for those of the replicas that do not fit yet.
 
     Raises:
         RequestError: it cannot be scheduled on these nodes; says what is wanted and what there is.
@@ -60,17 +73,21 @@ def plan_compute(config: ComputeConfig, nodes: list[Node], is_compiled: bool = F
     if not working:
         raise RequestError("the cluster has no CPUs")
     per_replica = CPUS_PER_COMPILED_REPLICA if is_compiled else CPUS_PER_REPLICA
-    num_workers, cpus_each, threads = (
-        _plan_gpu(config, working) if config.use_gpu else _plan_cpu(config, working, per_replica)
-    )
+    hosts = [(node, slots) for node in working if (slots := _replicas_of(node, config, per_replica))]
+    least, most = _wanted(config, sum(slots for _, slots in hosts))
+    _refuse_if_missing(config, least, working)
+    others = [node for node in working if not _replicas_of(node, config, per_replica)]
+    cpus_each, threads = _plan_gpu(hosts) if config.use_gpu else _plan_cpu(config, hosts, least, per_replica)
     if config.num_cpus_per_worker is not None:
         cpus_each = config.num_cpus_per_worker
-    _refuse_if_too_many(num_workers, cpus_each, config.use_gpu, working)
-    total_cpus = sum(node.num_cpus for node in working)
-    share_left = 1 - num_workers * cpus_each / total_cpus
-    left = share_left * max(node.num_cpus for node in working)  # on one node: a task can't use two
+    room = _refuse_if_too_many(least, cpus_each, config, working)
+    num_present = min(most, room)
+    total_cpus = sum(node.num_cpus for node in others or working)
+    share_left = 1.0 if others else 1 - num_present * cpus_each / total_cpus
+    left = share_left * max(node.num_cpus for node in others or working)  # on one node: a task can't use two
     return ComputePlan(
-        num_workers=num_workers,
+        num_workers=most if may_grow else num_present,
+        min_workers=least,
         num_cpus_per_worker=cpus_each,
         num_gpus_per_worker=int(config.use_gpu),
         num_threads_per_worker=threads,
@@ -79,6 +96,8 @@ def plan_compute(config: ComputeConfig, nodes: list[Node], is_compiled: bool = F
         # second one: starting its process would cost more than it ever saves.
         num_cpus_per_decode_task=_round_down(min(1.0, left * 3 / 4)),
         num_cpus_per_write_task=_round_down(min(1.0, left / 4)),
+        resources_per_worker=config.resources_per_worker,
+        kept_from_tasks=tuple(node.node_id for node, _ in hosts if node.node_id) if others else (),
     )
 
 
@@ -88,14 +107,29 @@ def _batch_size(config: ComputeConfig) -> int:
     return math.ceil((config.batch_size or CPU_BATCH_SIZE) / CPU_BATCH_MULTIPLE) * CPU_BATCH_MULTIPLE
 
 
-def _plan_cpu(config: ComputeConfig, nodes: list[Node], per_replica: int) -> tuple[int, float, int]:
-    """Replicas, CPUs each, threads each, without GPUs."""
-    per_node = [_replicas_of(node, per_replica) for node in nodes]
-    shares = [_replica_share(node) * node.num_cpus / count for node, count in zip(nodes, per_node)]
-    threads = min(max(1, int(node.num_cpus) // count) for node, count in zip(nodes, per_node))
-    num_default = sum(per_node)
-    num_workers = config.num_workers or num_default
-    crowding = max(1.0, num_workers / num_default)
+def _wanted(config: ComputeConfig, num_default: int) -> tuple[int, int]:
+    """The least and the most replicas."""
+    if isinstance(config.num_workers, tuple):
+        return config.num_workers
+    wanted = config.num_workers or max(1, num_default)
+    return wanted, wanted
+
+
+def _replicas_of(node: Node, config: ComputeConfig, per_replica: int) -> int:
+    """How many a node gets by default; 0 where it lacks what they need."""
+    slots = [int(node.num_gpus)] if config.use_gpu else [max(1, int(node.num_cpus) // per_replica)]
+    custom = config.resources_per_worker.items()
+    return min(slots + [_times(node.resources.get(name, 0), amount) for name, amount in custom])
+
+
+def _plan_cpu(
+    config: ComputeConfig, hosts: list[tuple[Node, int]], num_workers: int, per_replica: int
+) -> tuple[float, int]:
+    """CPUs and threads of each replica, without GPUs."""
+    nodes = [node for node, _ in hosts]
+    shares = [_replica_share(node) * node.num_cpus / slots for node, slots in hosts]
+    threads = min(max(1, int(node.num_cpus) // slots) for node, slots in hosts)
+    crowding = max(1.0, num_workers / sum(slots for _, slots in hosts))
     total_cpus = sum(node.num_cpus for node in nodes)
     if num_workers > max(1, total_cpus):
         raise RequestError(
@@ -104,10 +138,11 @@ def _plan_cpu(config: ComputeConfig, nodes: list[Node], per_replica: int) -> tup
         )
     threads = config.num_threads_per_worker or max(1, int(threads / crowding))
     cpus_each = _round_down(min(shares) / math.ceil(crowding))
-    return num_workers, _survive_loss(cpus_each, nodes, per_replica) if crowding == 1 else cpus_each, threads
+    is_free = crowding == 1 and not config.resources_per_worker
+    return _survive_loss(cpus_each, nodes, config, per_replica) if is_free else cpus_each, threads
 
 
-def _survive_loss(cpus_each: float, nodes: list[Node], per_replica: int) -> float:
+def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, per_replica: int) -> float:
     """A little more for each replica, so that the others' nodes have CPUs for tasks left when one node is lost.
 
     Its replicas start again wherever they fit. Were they to fill the nodes, no task could start any more, and the run
@@ -115,53 +150,67 @@ def _survive_loss(cpus_each: float, nodes: list[Node], per_replica: int) -> floa
     """
     if len(nodes) == 1:
         return cpus_each
+    counts = [_replicas_of(node, config, per_replica) for node in nodes]
     wanted = cpus_each
-    while all(_replicas_of(node, per_replica) * wanted < node.num_cpus for node in nodes):
-        if not any(_may_fill_up(wanted, node, per_replica) for node in nodes):
+    while all(count * wanted < node.num_cpus for node, count in zip(nodes, counts)):
+        if not any(_may_fill_up(wanted, node, count) for node, count in zip(nodes, counts)):
             return wanted
         wanted += 0.01
     return cpus_each  # nodes of different sizes: no share suits them all
 
 
-def _may_fill_up(cpus_each: float, node: Node, per_replica: int) -> bool:
+def _may_fill_up(cpus_each: float, node: Node, num_planned: int) -> bool:
     """Whether as many replicas as fit would take the CPUs that the plan leaves for tasks."""
-    left_at_least = node.num_cpus - int(node.num_cpus / cpus_each + 1e-6) * cpus_each
-    left_by_plan = node.num_cpus - _replicas_of(node, per_replica) * cpus_each
+    left_at_least = node.num_cpus - _times(node.num_cpus, cpus_each) * cpus_each
+    left_by_plan = node.num_cpus - num_planned * cpus_each
     return left_at_least < min(1.0, left_by_plan * 3 / 4) + min(1.0, left_by_plan / 4) - 1e-6
 
 
-def _replicas_of(node: Node, per_replica: int) -> int:
-    return max(1, int(node.num_cpus) // per_replica)
-
-
-def _plan_gpu(config: ComputeConfig, nodes: list[Node]) -> tuple[int, float, int]:
-    """Replicas, CPUs each, threads each, on one GPU each."""
-    with_gpus = [node for node in nodes if node.num_gpus >= 1]
-    num_gpus = int(sum(node.num_gpus for node in nodes))
-    num_workers = config.num_workers or num_gpus
-    if num_workers > num_gpus or not num_gpus:
-        raise RequestError(
-            f"compute.use_gpu asks for {max(1, num_workers)} GPUs, one a replica, but the cluster has {num_gpus}"
-        )
+def _plan_gpu(hosts: list[tuple[Node, int]]) -> tuple[float, int]:
+    """CPUs and threads of each replica, on one GPU each."""
     # A replica's Python thread feeds the GPU: one CPU, or less where a node has few for each of its GPUs.
-    return num_workers, _round_down(min(1.0, *(node.num_cpus / node.num_gpus / 2 for node in with_gpus))), 1
+    return _round_down(min(1.0, *(node.num_cpus / node.num_gpus / 2 for node, _ in hosts))), 1
 
 
 def _replica_share(node: Node) -> float:
     return 0.5 if node.num_cpus < SMALL_NODE_CPUS else 0.75
 
 
-def _refuse_if_too_many(num_workers: int, cpus_each: float, use_gpu: bool, nodes: list[Node]) -> None:
+def _refuse_if_missing(config: ComputeConfig, num_workers: int, nodes: list[Node]) -> None:
+    if config.use_gpu and num_workers > (num_gpus := sum(int(node.num_gpus) for node in nodes)):
+        raise RequestError(
+            f"compute.use_gpu asks for {num_workers} GPUs, one a replica, but the cluster has {num_gpus}"
+        )
+    for name, amount in config.resources_per_worker.items():
+        offers = [node.resources.get(name, 0) for node in nodes]
+        if num_workers > sum(_times(offer, amount) for offer in offers):
+            raise RequestError(
+                f"compute.resources_per_worker asks for {amount:g} {name} for each of {num_workers} replicas, but "
+                f"the cluster has {sum(offers):g}"
+            )
+
+
+def _times(offer: float, amount: float) -> int:
+    """How often an amount fits what a node offers."""
+    return int(offer / amount + 1e-6)
+
+
+def _refuse_if_too_many(num_workers: int, cpus_each: float, config: ComputeConfig, nodes: list[Node]) -> int:
+    """How many replicas have room."""
     total_cpus = sum(node.num_cpus for node in nodes)
-    room = sum(
-        min(int(node.num_cpus / cpus_each + 1e-6), int(node.num_gpus) if use_gpu else num_workers) for node in nodes
-    )
+    room = sum(min(_times(node.num_cpus, cpus_each), _most_replicas_of(node, config)) for node in nodes)
     if num_workers > room or num_workers * cpus_each >= total_cpus:
         raise RequestError(
             f"{num_workers} replicas of {cpus_each:g} CPUs each, and CPUs left for fetching, decoding and writing, do "
             f"not fit the cluster's {total_cpus:g} CPUs on {len(nodes)} nodes: lower compute.num_workers or "
             "compute.num_cpus_per_worker"
         )
+    return room
+
+
+def _most_replicas_of(node: Node, config: ComputeConfig) -> int:
+    """As many as GPUs and custom resources allow, whatever its CPUs: each takes one, for a thread."""
+    return _replicas_of(node, config, per_replica=1)
 
 
 def _round_down(num_cpus: float) -> float:

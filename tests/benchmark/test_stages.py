@@ -11,15 +11,16 @@ import pytest
 from pipelines.benchmark.report import find_bounds, format_report
 from pipelines.benchmark.stages import StageCost, measure_decode, measure_fetch, measure_forward, measure_write
 from pipelines.benchmark.whole import steady_rate
-from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.config.sections import ComputeConfig, ModelConfig, PreprocessConfig
 from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
 from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.plan import ComputePlan
+from pipelines.inference.plan import plan_compute
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.write import make_writer
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
+from pipelines.nodes import Node
 
 STAGE_S = 0.2
 COSTS = {
@@ -28,8 +29,8 @@ COSTS = {
     "forward": StageCost(40, 0.04),
     "write": StageCost(200, 0.005),
 }
-CPU_PLAN = ComputePlan(2, 1.0, 0, 4, 16, 1.0, 1.0)
-GPU_PLAN = ComputePlan(2, 1.0, 1, 1, 256, 1.0, 1.0)
+CPU_PLAN = plan_compute(ComputeConfig(), [Node(8, 0)])
+GPU_PLAN = plan_compute(ComputeConfig(use_gpu=True), [Node(8, 2)])
 IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -93,3 +93,47 @@ def test_a_lost_nodes_replicas_leave_room_on_the_others(num_cpus: int) -> None:
 def test_nodes_of_different_sizes_have_a_plan_too() -> None:
     plan = plan_compute(ComputeConfig(), [Node(1, 0), Node(8, 0)])
     assert (plan.num_workers, plan.num_cpus_per_worker) == (3, 0.5)
+
+
+INFERENTIA = ComputeConfig(resources_per_worker={"inferentia": 1})
+MIXED = [Node(4, 0, {"inferentia": 2}, "a"), Node(16, 0, {}, "b"), Node(4, 0, {"inferentia": 2}, "c")]
+
+
+def test_replicas_go_where_the_named_resource_is_and_tasks_to_the_other_nodes() -> None:
+    plan = plan_compute(INFERENTIA, MIXED)
+    assert plan.num_workers == 2  # one for every 4 CPUs, and the resource would allow two
+    assert plan.resources_per_worker == {"inferentia": 1}
+    assert plan.kept_from_tasks == ("a", "c")
+    assert (plan.num_cpus_per_decode_task, plan.num_cpus_per_write_task) == (1, 1)
+
+
+def test_tasks_run_beside_the_accelerators_where_there_is_no_other_node() -> None:
+    assert plan_compute(INFERENTIA, [MIXED[0]]).kept_from_tasks == ()
+    assert plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8, {}, "a")] * 2).kept_from_tasks == ()
+
+
+def test_cpu_nodes_decode_for_gpu_nodes() -> None:
+    plan = plan_compute(ComputeConfig(use_gpu=True), [Node(8, 4, {}, "a"), Node(64, 0, {}, "b")])
+    assert (plan.num_workers, plan.kept_from_tasks, plan.num_cpus_per_decode_task) == (4, ("a",), 1)
+
+
+def test_a_range_of_replicas_is_cut_to_what_fits_unless_more_may_come() -> None:
+    config = ComputeConfig(use_gpu=True, num_workers=(2, 8))
+    plan = plan_compute(config, [Node(16, 4)])
+    assert (plan.min_workers, plan.num_workers) == (2, 4)
+    assert plan_compute(config, [Node(16, 4)], may_grow=True).num_workers == 8
+    with pytest.raises(RequestError, match="asks for 2 GPUs"):
+        plan_compute(config, [Node(16, 1)], may_grow=True)
+
+
+def test_a_missing_resource_is_refused_with_the_numbers() -> None:
+    with pytest.raises(RequestError, match=r"asks for 1 inferentia .*, but the cluster has 0"):
+        plan_compute(INFERENTIA, [Node(8, 0)])
+    asked = ComputeConfig(resources_per_worker={"inferentia": 1}, num_workers=5)
+    with pytest.raises(RequestError, match="asks for 1 inferentia for each of 5 replicas, but the cluster has 4"):
+        plan_compute(asked, MIXED)
+
+
+def test_resources_with_keys_of_their_own_are_no_custom_ones() -> None:
+    with pytest.raises(ValueError, match="GPU has a key of its own"):
+        ComputeConfig(resources_per_worker={"GPU": 1})
