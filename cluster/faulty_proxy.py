@@ -115,11 +115,17 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def faulty_proxy(upstream: str, faults: Faults) -> Iterator[Proxy]:
-    """A proxy on a port of its own, in a thread."""
+def faulty_proxy(upstream: str, faults: Faults, address: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A proxy on a port of its own, in a thread.
+
+    Args:
+        upstream: the store's endpoint.
+        faults: what happens to requests.
+        address: that it listens at.
+    """
     with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        proxy = Proxy(f"http://127.0.0.1:{listening.getsockname()[1]}", upstream, faults)
+        listening.bind((address, 0))
+        proxy = Proxy(f"http://{address}:{listening.getsockname()[1]}", upstream, faults)
         loop = asyncio.new_event_loop()
         server = loop.run_until_complete(asyncio.start_server(proxy.serve, sock=listening, limit=1 << 26))
         thread = threading.Thread(target=loop.run_forever)

@@ -62,12 +62,19 @@ class ObjectStore:
 
 
 @contextlib.contextmanager
-def object_store(buckets: tuple[str, ...] = (), ports: Mapping[str, int] | None = None) -> Iterator[ObjectStore]:
+def object_store(
+    buckets: tuple[str, ...] = (),
+    ports: Mapping[str, int] | None = None,
+    address: str = "127.0.0.1",
+    run_by: Sequence[str] = (),
+) -> Iterator[ObjectStore]:
     """Run a store for the length of a `with` block.
 
     Args:
         buckets: made before the block begins.
         ports: of `master`, `volume`, `filer` and `s3`; free ones by default.
+        address: that it listens at.
+        run_by: words before its command line, such as those that run it on another host.
 
     Raises:
         RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
@@ -76,9 +83,9 @@ def object_store(buckets: tuple[str, ...] = (), ports: Mapping[str, int] | None 
     folder = Path(tempfile.mkdtemp(prefix="ecaray-store-"))
     access_key, secret_key = "ecaray", secrets.token_urlsafe(24)
     try:
-        process = _start_weed(folder, chosen, access_key, secret_key)
+        process = _start_weed(folder, chosen, address, access_key, secret_key, run_by)
         try:
-            endpoint = f"http://127.0.0.1:{chosen['s3']}"
+            endpoint = f"http://{address}:{chosen['s3']}"
             store = ObjectStore(endpoint, access_key, process.pid, folder / "weed.log", secret_key)
             _make_buckets(store, buckets, process)
             yield store
@@ -180,7 +187,9 @@ def _program(name: str) -> str:
     return found
 
 
-def _start_weed(folder: Path, ports: Mapping[str, int], access_key: str, secret_key: str) -> "subprocess.Popen[bytes]":
+def _start_weed(
+    folder: Path, ports: Mapping[str, int], address: str, access_key: str, secret_key: str, run_by: Sequence[str]
+) -> "subprocess.Popen[bytes]":
     identities = folder / "identities.json"
     identities.touch(mode=0o600)
     credentials = [{"accessKey": access_key, "secretKey": secret_key}]
@@ -188,7 +197,7 @@ def _start_weed(folder: Path, ports: Mapping[str, int], access_key: str, secret_
     identity = {"name": "ecaray", "credentials": credentials, "actions": actions}
     identities.write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
-    command = [_program("weed"), "server", f"-dir={folder}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command = [*run_by, _program("weed"), "server", f"-dir={folder}/data", f"-ip={address}", f"-ip.bind={address}"]
     command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]

@@ -1,0 +1,128 @@
+"""A Ray cluster on hosts of their own: a head without CPUs, workers, and a client outside that submits jobs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.ray_session import RAYLET_CONFIG
+from tests.multinode.hosts import Host
+from tests.support.infer import REPOSITORY, summary_of
+
+PORT, JOB_SERVER_PORT = 6379, 8265
+UP_TIMEOUT_S = 60.0
+JOB_TIMEOUT_S = 300.0
+TOKEN_FILE = Path(".ray", "auth_token")
+# Whoever may reach a port of Ray may run code on its nodes: so each node, and each client, has to show the token.
+SETTINGS = {"RAY_AUTH_MODE": "token"} | {f"RAY_{name}": str(value) for name, value in RAYLET_CONFIG.items()}
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@dataclass
+class RayCluster:
+    """A running cluster.
+
+    Attributes:
+        head: it runs the job server and the jobs' drivers, and offers no CPUs.
+        client_home: HOME of the client outside, which holds the token.
+        logs: a folder for what the nodes print.
+        nodes: host name to the `ray start` that runs there.
+    """
+
+    head: Host
+    client_home: Path
+    logs: Path
+    nodes: "dict[str, subprocess.Popen[bytes]]" = field(default_factory=dict)
+
+    @property
+    def job_server(self) -> str:
+        """For `ray job`, as `--address`."""
+        return f"http://{self.head.address}:{JOB_SERVER_PORT}"
+
+    def add_worker(self, host: Host, num_cpus: int, resources: Mapping[str, float] | None = None) -> None:
+        """Start a node on a host, with the cluster's token in its HOME; it joins within some seconds."""
+        _copy_token(self.head.home, host.home)
+        command = [RAY, "start", "--block", f"--address={self.head.address}:{PORT}", f"--num-cpus={num_cpus}"]
+        command += [f"--resources={json.dumps(dict(resources or {}))}"]
+        self.nodes[host.name] = host.start(*command, log=self.logs / f"{host.name}.log")
+
+    def addresses(self) -> set[str]:
+        """Of the nodes that Ray takes for alive."""
+        listed = self.head.run(RAY, "list", "nodes", "--format=json", f"--address={self.job_server}")
+        return {node["node_ip"] for node in json.loads(listed) if node["state"] == "ALIVE"}
+
+    def wait_for(self, *hosts: Host) -> None:
+        """Wait until the head and exactly these hosts are alive to Ray."""
+        wanted = {self.head.address, *(host.address for host in hosts)}
+        deadline = time.monotonic() + UP_TIMEOUT_S
+        while (alive := self.addresses()) != wanted:
+            assert time.monotonic() < deadline, f"alive: {alive}, wanted: {wanted}"
+            time.sleep(1)
+
+    def client(self, *words: str, timeout_s: float = JOB_TIMEOUT_S) -> "subprocess.CompletedProcess[str]":
+        """Run `ray job` as a client outside."""
+        return subprocess.run(
+            [RAY, "job", *words],
+            cwd=REPOSITORY,
+            env=self.client_variables(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def client_variables(self) -> dict[str, str]:
+        """The environment of a client: no credential of the store, but the token."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
+        return kept | {"HOME": str(self.client_home), "RAY_ADDRESS": self.job_server, "RAY_AUTH_MODE": "token"}
+
+    def submit(self, *words: str, submission_id: str) -> "subprocess.Popen[str]":
+        """Submit a job as the README says, and follow its log."""
+        command = [RAY, "job", "submit", "--submission-id", submission_id, "--working-dir", "."]
+        command += ["--runtime-env", "cluster/runtime_env.yaml", "--", "python", "-m", *words]
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self.client_variables(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run_job(self, *words: str, submission_id: str) -> dict[str, Any]:
+        """Submit a job, and wait for its end; returns its summary, the last line of its log."""
+        with self.submit(*words, submission_id=submission_id) as process:
+            printed, _ = process.communicate(timeout=JOB_TIMEOUT_S)
+        assert process.returncode == 0, printed[-4000:]
+        return summary_of(self.client("logs", submission_id).stdout)
+
+
+def start_cluster(head: Host, client_home: Path, logs: Path) -> RayCluster:
+    """Start a head without CPUs, and hand its token to the client.
+
+    Raises:
+        RuntimeError: the job server does not answer; holds the end of the head's log.
+    """
+    head.run(RAY, "get-auth-token", "--generate")
+    _copy_token(head.home, client_home)
+    command = [RAY, "start", "--head", "--block", "--num-cpus=0", f"--port={PORT}"]
+    command += [f"--node-ip-address={head.address}", "--dashboard-host=0.0.0.0", f"--dashboard-port={JOB_SERVER_PORT}"]
+    cluster = RayCluster(head, client_home, logs)
+    log = logs / "head.log"
+    cluster.nodes[head.name] = head.start(*command, log=log)
+    deadline = time.monotonic() + UP_TIMEOUT_S
+    while cluster.client("list").returncode:
+        if time.monotonic() > deadline or cluster.nodes[head.name].poll() is not None:
+            raise RuntimeError(f"the Ray head did not come up:\n{log.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.5)
+    return cluster
+
+
+def _copy_token(source: Path, target: Path) -> None:
+    (target / TOKEN_FILE).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source / TOKEN_FILE, target / TOKEN_FILE)  # with its mode: only the owner may read it

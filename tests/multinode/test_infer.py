@@ -1,0 +1,74 @@
+"""Labelling on several hosts: the rows of one machine, whatever happens to the hosts."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from pipelines.inference.commit import list_files
+from tests.multinode.conftest import NUM_PHOTOGRAPHS, Site
+from tests.multinode.faults import cut_link, kill_driver, kill_worker
+from tests.support.infer import REPOSITORY, read_kind
+
+pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
+COMMIT_ROWS = 16
+
+
+def infer(input_uri: str, output_uri: str) -> list[str]:
+    keys = {"input.uri": input_uri, "output.uri": output_uri, "model.name": "ecaresnet26t", "model.weights": "random"}
+    keys |= {"output.commit_rows": str(COMMIT_ROWS)}
+    return ["jobs.infer", *[word for key, value in keys.items() for word in (f"--{key}", value)]]
+
+
+@pytest.fixture(scope="module")
+def alone(input_uri: str) -> str:
+    """The output of the same job on this machine's own Ray."""
+    output_uri = "s3://results/alone"
+    subprocess.run([sys.executable, "-m", *infer(input_uri, output_uri)], cwd=REPOSITORY, check=True, timeout=200)
+    return output_uri
+
+
+def test_a_submitted_job_gives_the_rows_of_one_machine(site: Site, input_uri: str, alone: str) -> None:
+    command = infer(input_uri, "s3://results/site")
+
+    def run() -> int:
+        assert site.cluster.run_job(*command, submission_id="infer")["num_ok"] == NUM_PHOTOGRAPHS
+        return 1
+
+    site.measure("infer", "undisturbed", NUM_PHOTOGRAPHS, run)
+    assert read_kind("s3://results/site", "part").equals(read_kind(alone, "part"))
+    again = site.cluster.run_job(*command, submission_id="infer-again")
+    assert again["num_resumed"] == NUM_PHOTOGRAPHS
+
+
+@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver])
+def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Site, input_uri: str, alone: str) -> None:
+    name = fault.__name__.replace("_", "-")
+    output_uri = f"s3://results/infer-{name}"
+
+    def run() -> int:
+        command = infer(input_uri, output_uri)
+        with site.cluster.submit(*command, submission_id=f"infer-{name}") as process:
+            wait_for_files(output_uri, process)
+            fault(site, "jobs.infer")
+            printed, _ = process.communicate(timeout=300)
+        if fault is not kill_driver:
+            assert process.returncode == 0, printed[-4000:]
+            return 1
+        assert process.returncode != 0
+        summary = site.cluster.run_job(*command, submission_id=f"infer-{name}-again")
+        assert summary["num_resumed"] >= COMMIT_ROWS
+        return 2
+
+    site.measure("infer", name.replace("-", " "), NUM_PHOTOGRAPHS, run)
+    assert read_kind(output_uri, "part").equals(read_kind(alone, "part"))
+    site.restore()
+
+
+def wait_for_files(output_uri: str, process: "subprocess.Popen[str]") -> None:
+    """Until some results are there."""
+    while len(list_files(output_uri)) < 3:
+        assert process.poll() is None, "the job ended before the fault"
+        time.sleep(0.2)
