@@ -54,7 +54,8 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
         )
     left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
     num_threads = max(1, int(wanted if scaling.resources_per_worker else share / WORKERS_SHARE))
-    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, min(1.0, left / 2))
+    beside_workers = (1 - WORKERS_SHARE) * max((node.num_cpus for node in nodes), default=1.0)  # a task can't use two
+    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, min(1.0, left / 2, beside_workers))
 
 
 def _largest_share(nodes: list[Node], num_workers: int) -> float:

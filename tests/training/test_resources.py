@@ -54,6 +54,10 @@ def test_workers_are_spread_over_nodes_and_never_larger_than_one(
     assert (plan.per_worker, plan.num_threads) == ({"CPU": share}, num_threads)
 
 
+def test_a_task_fits_beside_a_worker_on_any_node() -> None:
+    assert plan_workers(ScalingConfig(num_workers=2), [Node(1, 0)] * 3, False).num_cpus_per_task == 0.5
+
+
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
