@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.config.train import TrainConfig
 from pipelines.models.build import TimmModule
 from pipelines.models.normalize import Normalizer
+from pipelines.models.upload import Upload
 from pipelines.training.batches import PADDING_ID
 from pipelines.training.recipe import batch_norms, freeze, make_loss, make_mixup, make_optimizer, make_schedule
 from pipelines.training.seeds import seed_generators
@@ -82,13 +83,14 @@ class Learner:
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
         self._normalize = Normalizer(task.mean, task.std).to(device)
+        self._upload = Upload(device)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return max(float(group["lr"]) for group in self._optimizer.param_groups)
 
-    def learn(self, share: dict[str, NDArray[Any]]) -> float:
+    def learn(self, share: dict[str, NDArray[Any]]) -> torch.Tensor:
         """One step on this worker's share of a global batch.
 
         Each image counts 1 / global_batch_size, however the batch was shared out; failed ones count nothing.
@@ -97,18 +99,19 @@ class Learner:
             share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `ShareLoader` makes it.
 
         Returns:
-            This worker's part of the loss, to be summed over the workers.
+            This worker's part of the loss, to be summed over the workers: one float64 value, still on the device. Who
+            looks at it waits for the step.
         """
         seed_generators(self.config.optim.seed, self.step, self.rank)  # for dropout, mixup and erasing
         self._set_mode()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         pieces, weight = self._pieces(share)
         for position, piece in enumerate(pieces):
             is_last = position == len(pieces) - 1
             with self._synchronized(is_last):
                 loss = self._loss(share, piece) * weight
                 self._backward(loss * self.world_size, is_last)  # DDP takes the mean over the workers
-            total += float(loss.detach())
+            total += loss.detach()
         self.step += 1
         if self.average is not None:
             self.average.update(self.module, step=self.step)
@@ -227,7 +230,7 @@ class Learner:
 
     def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows x 3 x height x width, normalized, in the model's layout."""
-        images: torch.Tensor = self._normalize(torch.from_numpy(share["image"][rows]).to(self.device))
+        images: torch.Tensor = self._normalize(self._upload(share["image"][rows]))
         return images.contiguous(memory_format=self._layout)
 
     def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:

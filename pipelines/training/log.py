@@ -5,9 +5,11 @@ import json
 import logging
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensorboardX import SummaryWriter
 
 from pipelines import run_record
@@ -31,7 +33,9 @@ class TrainingLog:
         self.records: list[dict[str, Any]] = []
         self._config, self._steps_per_epoch = config, steps_per_epoch
         self._folder = tempfile.TemporaryDirectory()
-        self._window: list[float] = []
+        self._window: list[torch.Tensor] = []
+        self._writer, self._writing = ThreadPoolExecutor(1), Future[None]()
+        self._writing.set_result(None)
         self._since = self._epoch_since = time.monotonic()
         self._num_steps_of_epoch = 0
         self._is_warm = False
@@ -40,12 +44,12 @@ class TrainingLog:
     def _events(self) -> SummaryWriter:
         return SummaryWriter(self._folder.name)
 
-    def add_step(self, step: int, loss: float, lr: float) -> None:
+    def add_step(self, step: int, loss: torch.Tensor, lr: float) -> None:
         """Count a step; where it is time, say and keep how it goes. The first step is the warm-up of all rates.
 
         Args:
             step: done, over all epochs.
-            loss: of the global batch, as far as this worker knows it.
+            loss: of the global batch, as far as this worker knows it: one value, on any device.
             lr: rate of the next step.
         """
         now = time.monotonic()
@@ -57,8 +61,9 @@ class TrainingLog:
         if now - self._since < self._config.logging.every_s:
             return
         optim = self._config.optim
+        mean_loss = float(torch.stack(self._window).mean())  # waits for the steps
+        now = time.monotonic()
         rate = len(self._window) * optim.global_batch_size / (now - self._since)
-        mean_loss = sum(self._window) / len(self._window)
         epoch, within = divmod(step - 1, self._steps_per_epoch)
         self._keep(
             {"kind": "step", "step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "images_per_s": rate}
@@ -69,16 +74,14 @@ class TrainingLog:
             *(epoch + 1, optim.epochs, within + 1, self._steps_per_epoch),
             *(mean_loss, lr, rate, _duration(num_left / rate)),
         )
-        run_record.write_progress(
-            self._config.output.uri,
+        self._publish(
             {
-                "is_running": True,
                 "step": step,
                 "num_steps": self._steps_per_epoch * optim.epochs,
                 "loss": mean_loss,
                 "images_per_s": round(rate, 3),
                 "left_s": round(num_left / rate, 1),
-            },
+            }
         )
         self._window, self._since = [], now
 
@@ -108,6 +111,12 @@ class TrainingLog:
         self._events.flush()
         for path in Path(self._folder.name).iterdir():
             write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes())
+
+    def _publish(self, figures: dict[str, Any]) -> None:
+        """Write `_progress.json` beside the steps, unless the last time still takes."""
+        if self._writing.done():
+            content = {"is_running": True, **figures}
+            self._writing = self._writer.submit(run_record.write_progress, self._config.output.uri, content)
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.records.append(record)

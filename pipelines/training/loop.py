@@ -80,7 +80,7 @@ class Worker:
         self.stopped_by: str | None = None
         self._shares = WorkerShares(job, transform, self.rank, self.world_size)
         self._new_errors: dict[int, str] = {}
-        self._loss_sum = 0.0
+        self._loss_sum = self._no_loss()
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, if it has one."""
@@ -92,7 +92,7 @@ class Worker:
         self.learner.load_state(state["learner"])
         self.history, self.failed = state["history"], state["failed"]
         self.log.records = state["metrics"]
-        self._loss_sum = state["loss_sum"] if self.rank == 0 else 0.0
+        self._loss_sum = self._no_loss() + (state["loss_sum"] if self.rank == 0 else 0.0)
         if self.rank == 0:
             log.info("going on at step %d of %d", self.learner.step, self.total_steps)
 
@@ -129,12 +129,12 @@ class Worker:
     def _end_epoch(self) -> None:
         epoch = self.learner.step // self.steps_per_epoch
         record: dict[str, Any] = {"epoch": epoch, "step": self.learner.step, "lr": self.learner.lr}
-        record["train_loss"] = float(self._summed(torch.tensor([self._loss_sum]))[0]) / self.steps_per_epoch
+        record["train_loss"] = float(self._summed(self._loss_sum)) / self.steps_per_epoch
         record["images_per_s"] = self.log.epoch_rate()
         if self.job.validation is not None:
             record |= self._measure(self.job.validation)
         self.history.append(record)
-        self._loss_sum = 0.0
+        self._loss_sum = self._no_loss()
         self.failed_in_epoch.clear()
         if self.rank == 0:
             self.log.end_epoch(record)
@@ -160,12 +160,12 @@ class Worker:
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
         """Hand metrics and, from the first worker, a checkpoint to Ray Train; every worker has to come here."""
-        loss_sum = float(self._summed(torch.tensor([self._loss_sum]))[0])
+        loss_sum = float(self._summed(self._loss_sum))
         if self.rank:
             ray.train.report(metrics)
-            self._loss_sum = 0.0  # the first worker holds the sum from here on
+            self._loss_sum = self._no_loss()  # the first worker holds the sum from here on
             return
-        self._loss_sum = loss_sum
+        self._loss_sum = self._no_loss() + loss_sum
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_state(folder, self._state())
@@ -181,7 +181,7 @@ class Worker:
             "history": self.history,
             "failed": self.failed,
             "metrics": self.log.records,
-            "loss_sum": self._loss_sum,
+            "loss_sum": float(self._loss_sum),
         }
 
     def _best_module(self) -> TimmModule:
@@ -207,6 +207,10 @@ class Worker:
                 f"{num_failed} of {num_images} training images failed in an epoch, more than "
                 f"failure.max_fraction = {self.config.failure.max_fraction}; the first: {first}"
             )
+
+    def _no_loss(self) -> torch.Tensor:
+        """Sums stay on the device: a GPU that is asked for each step's loss waits for the next step to be sent."""
+        return torch.zeros((), dtype=torch.float64, device=self.learner.device)
 
     def _summed(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, as float64."""

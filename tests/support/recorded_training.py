@@ -10,7 +10,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def recording_worker(config: dict[str, Any]) -> Any:
@@ -21,7 +24,7 @@ def recording_worker(config: dict[str, Any]) -> Any:
     learn = Learner.learn
     path = Path(os.environ["RECORD_FOLDER"]) / f"{time.time_ns()}.jsonl"
 
-    def recorded(self: Learner, share: dict[str, Any]) -> float:
+    def recorded(self: Learner, share: dict[str, Any]) -> "torch.Tensor":
         with path.open("a") as file:
             print(json.dumps({"step": self.step, "rank": self.rank, "ids": share["id"].tolist()}), file=file)
         return learn(self, share)

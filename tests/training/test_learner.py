@@ -43,7 +43,7 @@ def share(step: int = 0, start: int = 0, stop: int = 8) -> dict[str, NDArray[Any
 
 
 def losses(learner: Learner, num_steps: int, start: int = 0, stop: int = 8) -> list[float]:
-    return [learner.learn(share(learner.step, start, stop)) for _ in range(num_steps)]
+    return [float(learner.learn(share(learner.step, start, stop))) for _ in range(num_steps)]
 
 
 def weights_of(learner: Learner) -> list[torch.Tensor]:
@@ -126,7 +126,7 @@ def test_one_good_image_weighs_what_it_does_in_any_batch() -> None:
     rows["error"][1:] = "corrupt: x"
     others["image"][1:], others["target"][1:] = others["image"][0], others["target"][0]
     alone, among = (Learner(config(), TASK, module(), CPU) for _ in range(2))
-    assert alone.learn(rows) == pytest.approx(among.learn(others) / 8, rel=1e-5)
+    assert float(alone.learn(rows)) == pytest.approx(float(among.learn(others)) / 8, rel=1e-5)
 
 
 def test_a_frozen_backbone_stays_as_it_is() -> None:
@@ -149,7 +149,7 @@ def test_any_timm_classifier_takes_two_steps(name: str, size: int) -> None:
     for frozen in (False, True):
         model = {"freeze_backbone": frozen}
         learner = Learner(config(model=model), task, timm.create_model(name, num_classes=4), CPU)
-        assert np.isfinite([learner.learn(rows) for _ in range(2)]).all()
+        assert np.isfinite([float(learner.learn(rows)) for _ in range(2)]).all()
         assert learner.measure(rows)["model"][0] == 4
 
 

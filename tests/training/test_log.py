@@ -3,10 +3,12 @@
 import io
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -15,8 +17,8 @@ from pipelines.training.curves import draw_curves
 from pipelines.training.log import TrainingLog
 
 
-def config() -> TrainConfig:
-    sections = {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "logging": {"every_s": 1e-9}}
+def config(output: Path) -> TrainConfig:
+    sections = {"data": {"train": {"uri": "x"}}, "output": {"uri": str(output)}, "logging": {"every_s": 1e-9}}
     return TrainConfig.model_validate(sections | {"optim": {"epochs": 2, "global_batch_size": 8}})
 
 
@@ -34,11 +36,11 @@ def events_of(folder: Path) -> list[tuple[str, int, float]]:
 
 
 @pytest.fixture
-def two_epochs() -> TrainingLog:
-    log = TrainingLog(config(), steps_per_epoch=3)
+def two_epochs(tmp_path: Path) -> TrainingLog:
+    log = TrainingLog(config(tmp_path), steps_per_epoch=3)
     for epoch in (1, 2):
         for step in range(3 * epoch - 2, 3 * epoch + 1):
-            log.add_step(step, loss=1 / step, lr=0.1)
+            log.add_step(step, loss=torch.tensor(1 / step), lr=0.1)
         record: dict[str, Any] = {"epoch": epoch, "step": 3 * epoch, "lr": 0.1, "train_loss": 0.5, "images_per_s": 9.0}
         log.end_epoch(record | {"top1": 0.25 * epoch, "top5": 1.0, "model_top1": 0.25 * epoch, "model_loss": 0.4})
     return log
@@ -58,10 +60,10 @@ def test_metrics_and_events_are_written_whole(two_epochs: TrainingLog, tmp_path:
 
 
 def test_a_run_that_goes_on_keeps_the_earlier_lines(two_epochs: TrainingLog, tmp_path: Path) -> None:
-    resumed = TrainingLog(config(), steps_per_epoch=3)
+    resumed = TrainingLog(config(tmp_path), steps_per_epoch=3)
     resumed.records = list(two_epochs.records)
-    resumed.add_step(7, loss=0.1, lr=0.1)
-    resumed.add_step(8, loss=0.1, lr=0.1)
+    resumed.add_step(7, loss=torch.tensor(0.1), lr=0.1)
+    resumed.add_step(8, loss=torch.tensor(0.1), lr=0.1)
     resumed.upload(str(tmp_path))
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 3, 3, 4, 5, 6, 6, 8]
@@ -76,3 +78,12 @@ def test_curves_are_a_picture(two_epochs: TrainingLog) -> None:
     # Without validation, and of a run that was too short for any line.
     assert draw_curves([record for record in two_epochs.records if record["kind"] == "step"], 3)
     assert draw_curves([], 3)
+
+
+def test_progress_is_written_beside_the_steps(two_epochs: TrainingLog, tmp_path: Path) -> None:
+    two_epochs.add_step(7, torch.tensor(0.5), lr=0.1)
+    while not (tmp_path / "_progress.json").exists():
+        time.sleep(0.01)
+    progress = json.loads((tmp_path / "_progress.json").read_text())
+    assert progress.items() >= {"is_running": True, "num_steps": 6}.items()
+    assert progress["images_per_s"] > 0

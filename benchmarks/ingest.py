@@ -1,0 +1,116 @@
+"""What ingest costs training: steps on images that lie ready in memory, beside `jobs.train` on photographs.
+
+    python -m benchmarks.ingest --use-gpu [--model ecaresnet50d] [--batch-size 256] [--precision bfloat16]
+    python -m benchmarks.ingest --model ecaresnet26t --batch-size 16 --num-images 128 --precision float32   # on CPUs
+
+Each of the two with and without `torch.compile`; the first steps, in which it compiles, are left out.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cluster.photographs import write_crops
+
+NUM_CLASSES = 4
+NUM_WARM_UP_STEPS, MIN_STEP_S = 5, 10.0
+RUN_TIMEOUT_S = 1800
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ecaresnet50d")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--num-images", type=int, default=16384, help="photographs of 59 KB, of an epoch")
+    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--use-gpu", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for index in range(NUM_CLASSES):
+            write_crops(str(folder / "images" / str(index)), args.num_images // NUM_CLASSES)
+        print(f"{args.model} at {args.image_size}, batches of {args.batch_size}, {args.precision}")
+        for is_compiled in (False, True):
+            config = describe(args, folder, is_compiled)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # it gives the GPU's memory back
+                ready = process.submit(learn_what_lies_ready, config, args.image_size).result(RUN_TIMEOUT_S)
+            streamed = train(config)
+            title = "compiled" if is_compiled else "eager"
+            print(
+                f"{title:9} ready {ready:9.1f} images/s; jobs.train {streamed:9.1f} images/s: {streamed / ready:.0%}",
+                flush=True,
+            )
+
+
+def describe(args: argparse.Namespace, folder: Path, is_compiled: bool) -> dict[str, Any]:
+    """The request of `jobs.train`."""
+    return {
+        "data": {"train": {"uri": str(folder / "images")}},
+        "output": {"uri": str(folder / f"run-{is_compiled}")},
+        "model": {"name": args.model, "weights": "random"},
+        "preprocess": {"image_size": args.image_size},
+        "optim": {
+            "epochs": 2,
+            "global_batch_size": args.batch_size,
+            "lr": 0.05,
+            "precision": args.precision,
+            "compile": is_compiled,
+        },
+        "scaling": {"use_gpu": args.use_gpu},
+    }
+
+
+def learn_what_lies_ready(request: dict[str, Any], image_size: int) -> float:
+    """Images/s of the learner's steps on one batch, time and again."""
+    import numpy as np
+    import timm
+    import torch
+
+    from pipelines.config.train import TrainConfig
+    from pipelines.training.learner import Learner, Task
+
+    config = TrainConfig.model_validate(request)
+    module = timm.create_model(config.model.name, num_classes=NUM_CLASSES)
+    task = Task(config.model.name, NUM_CLASSES, (0.5,) * 3, (0.25,) * 3, steps_per_epoch=1000)
+    device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+    learner = Learner(config, task, module, device)
+    num_rows = config.optim.global_batch_size
+    share = {
+        "image": np.random.default_rng(0).integers(0, 256, (num_rows, image_size, image_size, 3), np.uint8),
+        "target": np.arange(num_rows) % NUM_CLASSES,
+        "id": np.arange(num_rows),
+        "error": np.array([""] * num_rows),
+    }
+    for _ in range(NUM_WARM_UP_STEPS):
+        float(learner.learn(share))
+    started, num_steps = time.monotonic(), 0
+    while time.monotonic() - started < MIN_STEP_S:
+        loss = learner.learn(share)
+        num_steps += 1
+    float(loss)  # waits for the last step
+    return num_steps * num_rows / (time.monotonic() - started)
+
+
+def train(request: dict[str, Any]) -> float:
+    """Images/s of the last epoch of `jobs.train`."""
+    output = Path(request["output"]["uri"])
+    path = output.with_suffix(".yaml")
+    path.write_text(json.dumps(request))
+    command = [sys.executable, "-m", "jobs.train", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+    if done.returncode:
+        raise RuntimeError(f"jobs.train failed:\n{done.stderr[-4000:]}")
+    return float(json.loads((output / "_run.json").read_text())["history"][-1]["images_per_s"])
+
+
+if __name__ == "__main__":
+    main()
