@@ -17,6 +17,8 @@ CPUS_PER_REPLICA = 4
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
 CPUS_PER_COMPILED_REPLICA = 1
 SMALL_NODE_CPUS = 4
+# In flight: one is computed while the next one goes up and the last one comes down.
+BATCHES_PER_GPU = 2
 CPU_BATCH_SIZE = 16  # as fast as 32 (within 4 %), and half the memory: about 150 MB of activations a thread
 GPU_BATCH_SIZE = 256
 # Matrix products round the rows of an incomplete block of rows in another way: an image would depend on its place.
@@ -32,7 +34,7 @@ class ComputePlan:
         min_workers: with so many the run begins.
         num_cpus_per_worker: set aside for each replica.
         num_gpus_per_worker: 1 or 0.
-        num_threads_per_worker: batches that a replica predicts at the same time, each on one core.
+        num_threads_per_worker: batches that a replica has in hand at the same time; on CPUs, each on one core.
         batch_size: images per forward pass.
         num_cpus_per_decode_task: set aside for each fetching and decoding task.
         num_cpus_per_write_task: set aside for each writing task.
@@ -169,7 +171,7 @@ def _may_fill_up(cpus_each: float, node: Node, num_planned: int) -> bool:
 def _plan_gpu(hosts: list[tuple[Node, int]]) -> tuple[float, int]:
     """CPUs and threads of each replica, on one GPU each."""
     # A replica's Python thread feeds the GPU: one CPU, or less where a node has few for each of its GPUs.
-    return _round_down(min(1.0, *(node.num_cpus / node.num_gpus / 2 for node, _ in hosts))), 1
+    return _round_down(min(1.0, *(node.num_cpus / node.num_gpus / 2 for node, _ in hosts))), BATCHES_PER_GPU
 
 
 def _replica_share(node: Node) -> float:

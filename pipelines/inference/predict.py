@@ -1,6 +1,9 @@
 """Predict: uint8 images to top-k and embedding, as a replica does it. Rows 1:1."""
 
+import contextlib
 import logging
+import threading
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +16,9 @@ from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import Forward, compile_program
+from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
+from pipelines.models.transfer import Download, Upload
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ class Predictor:
         self.batch_size = options.batch_size
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
+        self._upload = Upload(self.device)
+        self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.forward = self._load_forward()
 
@@ -47,9 +54,10 @@ class Predictor:
             shape = (self.batch_size, *self.bundle.transform.input_size, 3)
             return compile_program(module, shape, self.options.num_threads)
         dtype: torch.dtype = getattr(torch, self.bundle.dtype)
-        model = module.to(self.device, dtype).to(memory_format=torch.channels_last)
+        layout = memory_format_for(self.bundle.name, self.device)
+        model = module.to(self.device, dtype).to(memory_format=layout)
         normalize = Normalizer(self.bundle.transform.mean, self.bundle.transform.std).to(self.device)
-        return lambda images: model(normalize(images.to(self.device)).to(dtype))
+        return lambda images: model(normalize(images).to(dtype).contiguous(memory_format=layout))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
@@ -87,13 +95,23 @@ class Predictor:
         if num_images < batch_size:
             missing = batch_size - num_images
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-        logits, features = self.forward(torch.from_numpy(images))
+        uploaded = self._upload(torch.from_numpy(images))
+        with self._turn:
+            logits, features = self.forward(uploaded)
+            download = Download(self._wanted(logits[:num_images], features[:num_images]))
+        return self._columns(download.wait())
+
+    def _wanted(self, logits: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+        """Probabilities and indices of the top-k, then the embedding: those of them that are asked for."""
+        topk = list(logits.float().softmax(dim=-1).topk(self.options.topk)) if self.options.topk else []
+        return topk + ([features.float()] if self.options.embedding else [])
+
+    def _columns(self, results: list[NDArray[Any]]) -> pa.Table:
         columns: dict[str, pa.Array] = {}
         if self.options.topk:
-            prob, index = logits[:num_images].float().softmax(dim=-1).topk(self.options.topk)
-            columns |= self._topk_columns(prob.cpu().numpy(), index.cpu().numpy())
+            columns |= self._topk_columns(*results[:2])
         if self.options.embedding:
-            values = features[:num_images].float().cpu().numpy()
+            values = results[-1]
             columns["embedding"] = pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])
         return pa.table(columns)
 

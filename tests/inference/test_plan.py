@@ -49,10 +49,9 @@ def test_one_replica_a_gpu() -> None:
     assert plan.batch_size == 256
 
 
-def test_a_gpu_predicts_one_batch_at_a_time_whatever_is_said_of_threads() -> None:
-    assert (
-        plan_compute(ComputeConfig(use_gpu=True, num_threads_per_worker=4), [Node(16, 1)]).num_threads_per_worker == 1
-    )
+def test_a_gpu_has_two_batches_in_hand_whatever_is_said_of_threads() -> None:
+    plan = plan_compute(ComputeConfig(use_gpu=True, num_threads_per_worker=4), [Node(16, 1)])
+    assert plan.num_threads_per_worker == 2
 
 
 def test_what_the_user_says_is_taken() -> None:

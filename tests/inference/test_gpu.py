@@ -1,0 +1,43 @@
+"""A replica on a GPU. Not run without one."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.images.transform import EvalTransform
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.predict import Predictor
+from pipelines.inference.replica import PredictOptions
+from pipelines.models.resolve import prepare_bundle, resolve_bundle
+
+pytestmark = pytest.mark.gpu
+BATCH_SIZE = 16
+
+
+def read(photographs: Path, transform: EvalTransform) -> pa.Table:
+    paths = [str(path) for path in sorted(photographs.iterdir())]
+    decode = FetchAndDecode(transform, 10**8, 10**8, "exact")
+    return decode(pa.table({"id": np.arange(len(paths)), "uri": paths}))
+
+
+@pytest.mark.parametrize("name", ["ecaresnet50d", "ecaresnet50d_pruned"])  # one of each layout
+def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
+    name: str, photographs: Path, telling_weights: Callable[[str], Path]
+) -> None:
+    bundle = prepare_bundle(
+        resolve_bundle(ModelConfig(name=name, weights=str(telling_weights(name))), PreprocessConfig())
+    )
+    images = read(photographs, bundle.transform)
+    expected = Predictor(bundle, PredictOptions(BATCH_SIZE, 5, True, use_gpu=False))(images)
+    on_gpu = Predictor(bundle, PredictOptions(BATCH_SIZE, 5, True, use_gpu=True))
+    with ThreadPoolExecutor(2) as threads:
+        many = list(threads.map(on_gpu, [images] * 8))
+    assert all(rows.equals(many[0]) for rows in many)
+    there, here = (np.stack(rows["embedding"].to_numpy()) for rows in (many[0], expected))
+    np.testing.assert_allclose(there, here, rtol=1e-2, atol=1e-3)
+    assert many[0]["index"].to_pylist() == expected["index"].to_pylist()
