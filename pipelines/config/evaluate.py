@@ -1,9 +1,16 @@
 """The request of `jobs.evaluate`."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config.base import Section
-from pipelines.config.sections import MAX_BYTES, ComputeConfig, LabelledInputConfig, ModelConfig, PreprocessConfig
+from pipelines.config.sections import (
+    MAX_BYTES,
+    ComputeConfig,
+    LabelledInputConfig,
+    ModelConfig,
+    PreprocessConfig,
+    refuse_compiling_for_cpus,
+)
 
 
 class EvaluateInputConfig(LabelledInputConfig):
@@ -20,3 +27,8 @@ class EvaluateConfig(Section):
     model: ModelConfig = ModelConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _only_gpus_compile(self) -> "EvaluateConfig":
+        refuse_compiling_for_cpus(self.model, self.compute)
+        return self

@@ -11,6 +11,7 @@ from pipelines.config.sections import (
     OutputConfig,
     OutputsConfig,
     PreprocessConfig,
+    refuse_compiling_for_cpus,
 )
 
 
@@ -29,4 +30,9 @@ class InferConfig(Section):
     def _something_is_written(self) -> "InferConfig":
         if self.outputs.topk == 0 and not self.outputs.embedding:
             raise ValueError("nothing to write: outputs.topk is 0 and outputs.embedding is false")
+        return self
+
+    @model_validator(mode="after")
+    def _only_gpus_compile(self) -> "InferConfig":
+        refuse_compiling_for_cpus(self.model, self.compute)
         return self

@@ -112,6 +112,10 @@ class ModelConfig(Section):
     """Precision of the forward pass; embeddings and probabilities are written as float32 whatever it is. `int8` is for
     CPUs with VNNI: it is quantized on images of the input, and compiled once on each machine. Default: float32."""
 
+    compile: bool = False
+    """Whether replicas on GPUs compile the forward pass (`torch.compile`): about a minute each at their start, which
+    long runs win back. Values differ in the last bits, so it is part of the fingerprint. Default: false."""
+
     quantization: QuantizationConfig = QuantizationConfig()
 
     _no_credentials = field_validator("weights")(without_credentials)
@@ -191,3 +195,9 @@ class ComputeConfig(Section):
     batch_size: int | None = Field(default=None, ge=1)
     """Images per forward pass; batches that are not full are padded to it. On CPUs it is rounded up to a multiple of 8,
     so that each image's result is the same wherever it stands. Default: 16 on CPUs, 256 on GPUs."""
+
+
+def refuse_compiling_for_cpus(model: ModelConfig, compute: ComputeConfig) -> None:
+    """Refuse what would only cost: a float32 convolution compiled for CPUs is as fast as oneDNN's, which it is."""
+    if model.compile and (not compute.use_gpu or model.dtype == "int8"):
+        raise ValueError("model.compile is for GPUs (compute.use_gpu); int8 is compiled anyway")

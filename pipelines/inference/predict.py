@@ -56,6 +56,9 @@ class Predictor:
         dtype: torch.dtype = getattr(torch, self.bundle.dtype)
         layout = memory_format_for(self.bundle.name, self.device)
         model = module.to(self.device, dtype).to(memory_format=layout)
+        if self.options.compile:
+            # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
+            model.compile(dynamic=False)
         normalize = Normalizer(self.bundle.transform.mean, self.bundle.transform.std).to(self.device)
         return lambda images: model(normalize(images).to(dtype).contiguous(memory_format=layout))
 

@@ -16,7 +16,8 @@ class PredictOptions:
         topk: classes kept per image; 0 for none.
         embedding: whether the pooled features are kept.
         use_gpu: run on the GPU that Ray gave this process, else on the CPU.
-        num_threads: on the CPU; of one batch each, or all of one batch where the model is compiled.
+        num_threads: on the CPU; of one batch each, or all of one batch where the model is quantized.
+        compile: whether `torch.compile` takes the model, for the one shape that all batches have.
     """
 
     batch_size: int
@@ -24,6 +25,7 @@ class PredictOptions:
     embedding: bool
     use_gpu: bool
     num_threads: int = 1
+    compile: bool = False
 
 
 class PredictorActor:

@@ -188,9 +188,8 @@ def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
 
 def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOptions:
     """How the replicas of a run predict."""
-    return PredictOptions(
-        plan.batch_size, topk, config.outputs.embedding, plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
-    )
+    use_gpu, num_threads = plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
+    return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu, num_threads, config.model.compile)
 
 
 def _identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:

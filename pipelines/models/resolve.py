@@ -31,7 +31,7 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
         transform=transform,
         dtype=model.dtype,
         module=HeadAndFeatures(load_weights(weights.module, weights.name, weights.state_dict)).eval(),
-        fingerprint=fingerprint(_identity(weights, transform, model.dtype, preprocess.mode)),
+        fingerprint=fingerprint(_identity(weights, transform, model, preprocess.mode)),
     )
 
 
@@ -42,11 +42,12 @@ def prepare_bundle(bundle: ModelBundle) -> ModelBundle:
     return replace(bundle, module=prepare_for_inference(bundle.module))
 
 
-def _identity(weights: Weights, transform: EvalTransform, dtype: str, mode: str) -> dict[str, Any]:
+def _identity(weights: Weights, transform: EvalTransform, model: ModelConfig, mode: str) -> dict[str, Any]:
     return {
+        **({"compile": True} if model.compile else {}),
         "weights": hash_state_dict(weights.state_dict),
         "timm": timm_version(),
         "model": weights.name.partition(".")[0],
         "transform": asdict(transform) | {"mode": mode},
-        "dtype": dtype,
+        "dtype": model.dtype,
     }

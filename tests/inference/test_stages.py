@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,17 @@ def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tm
     assert part.schema.field("embedding").type == pa.list_(pa.float32(), 2022)
     assert part.schema.metadata[b"fingerprint"] == b"f"
     assert all(column.null_count == 0 for column in part.columns)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_predicts_nearly_the_same(bundle: ModelBundle, images: pa.Table) -> None:
+    eager = Predictor(bundle, OPTIONS)(images)
+    compiled = Predictor(bundle, replace(OPTIONS, compile=True))(images)
+    assert compiled["index"].to_pylist() == eager["index"].to_pylist()
+    good = eager["error_kind"].is_null().to_pylist().count(True)
+    there, here = (np.stack(rows["embedding"].drop_null().to_numpy()) for rows in (compiled, eager))
+    assert there.shape == (good, bundle.num_features)
+    np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-4)
 
 
 def test_progress_says_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "more CPUs than there are": ({"compute.num_workers": "500"}, {}, "compute.num_workers = 500"),
     "more GPUs than there are": ({"compute.use_gpu": "true", "compute.num_workers": "9"}, {}, "asks for 9 GPUs"),
     "int8 on GPUs": ({"model.dtype": "int8", "compute.use_gpu": "true"}, {}, "GPUs"),
+    "compiling for CPUs": ({"model.compile": "true"}, {}, "model.compile is for GPUs"),
     "topk above the classes": ({"model.weights": "SEVEN", "outputs.topk": "8"}, {}, "the model has 7 classes"),
     "nothing to write": ({"outputs.topk": "0", "outputs.embedding": "false"}, {}, "nothing to write"),
 }
