@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from cluster.local import RayHead, free_ports
 from pipelines.nodes import this_machine
-from tests.support.infer import REPOSITORY
+from tests.conftest import NUM_PHOTOGRAPHS
+from tests.support.infer import REPOSITORY, run_command, summary_of
 
 CPUS = "[(node.num_cpus, node.num_gpus) for node in list_nodes()]"
 
@@ -66,3 +68,21 @@ def test_a_plan_waits_until_the_autoscaler_has_brought_its_nodes(growing_head: t
     assert any(ask(address, home, f"(can_grow(), {CPUS})") == "(True, [])" for _ in range(10))
     plan = "plan_for_cluster(ComputeConfig(num_workers=1)).num_workers"
     assert ask(address, home, f"({plan}, {CPUS})") == "(1, [(2.0, 0)])"
+
+
+@pytest.mark.slow
+def test_a_job_takes_an_empty_cluster_up_and_it_goes_down_again(
+    growing_head: tuple[str, Path], photographs: Path, tmp_path: Path
+) -> None:
+    address, home = growing_head
+    keys = {"input.uri": photographs, "output.uri": tmp_path / "out", "model.name": "ecaresnet26t"}
+    keys |= {"model.weights": "random", "preprocess.image_size": 64}
+    arguments = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    done = run_command("jobs.infer", *arguments, timeout_s=200, RAY_ADDRESS=address, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert "waiting for the autoscaler" in done.stderr
+    assert summary_of(done.stdout)["num_ok"] == NUM_PHOTOGRAPHS
+    deadline = time.monotonic() + 120
+    while ask(address, home, CPUS) != "[]":
+        assert time.monotonic() < deadline
+        time.sleep(2)

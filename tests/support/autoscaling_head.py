@@ -41,7 +41,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
     return EMPTY | {
         "cluster_name": "growing",
         "max_workers": 1,
-        "idle_timeout_minutes": 1,
+        "idle_timeout_minutes": 0.2,
         "upscaling_speed": 1,
         "file_mounts_sync_continuously": False,
         "provider": PROVIDER | {"gcs_address": gcs_address},
