@@ -20,12 +20,12 @@ from tests.multinode.ray_cluster import SETTINGS, RayCluster, start_cluster
 
 STORE_PORTS = {"master": 9333, "volume": 8080, "filer": 8888, "s3": 8333}
 BUCKETS = ("images", "results")
-NUM_WORKERS, CPUS_PER_WORKER = 3, 2
+NUM_WORKERS, CPUS_PER_WORKER = 3, 1
 ACCELERATOR = "accelerator_test"  # stands in for a GPU
-NUM_PHOTOGRAPHS = 600
+NUM_PHOTOGRAPHS = 400
 DIGITS_URI = "s3://images/digits"
 COLUMNS = f"{'job and fault':44}{'submissions':>12}{'wall time s':>13}{'time lost s':>13}{'fetched twice':>15}"
-TABLE = pytest.StashKey[list[str]]()
+TABLE, RATES = pytest.StashKey[list[str]](), pytest.StashKey[list[str]]()
 
 
 @dataclass
@@ -38,6 +38,9 @@ class Site:
         workers: the hosts that compute; the last one offers the accelerator.
         proxy: by which the hosts reach the store.
         lines: of the table of faults.
+        rates: lines below it.
+        environment: variables of all that runs on the hosts.
+        undisturbed_s: wall time of a job that nothing happens to.
     """
 
     network: Network
@@ -45,6 +48,7 @@ class Site:
     workers: list[Host]
     proxy: Proxy
     lines: list[str]
+    rates: list[str]
     environment: dict[str, str]
     undisturbed_s: dict[str, float]
 
@@ -76,10 +80,11 @@ class Site:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table of faults."""
-    if lines := config.stash.get(TABLE, []):
-        terminalreporter.section("faults on several hosts")
-        for line in [COLUMNS, *lines]:
+    """Print the table of faults, and rates."""
+    lines, rates = config.stash.get(TABLE, []), config.stash.get(RATES, [])
+    if lines or rates:
+        terminalreporter.section("several hosts")
+        for line in [COLUMNS, *lines, *rates]:
             terminalreporter.line(line)
 
 
@@ -116,8 +121,8 @@ def site(
         head = hosts_network.add_host("head", environment)
         workers = [hosts_network.add_host(f"worker{number}", environment) for number in range(NUM_WORKERS)]
         cluster = start_cluster(head, tmp_path_factory.mktemp("client"), tmp_path_factory.mktemp("nodes"))
-        lines = pytestconfig.stash.setdefault(TABLE, [])
-        made = Site(hosts_network, cluster, workers, proxy, lines, environment, {})
+        lines, rates = pytestconfig.stash.setdefault(TABLE, []), pytestconfig.stash.setdefault(RATES, [])
+        made = Site(hosts_network, cluster, workers, proxy, lines, rates, environment, {})
         for host in workers:
             made.add(host)
         cluster.wait_for(*workers)

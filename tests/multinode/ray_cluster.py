@@ -15,12 +15,13 @@ from pipelines.ray_session import RAYLET_CONFIG
 from tests.multinode.hosts import Host
 from tests.support.infer import REPOSITORY, summary_of
 
-PORT, JOB_SERVER_PORT = 6379, 8265
+PORT, JOB_SERVER_PORT, METRICS_PORT = 6379, 8265, 8090
 UP_TIMEOUT_S = 60.0
 JOB_TIMEOUT_S = 300.0
 TOKEN_FILE = Path(".ray", "auth_token")
 # Whoever may reach a port of Ray may run code on its nodes: so each node, and each client, has to show the token.
-SETTINGS = {"RAY_AUTH_MODE": "token"} | {f"RAY_{name}": str(value) for name, value in RAYLET_CONFIG.items()}
+TUNING = RAYLET_CONFIG | {"enable_metrics_collection": True, "metrics_report_interval_ms": 2_000}
+SETTINGS = {"RAY_AUTH_MODE": "token"} | {f"RAY_{name}": str(value) for name, value in TUNING.items()}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -49,13 +50,24 @@ class RayCluster:
         """Start a node on a host, with the cluster's token in its HOME; it joins within some seconds."""
         _copy_token(self.head.home, host.home)
         command = [RAY, "start", "--block", f"--address={self.head.address}:{PORT}", f"--num-cpus={num_cpus}"]
-        command += [f"--resources={json.dumps(dict(resources or {}))}"]
+        command += [f"--metrics-export-port={METRICS_PORT}", f"--resources={json.dumps(dict(resources or {}))}"]
         self.nodes[host.name] = host.start(*command, log=self.logs / f"{host.name}.log")
+
+    def remove_worker(self, host: Host) -> None:
+        """End a node as an autoscaler does."""
+        host.run(RAY, "stop", "--grace-period=10")
+        self.nodes[host.name].wait(UP_TIMEOUT_S)
+
+    def listed(self, kind: str, *words: str) -> list[dict[str, Any]]:
+        """What Ray's state API knows of `nodes`, `tasks`, `actors` or `jobs`."""
+        command = [RAY, "list", kind, "--format=json", "--detail", "--limit=10000", f"--address={self.job_server}"]
+        printed = self.head.run(*command, *words)
+        found: list[dict[str, Any]] = json.loads(printed) if printed.lstrip().startswith("[") else []
+        return found  # Ray says in words that there is nothing
 
     def addresses(self) -> set[str]:
         """Of the nodes that Ray takes for alive."""
-        listed = self.head.run(RAY, "list", "nodes", "--format=json", f"--address={self.job_server}")
-        return {node["node_ip"] for node in json.loads(listed) if node["state"] == "ALIVE"}
+        return {node["node_ip"] for node in self.listed("nodes") if node["state"] == "ALIVE"}
 
     def wait_for(self, *hosts: Host) -> None:
         """Wait until the head and exactly these hosts are alive to Ray."""

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.inference.commit import list_files
 from tests.multinode.conftest import NUM_PHOTOGRAPHS, Site
-from tests.multinode.faults import cut_link, kill_driver, kill_worker
+from tests.multinode.faults import cut_link, kill_driver, kill_worker, stop_job
 from tests.support.infer import REPOSITORY, read_kind
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
@@ -43,7 +43,7 @@ def test_a_submitted_job_gives_the_rows_of_one_machine(site: Site, input_uri: st
     assert again["num_resumed"] == NUM_PHOTOGRAPHS
 
 
-@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver])
+@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver, stop_job])
 def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Site, input_uri: str, alone: str) -> None:
     name = fault.__name__.replace("_", "-")
     output_uri = f"s3://results/infer-{name}"
@@ -54,7 +54,7 @@ def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Si
             wait_for_files(output_uri, process)
             fault(site, "jobs.infer")
             printed, _ = process.communicate(timeout=300)
-        if fault is not kill_driver:
+        if fault not in (kill_driver, stop_job):
             assert process.returncode == 0, printed[-4000:]
             return 1
         assert process.returncode != 0
