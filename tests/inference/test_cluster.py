@@ -75,12 +75,12 @@ def test_a_job_takes_an_empty_cluster_up_and_it_goes_down_again(
     growing_head: tuple[str, Path], photographs: Path, tmp_path: Path
 ) -> None:
     address, home = growing_head
+    assert ask(address, home, CPUS) == "[]"
     keys = {"input.uri": photographs, "output.uri": tmp_path / "out", "model.name": "ecaresnet26t"}
     keys |= {"model.weights": "random", "preprocess.image_size": 64}
     arguments = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     done = run_command("jobs.infer", *arguments, timeout_s=200, RAY_ADDRESS=address, HOME=str(home))
     assert done.returncode == 0, done.stderr
-    assert "waiting for the autoscaler" in done.stderr
     assert summary_of(done.stdout)["num_ok"] == NUM_PHOTOGRAPHS
     deadline = time.monotonic() + 120
     while ask(address, home, CPUS) != "[]":

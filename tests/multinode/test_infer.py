@@ -14,6 +14,7 @@ from tests.support.infer import REPOSITORY, read_kind
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
 COMMIT_ROWS = 16
+FAULTS = [kill_worker, cut_link, kill_driver, pytest.param(stop_job, marks=pytest.mark.slow)]
 
 
 def infer(input_uri: str, output_uri: str) -> list[str]:
@@ -43,7 +44,7 @@ def test_a_submitted_job_gives_the_rows_of_one_machine(site: Site, input_uri: st
     assert again["num_resumed"] == NUM_PHOTOGRAPHS
 
 
-@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver, stop_job])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Site, input_uri: str, alone: str) -> None:
     name = fault.__name__.replace("_", "-")
     output_uri = f"s3://results/infer-{name}"
