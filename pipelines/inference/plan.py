@@ -76,14 +76,19 @@ def plan_compute(
         raise RequestError("the cluster has no CPUs")
     per_replica = CPUS_PER_COMPILED_REPLICA if is_compiled else CPUS_PER_REPLICA
     hosts = [(node, slots) for node in working if (slots := _replicas_of(node, config, per_replica))]
-    least, most = _wanted(config, sum(slots for _, slots in hosts))
+    num_default = sum(slots for _, slots in hosts)
+    least, most = _wanted(config, num_default)
     _refuse_if_missing(config, least, working)
     others = [node for node in working if not _replicas_of(node, config, per_replica)]
-    cpus_each, threads = _plan_gpu(hosts) if config.use_gpu else _plan_cpu(config, hosts, least, per_replica)
+    # On CPUs more replicas than by default only get smaller shares.
+    num_present = most if config.use_gpu else max(least, min(most, num_default))
+    cpus_each, threads = (
+        _plan_gpu(hosts) if config.use_gpu else _plan_cpu(config, hosts, num_present, per_replica, may_grow)
+    )
     if config.num_cpus_per_worker is not None:
         cpus_each = config.num_cpus_per_worker
     room = _refuse_if_too_many(least, cpus_each, config, working)
-    num_present = min(most, room)
+    num_present = min(num_present, room)
     total_cpus = sum(node.num_cpus for node in others or working)
     share_left = 1.0 if others else 1 - num_present * cpus_each / total_cpus
     left = share_left * max(node.num_cpus for node in others or working)  # on one node: a task can't use two
@@ -125,7 +130,7 @@ def _replicas_of(node: Node, config: ComputeConfig, per_replica: int) -> int:
 
 
 def _plan_cpu(
-    config: ComputeConfig, hosts: list[tuple[Node, int]], num_workers: int, per_replica: int
+    config: ComputeConfig, hosts: list[tuple[Node, int]], num_workers: int, per_replica: int, may_grow: bool
 ) -> tuple[float, int]:
     """CPUs and threads of each replica, without GPUs."""
     nodes = [node for node, _ in hosts]
@@ -140,18 +145,17 @@ def _plan_cpu(
         )
     threads = config.num_threads_per_worker or max(1, int(threads / crowding))
     cpus_each = _round_down(min(shares) / math.ceil(crowding))
-    is_free = crowding == 1 and not config.resources_per_worker
-    return _survive_loss(cpus_each, nodes, config, per_replica) if is_free else cpus_each, threads
+    # One node's replicas may come to run on another one.
+    may_move = (len(nodes) > 1 or may_grow) and crowding == 1 and not config.resources_per_worker
+    return _survive_loss(cpus_each, nodes, config, per_replica) if may_move else cpus_each, threads
 
 
 def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, per_replica: int) -> float:
-    """A little more for each replica, so that the others' nodes have CPUs for tasks left when one node is lost.
+    """A little more for each replica, so that nodes have CPUs for tasks left when replicas of another node come.
 
-    Its replicas start again wherever they fit. Were they to fill the nodes, no task could start any more, and the run
-    would stand still.
+    Those of a lost node start again wherever they fit, and so do those that wait for a new node. Were they to fill the
+    nodes, no task could start any more, and the run would stand still.
     """
-    if len(nodes) == 1:
-        return cpus_each
     counts = [_replicas_of(node, config, per_replica) for node in nodes]
     wanted = cpus_each
     while all(count * wanted < node.num_cpus for node, count in zip(nodes, counts)):

@@ -136,3 +136,14 @@ def test_a_missing_resource_is_refused_with_the_numbers() -> None:
 def test_resources_with_keys_of_their_own_are_no_custom_ones() -> None:
     with pytest.raises(ValueError, match="GPU has a key of its own"):
         ComputeConfig(resources_per_worker={"GPU": 1})
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2, 4, 16])
+@pytest.mark.parametrize("may_grow", [False, True])
+def test_a_range_on_cpus_leaves_room_for_tasks(num_cpus: int, may_grow: bool) -> None:
+    plan = plan_compute(ComputeConfig(num_workers=(1, 64)), [Node(num_cpus, 0)], may_grow=may_grow)
+    by_default = plan_compute(ComputeConfig(), [Node(num_cpus, 0)])
+    assert plan.num_workers == (64 if may_grow else by_default.num_workers)
+    num_that_fit = min(plan.num_workers, int(num_cpus / plan.num_cpus_per_worker + 1e-6))
+    left = num_cpus - num_that_fit * plan.num_cpus_per_worker
+    assert left >= plan.num_cpus_per_decode_task + plan.num_cpus_per_write_task - 1e-6
