@@ -29,7 +29,8 @@ def log_to_stderr() -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(RAYS_NOISE))
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # says where it found credentials, in each process
+    for name in ("aiobotocore", "botocore"):  # say where they found credentials and endpoint, in each process
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name, beginning in RAYS_WARNINGS.items():
         logging.getLogger(name).addFilter(functools.partial(_is_other, beginning))
 
