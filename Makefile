@@ -33,7 +33,7 @@ test-slow: setup  ## the slow tests: all five models, every way between stores, 
 
 test-multinode: setup  ## jobs on five hosts in network namespaces, which break (root, Linux)
 	command -v ip > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends iproute2)
-	$(LIMIT) 2400 $(RUN) -m pytest -m "multinode and not slow"
+	$(LIMIT) 3000 $(RUN) -m pytest -m "multinode and not slow"
 
 test-gpu: setup  ## tests that need a GPU
 	$(LIMIT) 1800 $(RUN) -m pytest -m gpu || [ $$? -eq 5 ]

@@ -17,7 +17,7 @@ from tests.support.infer import REPOSITORY, summary_of
 
 PORT, JOB_SERVER_PORT, METRICS_PORT = 6379, 8265, 8090
 UP_TIMEOUT_S = 60.0
-JOB_TIMEOUT_S = 300.0
+JOB_TIMEOUT_S = 600.0
 TOKEN_FILE = Path(".ray", "auth_token")
 # Whoever may reach a port of Ray may run code on its nodes: so each node, and each client, has to show the token.
 TUNING = RAYLET_CONFIG | {"enable_metrics_collection": True, "metrics_report_interval_ms": 2_000}

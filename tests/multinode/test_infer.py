@@ -10,6 +10,7 @@ import pytest
 from pipelines.inference.commit import list_files
 from tests.multinode.conftest import NUM_PHOTOGRAPHS, Site
 from tests.multinode.faults import cut_link, kill_driver, kill_worker, stop_job
+from tests.multinode.ray_cluster import JOB_TIMEOUT_S
 from tests.support.infer import REPOSITORY, read_kind
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
@@ -54,7 +55,7 @@ def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Si
         with site.cluster.submit(*command, submission_id=f"infer-{name}") as process:
             wait_for_files(output_uri, process)
             fault(site, "jobs.infer")
-            printed, _ = process.communicate(timeout=300)
+            printed, _ = process.communicate(timeout=JOB_TIMEOUT_S)
         if fault not in (kill_driver, stop_job):
             assert process.returncode == 0, printed[-4000:]
             return 1

@@ -13,6 +13,7 @@ from pipelines.storage import uris
 from pipelines.storage.filesystem import is_there, read_bytes
 from tests.multinode.conftest import Site
 from tests.multinode.faults import cut_link, kill_driver, kill_worker
+from tests.multinode.ray_cluster import JOB_TIMEOUT_S
 from tests.support.infer import REPOSITORY
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
@@ -70,7 +71,7 @@ def test_two_hosts_learn_what_one_machine_learns(site: Site, digits_uri: str, al
     assert len({actor["node_id"] for actor in actors if actor["class_name"] == "RayTrainWorker"}) == 2
 
 
-@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver])
+@pytest.mark.parametrize("fault", [kill_worker, pytest.param(cut_link, marks=pytest.mark.slow), kill_driver])
 def test_training_goes_on(
     fault: Callable[[Site, str], None], site: Site, digits_uri: str, alone: list[dict[str, Any]]
 ) -> None:
@@ -82,7 +83,7 @@ def test_training_goes_on(
         with site.cluster.submit(*command, submission_id=f"train-{name}") as process:
             wait_for_checkpoint(output_uri, process)
             fault(site, "jobs.train")
-            printed, _ = process.communicate(timeout=300)
+            printed, _ = process.communicate(timeout=JOB_TIMEOUT_S)
         if fault is not kill_driver:
             assert process.returncode == 0, printed[-4000:]
             return 1
