@@ -115,7 +115,7 @@ def test_a_share_of_hardly_any_good_image_is_survived(num_good: int, sections: d
     learner = Learner(config(optim={"grad_accum_steps": 4}, **sections), TASK, module(), CPU)
     passes = []
     learner._model.register_forward_hook(lambda model, images, logits: passes.append(len(images[0])))
-    loss = learner.learn(rows)
+    loss = float(learner.learn(rows))
     assert passes == [2, 2, 2, 2]  # as on every other worker
     assert np.isfinite(loss)
     assert (loss == 0) == (num_good == 0)
