@@ -13,7 +13,7 @@ class Bound:
     """What the whole cannot be faster than.
 
     Attributes:
-        by: `store`, `cores` or `replicas`.
+        by: `store`, `cores`, `replicas` or `decoders of GPUs`.
         images_per_s: the rate.
         stage: the one that takes most of it.
     """
@@ -23,7 +23,9 @@ class Bound:
     stage: str
 
 
-def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int) -> list[Bound]:
+def find_bounds(
+    costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int, decodes_on_gpus: bool = False
+) -> list[Bound]:
     """The bounds of a run, the lowest first.
 
     Args:
@@ -31,6 +33,7 @@ def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: flo
         plan: what each stage declares.
         num_cpus: of the machines.
         num_readers: processes that read from the store at the same time when `fetch` was measured.
+        decodes_on_gpus: whether `decode` is that of one replica.
     """
     dearest = max(costs, key=lambda name: costs[name].cpu_s_per_image)
     bounds = [
@@ -38,6 +41,8 @@ def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: flo
         Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), dearest),
         Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"),
     ]
+    if decodes_on_gpus:  # by engines of their own, beside the forward pass
+        bounds.append(Bound("decoders of GPUs", plan.num_workers * costs["decode"].images_per_s, "decode"))
     return sorted(bounds, key=lambda bound: bound.images_per_s)
 
 

@@ -17,7 +17,14 @@ import ray
 
 from pipelines.benchmark.report import find_bounds, format_report
 from pipelines.benchmark.setup import Setup
-from pipelines.benchmark.stages import StageCost, measure_decode, measure_fetch, measure_forward, measure_write
+from pipelines.benchmark.stages import (
+    StageCost,
+    measure_decode,
+    measure_device_decode,
+    measure_fetch,
+    measure_forward,
+    measure_write,
+)
 from pipelines.benchmark.whole import WholeRate, measure_whole
 from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.errors import RequestError, RunError, root_cause
@@ -70,7 +77,7 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     output_uri = _free_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
     watch.lap("list")
-    sample = listing.table["uri"].take(every_nth(listing.table.num_rows, config.sample.num_images))
+    sample = listing.table["uri"].take(every_nth(listing.table.num_rows, config.num_sampled()))
     facts = model.facts()
     if facts.dtype == "int8":
         positions = every_nth(len(sample), config.model.quantization.num_images)
@@ -121,15 +128,15 @@ def measure_stages(setup: Setup) -> dict[str, StageCost]:
     """Each stage alone, one after the other, in processes as the run has them."""
     config, stage_s = setup.config, setup.config.sample.stage_s
     log.info("measuring each stage alone, %.0f s each", stage_s)
-    object_uris, decode = setup.sample.to_pylist(), make_decode(config, setup.facts)
+    object_uris = setup.sample.to_pylist()
     # Each reader begins elsewhere, so that none reads what another has just warmed.
     starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
     orders = [object_uris[start:] + object_uris[:start] for start in starts]
     reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
     return {
         "fetch": _mean(ray.get(reads)),
-        "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
-        "forward": ray.get(_measure_replica(setup)),
+        "decode": ray.get(_measure_decode(setup, object_uris)),
+        "forward": ray.get(_measure_forward(setup)),
         "write": ray.get(_remote(measure_write, setup.writer, setup.rows_per_file, stage_s)),
     }
 
@@ -143,27 +150,39 @@ def _mean(costs: list[StageCost]) -> StageCost:
     return StageCost(*(sum(values) / len(costs) for values in zip(*(asdict(cost).values() for cost in costs))))
 
 
-def _measure_replica(setup: Setup) -> "ray.ObjectRef[StageCost]":
-    """The forward pass, in a process with a replica's resources and environment."""
+def _measure_decode(setup: Setup, object_uris: list[str]) -> "ray.ObjectRef[StageCost]":
+    decode, options, stage_s = make_decode(setup.config, setup.facts), setup.options, setup.config.sample.stage_s
+    if decode.mode == "cuda":
+        return _on_replica(setup, measure_device_decode, object_uris, decode, options, stage_s)
+    return _remote(measure_decode, object_uris, decode, stage_s)
 
+
+def _measure_forward(setup: Setup) -> "ray.ObjectRef[StageCost]":
     def measure(pickled_bundle: bytes) -> StageCost:
         bundle = pickle.loads(pickled_bundle)  # noqa: S301 - our own driver's, never from a file
         return measure_forward(bundle, options, num_threads, stage_s)
 
-    plan, options, stage_s = setup.plan, setup.options, setup.config.sample.stage_s
-    num_threads = plan.num_threads_per_worker
+    options, num_threads = setup.options, setup.plan.num_threads_per_worker
+    stage_s = setup.config.sample.stage_s
+    return _on_replica(setup, measure, ray.put(setup.pickled_bundle))
+
+
+def _on_replica(setup: Setup, measure: Callable[..., StageCost], *args: object) -> "ray.ObjectRef[StageCost]":
+    """Measure in a process with a replica's resources and environment."""
+    plan = setup.plan
     task = ray.remote(measure).options(
         num_cpus=plan.num_cpus_per_worker,
         num_gpus=plan.num_gpus_per_worker or None,
         resources=dict(plan.resources_per_worker) or None,
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
-    reference: ray.ObjectRef[StageCost] = task.remote(ray.put(setup.pickled_bundle))
+    reference: ray.ObjectRef[StageCost] = task.remote(*args)
     return reference
 
 
 def _summarize(setup: Setup, costs: dict[str, StageCost], whole: WholeRate, watch: Watch) -> dict[str, Any]:
-    bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers)
+    decodes_on_gpus = setup.config.preprocess.mode == "cuda"
+    bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers, decodes_on_gpus)
     num_images = whole.num_ok + whole.num_failed
     lowest, steady = bounds[0], whole.steady_images_per_s
     return {

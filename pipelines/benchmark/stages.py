@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import ItemError, RunError
+from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import make_preprocess
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.replica import PredictOptions
@@ -67,8 +68,7 @@ def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: floa
     Raises:
         RunError: not one of the images can be had.
     """
-    fetched = fetch_many(object_uris[:: -(-len(object_uris) // FETCH_ROWS)], decode.max_bytes)
-    contents = [found.content for found in fetched if isinstance(found.content, bytes)]
+    contents = _fetch_some(object_uris, FETCH_ROWS, decode.max_bytes)
     preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
 
     def is_image(content: bytes) -> bool:
@@ -78,15 +78,52 @@ def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: floa
             return False
         return True
 
-    images = [content for content in contents if is_image(content)]
-    if not images:
-        raise RunError("not one of the sampled images could be fetched and decoded")
+    images = _refuse_none([content for content in contents if is_image(content)])
 
     def decode_one(content: bytes) -> int:
         preprocess(content).pixels.tobytes()
         return 1
 
     return _time(decode_one, itertools.cycle(images), stage_s)[0]
+
+
+def measure_device_decode(
+    object_uris: list[str], decode: FetchAndDecode, options: PredictOptions, stage_s: float
+) -> StageCost:
+    """JPEG bytes in host memory to the model's input on the replica's device, batch by batch.
+
+    Raises:
+        RunError: not one of the images is a JPEG that the device takes; or it takes none at all.
+    """
+    import torch  # late
+
+    from pipelines.images.device import DeviceDecoder
+
+    contents = _fetch_some(object_uris, options.batch_size, decode.max_bytes)
+    jpegs = _refuse_none([one for one in contents if size_for_device(one, decode.transform, decode.max_pixels)])
+    decode_batch = DeviceDecoder(
+        decode.transform, decode.max_pixels, torch.device("cuda" if options.use_gpu else "cpu")
+    )
+
+    def decode_all(_: None) -> int:
+        decode_batch(jpegs)
+        if options.use_gpu:
+            torch.cuda.synchronize()
+        return len(jpegs)
+
+    decode_all(None)
+    return _time(decode_all, itertools.repeat(None), stage_s)[0]
+
+
+def _fetch_some(object_uris: list[str], num_images: int, max_bytes: int) -> list[bytes]:
+    fetched = fetch_many(object_uris[:: -(-len(object_uris) // num_images)], max_bytes)
+    return [found.content for found in fetched if isinstance(found.content, bytes)]
+
+
+def _refuse_none(images: list[bytes]) -> list[bytes]:
+    if not images:
+        raise RunError("not one of the sampled images could be fetched and decoded")
+    return images
 
 
 def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:
@@ -140,8 +177,9 @@ def _noise(num_images: int, input_size: tuple[int, int]) -> pa.Table:
         "height": pa.array([input_size[0]] * num_images, pa.int32()),
         "image": pa.array([image.tobytes() for image in pixels], pa.large_binary()),
     }
-    empty = {name: pa.nulls(num_images, IMAGES.field(name).type) for name in ("error_kind", "error_message")}
-    return pa.table(columns | empty | {"num_retries": pa.array([0] * num_images, pa.int32())}, schema=IMAGES)
+    empty = {name: pa.nulls(num_images, IMAGES.field(name).type) for name in ("jpeg", "error_kind", "error_message")}
+    columns |= empty | {"num_retries": pa.array([0] * num_images, pa.int32())}
+    return pa.table(columns, schema=IMAGES)
 
 
 def _predictions(schema: pa.Schema, num_rows: int) -> pa.Table:

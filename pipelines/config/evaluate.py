@@ -9,7 +9,7 @@ from pipelines.config.sections import (
     LabelledInputConfig,
     ModelConfig,
     PreprocessConfig,
-    refuse_compiling_for_cpus,
+    refuse_gpu_work_for_cpus,
 )
 
 
@@ -29,6 +29,6 @@ class EvaluateConfig(Section):
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
-    def _only_gpus_compile(self) -> "EvaluateConfig":
-        refuse_compiling_for_cpus(self.model, self.compute)
+    def _gpu_work_has_gpus(self) -> "EvaluateConfig":
+        refuse_gpu_work_for_cpus(self.model, self.preprocess, self.compute)
         return self

@@ -11,7 +11,7 @@ from pipelines.config.sections import (
     OutputConfig,
     OutputsConfig,
     PreprocessConfig,
-    refuse_compiling_for_cpus,
+    refuse_gpu_work_for_cpus,
 )
 
 
@@ -33,6 +33,6 @@ class InferConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _only_gpus_compile(self) -> "InferConfig":
-        refuse_compiling_for_cpus(self.model, self.compute)
+    def _gpu_work_has_gpus(self) -> "InferConfig":
+        refuse_gpu_work_for_cpus(self.model, self.preprocess, self.compute)
         return self

@@ -135,9 +135,10 @@ class OutputsConfig(Section):
 class PreprocessConfig(Section):
     """From bytes to the model's input."""
 
-    mode: Literal["exact", "fast"] = "exact"
+    mode: Literal["exact", "fast", "cuda"] = "exact"
     """`exact` (the default) gives timm's eval transform bit for bit. `fast` decodes and resizes JPEG in a fraction of
-    the time, to pixels that differ a little (see BENCHMARKS.md for how much)."""
+    the time, to pixels that differ a little (see BENCHMARKS.md for how much). `cuda` has replicas on GPUs decode and
+    resize JPEG there; other files, and what a GPU refuses, are done as `fast` does it."""
 
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""
@@ -149,6 +150,11 @@ class PreprocessConfig(Section):
     max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
     """Largest source image decoded, width times height; a larger one becomes a failed row (`too_many_pixels`).
     A decoding task holds 3 bytes per pixel, more for some formats. Default: Pillow's own limit, 178,956,970."""
+
+    @property
+    def max_pixels_on_device(self) -> int | None:
+        """Largest image that a replica decodes, in pixels; None where images come to it decoded."""
+        return self.max_pixels if self.mode == "cuda" else None
 
 
 class FailureConfig(Section):
@@ -197,7 +203,9 @@ class ComputeConfig(Section):
     so that each image's result is the same wherever it stands. Default: 16 on CPUs, 256 on GPUs."""
 
 
-def refuse_compiling_for_cpus(model: ModelConfig, compute: ComputeConfig) -> None:
-    """Refuse what would only cost: a float32 convolution compiled for CPUs is as fast as oneDNN's, which it is."""
+def refuse_gpu_work_for_cpus(model: ModelConfig, preprocess: PreprocessConfig, compute: ComputeConfig) -> None:
+    """Refuse what replicas on CPUs can't do, or would only pay for: a compiled float32 convolution is oneDNN's too."""
     if model.compile and (not compute.use_gpu or model.dtype == "int8"):
         raise ValueError("model.compile is for GPUs (compute.use_gpu); int8 is compiled anyway")
+    if preprocess.mode == "cuda" and not compute.use_gpu:
+        raise ValueError("preprocess.mode=cuda decodes on GPUs (compute.use_gpu); `fast` is the quick way on CPUs")

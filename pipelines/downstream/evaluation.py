@@ -122,7 +122,8 @@ def _count(
     decode = _make_decode(config, model)
     use_gpu, num_threads = plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
     topk = min(TOPK, model.num_classes)
-    options = PredictOptions(plan.batch_size, topk, False, use_gpu, num_threads, config.model.compile)
+    limit = config.preprocess.max_pixels_on_device
+    options = PredictOptions(plan.batch_size, topk, False, use_gpu, num_threads, config.model.compile, limit)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
     source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size))
     counter = HitCounter(ray.put(targets))

@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from pipelines.errors import ItemError
 from pipelines.images.decode import decode_rgb
+from pipelines.images.jpeg import TORCH_FILTERS, read_size
 from pipelines.images.transform import EvalTransform
 
-JPEG_MAGIC = b"\xff\xd8\xff"
-# Of torch's antialiased filters on uint8; Pillow has more.
-TORCH_FILTERS = ("bicubic", "bilinear")
 # What the DCT leaves is resized once more: at half as many pixels again, the filter still decides how the result looks.
 DCT_MARGIN = 1.5
 # libjpeg-turbo knows others in eighths, without SIMD.
@@ -45,11 +42,10 @@ def preprocess_fast(content: bytes, transform: EvalTransform, max_pixels: int) -
 
 
 def _decode(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[int, int, NDArray[np.uint8]]:
-    if content.startswith(JPEG_MAGIC):
-        try:
-            return _decode_jpeg(content, transform, max_pixels)
-        except ValueError:
-            pass  # Pillow reads some of what is refused here, and says of the others what is wrong with them
+    try:
+        return _decode_jpeg(content, transform, max_pixels)
+    except ValueError:
+        pass  # Pillow reads some of what is refused here, and says of the others what is wrong with them
     image = decode_rgb(content, max_pixels)
     return image.width, image.height, np.array(image)  # torch wants to be able to write to it
 
@@ -60,11 +56,7 @@ def _decode_jpeg(content: bytes, transform: EvalTransform, max_pixels: int) -> t
     Raises:
         ValueError: for the other decoder.
     """
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(content)
-    if colorspace not in ("YCbCr", "Gray", "RGB"):
-        raise ValueError(f"{colorspace} is converted by Pillow")
-    if width * height > max_pixels:
-        raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
+    width, height = read_size(content, max_pixels)
     resized_width, resized_height = transform.resized_size(width, height, max_pixels)
     spare = min(width / resized_width, height / resized_height) / DCT_MARGIN
     factor = next((factor for factor in DCT_FACTORS if factor <= spare), 1)

@@ -1,4 +1,4 @@
-"""Fetch and decode: rows of the manifest to uint8 images of the model's input size.
+"""Fetch and decode: rows of the manifest to uint8 images of the model's input size, or to JPEGs for a GPU.
 
 Both happen in one task, so that the encoded bytes and the full-size image never leave the process; decoding goes on
 while the rest of the batch is in flight. Rows 1:1.
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipelines import metrics
 from pipelines.errors import ItemError
+from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import Mode, Preprocess, make_preprocess
 from pipelines.images.transform import EvalTransform
 from pipelines.inference.schema import IMAGES
@@ -42,7 +43,7 @@ class FetchAndDecode:
         started, decode_s = time.monotonic(), 0.0
         for fetched in fetch_many(object_uris, self.max_bytes):
             decode_started = time.monotonic()
-            rows[fetched.position] = {"num_retries": fetched.num_retries, **_decode_row(fetched.content, preprocess)}
+            rows[fetched.position] = {"num_retries": fetched.num_retries, **self._row(fetched.content, preprocess)}
             decode_s += time.monotonic() - decode_started
             metrics.count("ecaray_fetched_bytes", len(fetched.content) if isinstance(fetched.content, bytes) else 0)
         metrics.count("ecaray_stage_seconds", decode_s, stage="decode")
@@ -50,12 +51,13 @@ class FetchAndDecode:
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 
-
-def _decode_row(content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
-    if isinstance(content, ItemError):
-        return {"error_kind": content.kind, "error_message": content.message}
-    try:
-        width, height, pixels = preprocess(content)
-    except ItemError as error:
-        return {"error_kind": error.kind, "error_message": error.message}
-    return {"width": width, "height": height, "image": pixels.tobytes()}
+    def _row(self, content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
+        if isinstance(content, ItemError):
+            return {"error_kind": content.kind, "error_message": content.message}
+        if self.mode == "cuda" and (size := size_for_device(content, self.transform, self.max_pixels)):
+            return {"width": size.width, "height": size.height, "jpeg": content}
+        try:
+            width, height, pixels = preprocess(content)
+        except ItemError as error:
+            return {"error_kind": error.kind, "error_message": error.message}
+        return {"width": width, "height": height, "image": pixels.tobytes()}

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import metrics
+from pipelines.inference.pixels import PixelLoader
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import Forward, compile_program
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import Download, Upload
+from pipelines.models.transfer import Beside, Download
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class Predictor:
         self.batch_size = options.batch_size
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
-        self._upload = Upload(self.device)
+        self._beside = Beside(self.device)
+        self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, self._beside)
         self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.forward = self._load_forward()
@@ -64,15 +66,14 @@ class Predictor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
-        good = batch.filter(pc.is_valid(batch["image"]))
-        images = _stack(good, self.bundle.transform.input_size)
+        batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
         if self.options.use_gpu:
             metrics.show_gpu_memory(torch.cuda.max_memory_allocated())
         return self._join(batch, results)
 
-    def _predict_images(self, images: NDArray[np.uint8]) -> pa.Table:
+    def _predict_images(self, images: torch.Tensor) -> pa.Table:
         """Batch by batch; where the GPU's memory does not hold one, in smaller ones from then on."""
         chunks: list[pa.Table] = []
         start = 0
@@ -90,15 +91,14 @@ class Predictor:
         return pa.concat_tables(chunks)
 
     @torch.inference_mode()
-    def _predict_batch(self, images: NDArray[np.uint8], batch_size: int) -> pa.Table:
+    def _predict_batch(self, images: torch.Tensor, batch_size: int) -> pa.Table:
         """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
         num_images = len(images)
         metrics.count("ecaray_batch_images", num_images)
         metrics.count("ecaray_batch_places", batch_size)
         if num_images < batch_size:
-            missing = batch_size - num_images
-            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-        uploaded = self._upload(torch.from_numpy(images))
+            images = torch.cat([images, images.new_zeros(batch_size - num_images, *images.shape[1:])])
+        uploaded = self._beside.upload(images)
         with self._turn:
             logits, features = self.forward(uploaded)
             download = Download(self._wanted(logits[:num_images], features[:num_images]))
@@ -133,19 +133,8 @@ class Predictor:
 
     def _join(self, batch: pa.Table, results: pa.Table) -> pa.Table:
         # Position of each row's result; null, which `take` answers with null, for a failed row.
-        is_good = pc.is_valid(batch["image"]).to_numpy()
+        is_good = pc.is_null(batch["error_kind"]).to_numpy()
         positions = pa.array(np.cumsum(is_good) - 1, mask=~is_good)
         columns = {name: results[name].take(positions) for name in results.column_names}
-        columns |= {name: batch[name] for name in batch.column_names if name != "image"}
+        columns |= {name: batch[name] for name in batch.column_names if name in self.schema.names}
         return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
-
-
-def _stack(good: pa.Table, input_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The images as rows x height x width x 3; a view of Arrow's memory where the rows are in one piece."""
-    column = good["image"].combine_chunks()
-    image = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
-    if not len(image):
-        return np.zeros((0, *input_size, 3), np.uint8)
-    offsets = np.frombuffer(image.buffers()[1], np.int64)[image.offset : image.offset + len(image) + 1]
-    pixels = np.frombuffer(image.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
-    return pixels.reshape(-1, *input_size, 3)

@@ -18,6 +18,7 @@ class PredictOptions:
         use_gpu: run on the GPU that Ray gave this process, else on the CPU.
         num_threads: on the CPU; of one batch each, or all of one batch where the model is quantized.
         compile: whether `torch.compile` takes the model, for the one shape that all batches have.
+        max_pixels: largest image that a replica decodes; None where images come decoded.
     """
 
     batch_size: int
@@ -26,6 +27,7 @@ class PredictOptions:
     use_gpu: bool
     num_threads: int = 1
     compile: bool = False
+    max_pixels: int | None = None
 
 
 class PredictorActor:

@@ -189,7 +189,8 @@ def make_decode(config: InferConfig, model: ModelFacts) -> FetchAndDecode:
 def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOptions:
     """How the replicas of a run predict."""
     use_gpu, num_threads = plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
-    return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu, num_threads, config.model.compile)
+    compile, max_pixels = config.model.compile, config.preprocess.max_pixels_on_device
+    return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu, num_threads, compile, max_pixels)
 
 
 def _identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:

@@ -15,8 +15,10 @@ SOURCE_FIELDS = [
     pa.field("height", pa.int32()),
 ]
 
-IMAGES = pa.schema([*SOURCE_FIELDS, pa.field("image", pa.large_binary()), *ERROR_FIELDS, RETRIES_FIELD])
-"""Decoded images: `image` is height x width x 3 uint8 of the model's input size; null in failed rows."""
+PIXEL_FIELDS = [pa.field("image", pa.large_binary()), pa.field("jpeg", pa.large_binary())]
+IMAGES = pa.schema([*SOURCE_FIELDS, *PIXEL_FIELDS, *ERROR_FIELDS, RETRIES_FIELD])
+"""What replicas take: `image` is height x width x 3 uint8 of the model's input size, `jpeg` a file that the replica
+decodes; a good row has one of them, a failed row none."""
 
 FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
 """A row of `failed-*.parquet`."""

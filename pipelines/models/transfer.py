@@ -1,33 +1,39 @@
 """Between host memory and a device, beside what the device is computing. Not measured on a GPU yet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
 
-class Upload:
-    """Copies tensors to a device. On a GPU from pinned memory and on a stream of its own, so that nobody waits.
+class Beside:
+    """Work for a device beside what it is computing: on a GPU, on a stream of its own.
 
     Args:
-        device: where to.
+        device: where.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device; what is computed from it waits for the copy, this thread does not."""
+    def __call__(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What the work makes; what is computed from it waits for it, this thread does not."""
         if self._stream is None:
-            return tensor.to(self._device)
+            return work()
         with torch.cuda.stream(self._stream):
-            uploaded = tensor.pin_memory().to(self._device, non_blocking=True)
-        computing = torch.cuda.current_stream(self._device)
+            made = work()
+        computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._stream)
-        uploaded.record_stream(computing)  # its memory is not handed out again before that stream is done with it
-        return uploaded
+        made.record_stream(computing)  # its memory is not handed out again before that stream is done with it
+        return made
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; from the host it goes by pinned memory."""
+        if self._stream is None or tensor.is_cuda:
+            return tensor.to(self.device)
+        return self(lambda: tensor.pin_memory().to(self.device, non_blocking=True))
 
 
 class Download:

@@ -20,7 +20,7 @@ from pipelines.config.train import TrainConfig
 from pipelines.models.build import TimmModule
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import Upload
+from pipelines.models.transfer import Beside
 from pipelines.training.batches import PADDING_ID
 from pipelines.training.recipe import batch_norms, freeze, make_loss, make_mixup, make_optimizer, make_schedule
 from pipelines.training.seeds import seed_generators
@@ -79,7 +79,7 @@ class Learner:
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
         self._normalize = Normalizer(task.mean, task.std).to(device)
-        self._upload = Upload(device)
+        self._beside = Beside(device)
 
     @property
     def lr(self) -> float:
@@ -226,7 +226,7 @@ class Learner:
 
     def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows x 3 x height x width, normalized, in the model's layout."""
-        images: torch.Tensor = self._normalize(self._upload(torch.from_numpy(share["image"][rows])))
+        images: torch.Tensor = self._normalize(self._beside.upload(torch.from_numpy(share["image"][rows])))
         return images.contiguous(memory_format=self._layout)
 
     def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:

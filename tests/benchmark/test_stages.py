@@ -9,7 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.benchmark.report import find_bounds, format_report
-from pipelines.benchmark.stages import StageCost, measure_decode, measure_fetch, measure_forward, measure_write
+from pipelines.benchmark.stages import (
+    StageCost,
+    measure_decode,
+    measure_device_decode,
+    measure_fetch,
+    measure_forward,
+    measure_write,
+)
 from pipelines.benchmark.whole import steady_rate
 from pipelines.config.sections import ComputeConfig, ModelConfig, PreprocessConfig
 from pipelines.errors import RunError
@@ -58,6 +65,16 @@ def test_only_images_are_decoded(photographs: Path, tmp_path: Path) -> None:
         measure_decode(paths[:1], decode, STAGE_S)
 
 
+def test_a_device_decodes_only_what_it_can(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no image")
+    decode, options = FetchAndDecode(IMAGENET, 10**8, 10**8, "cuda"), PredictOptions(8, 5, True, use_gpu=False)
+    jpegs = sorted(path for path in photographs.iterdir() if path.suffix == ".jpg")
+    paths = [str(tmp_path / "text"), *map(str, jpegs[:3])]
+    assert measure_device_decode(paths, decode, options, STAGE_S).images_per_s > 0
+    with pytest.raises(RunError, match="not one of the sampled images"):
+        measure_device_decode(paths[:1], decode, options, STAGE_S)
+
+
 def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:
     cost = measure_forward(bundle, PredictOptions(8, 5, True, use_gpu=False), 2, STAGE_S)
     assert cost.cpu_s_per_image > 0
@@ -88,6 +105,8 @@ def test_replicas_on_gpus_have_a_bound_of_their_own() -> None:
         ("cores", pytest.approx(160)),
         ("store", 4000),
     ]
+    bounds = find_bounds(COSTS, GPU_PLAN, 8, num_readers=8, decodes_on_gpus=True)
+    assert ("decoders of GPUs", 500) in [(bound.by, bound.images_per_s) for bound in bounds]
 
 
 def test_the_report_names_every_figure() -> None:

@@ -53,6 +53,7 @@ def test_what_the_user_said_is_known_even_where_it_is_the_default() -> None:
         ([*NEEDED, "--outputs.topk", "-1"], "outputs.topk"),
         ([*NEEDED, "--outputs.topk", "0", "--outputs.embedding", "false"], "nothing to write"),
         ([*NEEDED, "--preprocess.mode", "sloppy"], "preprocess.mode"),
+        ([*NEEDED, "--preprocess.mode", "cuda"], "preprocess.mode=cuda decodes on GPUs (compute.use_gpu)"),
         ([*NEEDED, "--outputs.embedding"], "--outputs.embedding needs a value"),
         ([*NEEDED, "--outputs.embedding", "--model.name", "x"], "--outputs.embedding needs a value"),
         ([*NEEDED, "stray"], "cannot make sense of 'stray'"),

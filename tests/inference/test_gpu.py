@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.predict import Predictor
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.gpu
 BATCH_SIZE = 16
 
 
-def read(photographs: Path, transform: EvalTransform) -> pa.Table:
+def read(photographs: Path, transform: EvalTransform, mode: Mode = "exact") -> pa.Table:
     paths = [str(path) for path in sorted(photographs.iterdir())]
-    decode = FetchAndDecode(transform, 10**8, 10**8, "exact")
+    decode = FetchAndDecode(transform, 10**8, 10**8, mode)
     return decode(pa.table({"id": np.arange(len(paths)), "uri": paths}))
 
 
@@ -41,3 +42,15 @@ def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
     there, here = (np.stack(rows["embedding"].to_numpy()) for rows in (many[0], expected))
     np.testing.assert_allclose(there, here, rtol=1e-2, atol=1e-3)
     assert many[0]["index"].to_pylist() == expected["index"].to_pylist()
+
+
+def test_a_gpu_decodes_nearly_the_same_pixels(photographs: Path, telling_weights: Callable[[str], Path]) -> None:
+    weights = str(telling_weights("ecaresnet50d"))
+    bundle = prepare_bundle(resolve_bundle(ModelConfig(name="ecaresnet50d", weights=weights), PreprocessConfig()))
+    options = PredictOptions(BATCH_SIZE, 5, True, use_gpu=True, max_pixels=10**8)
+    encoded, exact = read(photographs, bundle.transform, "cuda"), read(photographs, bundle.transform)
+    there, here = Predictor(bundle, options)(encoded), Predictor(bundle, options)(exact)
+    assert there["error_kind"].equals(here["error_kind"])
+    ours, theirs = (np.stack(rows["embedding"].to_numpy()) for rows in (there, here))
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert np.median(cosine) > 0.999

@@ -1,0 +1,75 @@
+"""JPEG to the model's input on a GPU: decoded by nvJPEG, as torchvision calls it, resized and cropped there.
+
+Not measured on a GPU yet. On a CPU device the same steps run by libjpeg-turbo. torchvision deprecates its decoders
+since 0.29, in favour of TorchCodec.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipelines.errors import ItemError, RunError
+from pipelines.images.fast import preprocess_fast
+from pipelines.images.transform import EvalTransform
+
+
+class DeviceDecoder:
+    """Decodes batches on one device; what its decoder refuses is done as `fast` does it, on the CPU.
+
+    Args:
+        transform: the eval transform.
+        max_pixels: largest image decoded, and largest size resized to.
+        device: where.
+
+    Raises:
+        RunError: it decodes no JPEG, or this torchvision does not have it do so.
+    """
+
+    def __init__(self, transform: EvalTransform, max_pixels: int, device: torch.device) -> None:
+        self._transform, self._max_pixels, self._device = transform, max_pixels, device
+        try:
+            self._decode([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))])
+        except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word
+            raise RunError(f"preprocess.mode=cuda: {device} decodes no JPEG: {error}") from error
+
+    def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
+        """Files that `size_for_device` has a size for, to height x width x 3 uint8 on the device, or to the reason."""
+        try:
+            return [self._fit(pixels) for pixels in self._decode(contents)]
+        except RuntimeError:
+            # One of them is refused, and the error does not say which; or they are too many for the memory.
+            if len(contents) == 1:
+                return [self._decode_on_cpu(contents[0])]
+            half = len(contents) // 2
+            return [*self(contents[:half]), *self(contents[half:])]
+
+    def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
+        encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
+        decoded: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
+        return decoded
+
+    def _fit(self, pixels: torch.Tensor) -> torch.Tensor:
+        """3 x height x width of any size to the model's input size."""
+        height, width = pixels.shape[1:]
+        resized_width, resized_height = self._transform.resized_size(width, height, self._max_pixels)
+        if (resized_width, resized_height) != (width, height):
+            resized = interpolate(  # no uint8 on GPUs
+                pixels[None].float(),
+                size=(resized_height, resized_width),
+                mode=self._transform.interpolation,
+                antialias=True,
+            )
+            pixels = resized[0].round_().clamp_(0, 255).to(torch.uint8)
+        crop_height, crop_width = self._transform.input_size
+        left, top = round((resized_width - crop_width) / 2.0), round((resized_height - crop_height) / 2.0)
+        return pixels[:, top : top + crop_height, left : left + crop_width].permute(1, 2, 0)
+
+    def _decode_on_cpu(self, content: bytes) -> torch.Tensor | ItemError:
+        try:
+            return torch.from_numpy(preprocess_fast(content, self._transform, self._max_pixels)[2]).to(self._device)
+        except ItemError as error:
+            return error

@@ -1,0 +1,137 @@
+"""`preprocess.mode=cuda`, with a CPU in the GPU's place: the same steps, by the same calls."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from cluster.photographs import encode
+from cluster.photographs import photographs as sources
+from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.errors import ItemError, RunError
+from pipelines.images import device
+from pipelines.images.decode import decode_rgb
+from pipelines.images.device import DeviceDecoder
+from pipelines.images.jpeg import MAX_DEVICE_PIXELS, size_for_device
+from pipelines.images.preprocess import Mode
+from pipelines.images.transform import EvalTransform
+from pipelines.inference import pixels
+from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.predict import Predictor
+from pipelines.inference.replica import PredictOptions
+from pipelines.models.bundle import ModelBundle
+from pipelines.models.resolve import prepare_bundle, resolve_bundle
+
+MAX_PIXELS = 10**8
+IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(telling_weights: Callable[[str], Path]) -> ModelBundle:
+    weights = str(telling_weights("test_resnet"))
+    return prepare_bundle(resolve_bundle(ModelConfig(name="test_resnet", weights=weights), PreprocessConfig()))
+
+
+@pytest.fixture(scope="module")
+def files(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """Photographs of all kinds, one that is not there, and a JPEG whose middle is none."""
+    torn = tmp_path_factory.mktemp("torn") / "torn.jpg"
+    content = encode(sources()["coffee"])
+    torn.write_bytes(content[:3] + b"\xff\xd8\xff\xc0" * 40 + content[-2:])
+    paths = [*map(str, sorted(photographs.iterdir())), "/absent.jpg", str(torn)]
+    return pa.table({"id": pa.array(range(100, 100 + len(paths)), pa.int64()), "uri": paths})
+
+
+def decode(files: pa.Table, bundle: ModelBundle, mode: Mode) -> pa.Table:
+    return FetchAndDecode(bundle.transform, 10**8, MAX_PIXELS, mode)(files)
+
+
+def replica(bundle: ModelBundle, max_pixels: int | None) -> Predictor:
+    return Predictor(bundle, PredictOptions(8, topk=5, embedding=True, use_gpu=False, max_pixels=max_pixels))
+
+
+@pytest.mark.parametrize("size", [(451, 300), (300, 451), (1000, 800), (224, 300), (256, 256)])
+def test_pixels_are_nearly_those_of_the_exact_transform(size: tuple[int, int]) -> None:
+    image = sources()["coffee"].resize(size)
+    content = encode(image, quality=92)
+    assert size_for_device(content, IMAGENET, MAX_PIXELS) == size
+    (found,) = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)([content])
+    assert isinstance(found, torch.Tensor)
+    exact = IMAGENET.apply(decode_rgb(content, MAX_PIXELS), MAX_PIXELS)
+    assert (found.dtype, tuple(found.shape)) == (torch.uint8, (224, 224, 3))
+    assert np.abs(found.numpy().astype(int) - exact).mean() < 0.6
+
+
+def test_what_a_gpu_would_get_wrong_stays_on_the_cpu() -> None:
+    coffee = sources()["coffee"]
+    content = encode(coffee)
+    small = encode(coffee.resize((90, 41)))
+    assert size_for_device(content, IMAGENET, MAX_PIXELS) == coffee.size
+    assert size_for_device(content + b"\0\0", IMAGENET, MAX_PIXELS) == coffee.size
+    assert size_for_device(content[:-20], IMAGENET, MAX_PIXELS) is None  # torn
+    assert size_for_device(b"GIF89a\xff\xd9", IMAGENET, MAX_PIXELS) is None
+    assert size_for_device(content, IMAGENET, 1000) is None
+    assert (
+        size_for_device(small, EvalTransform((224, 224), 1.0, "border", "bicubic", (0,) * 3, (1,) * 3), 10**8) is None
+    )
+    assert coffee.width * coffee.height < MAX_DEVICE_PIXELS
+
+
+def test_replicas_that_decode_give_nearly_the_same_rows(bundle: ModelBundle, files: pa.Table) -> None:
+    encoded = decode(files, bundle, "cuda")
+    is_jpeg = encoded["jpeg"].is_valid().to_numpy()
+    assert is_jpeg.any()
+    assert not (is_jpeg & encoded["image"].is_valid().to_numpy()).any()
+    there, here = replica(bundle, MAX_PIXELS)(encoded), replica(bundle, None)(decode(files, bundle, "exact"))
+    assert there.schema.equals(here.schema)
+    for name in ("id", "uri", "width", "height", "error_kind"):
+        assert there[name].to_pylist() == here[name].to_pylist(), name
+    ours, exact = (np.stack([row for row in rows["embedding"].to_pylist() if row]) for rows in (there, here))
+    cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
+    assert np.median(cosine) > 0.999
+
+
+def test_large_images_are_decoded_a_few_at_a_time(
+    bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = decode(files, bundle, "cuda")
+    expected = replica(bundle, MAX_PIXELS)(encoded)
+    monkeypatch.setattr(pixels, "MAX_PIXELS_IN_HAND", 300_000)
+    assert replica(bundle, MAX_PIXELS)(encoded).equals(expected)
+
+
+def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [encode(source.convert("RGB")) for source in list(sources().values())[:5]]
+    decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
+    expected = decoder(contents)
+    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not of its public names
+
+    def refuse_the_third(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        calls.append(len(encoded))
+        if any(bytes(one.numpy()) == contents[2] for one in encoded):
+            raise RuntimeError("nvJPEG says no")
+        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
+        return found
+
+    monkeypatch.setattr(device, "decode_jpeg", refuse_the_third)
+    found = decoder(contents)
+    assert calls == [5, 2, 3, 1, 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert isinstance(ours, torch.Tensor)
+        assert isinstance(theirs, torch.Tensor)
+        assert np.abs(ours.numpy().astype(int) - theirs.numpy()).mean() < 1
+    (torn,) = decoder([contents[2][:3]])
+    assert isinstance(torn, ItemError)
+
+
+def test_a_device_that_decodes_nothing_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(encoded: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+        raise RuntimeError("torchvision was built without nvJPEG")
+
+    monkeypatch.setattr(device, "decode_jpeg", refuse)
+    with pytest.raises(RunError, match="cpu decodes no JPEG: torchvision was built"):
+        DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
