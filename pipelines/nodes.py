@@ -1,11 +1,14 @@
 """The machines that Ray has, and whether it can get more."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
+from ray._common.utils import get_system_memory
 from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 from ray._private.utils import get_num_cpus
 
 # Ray's own; so are those with a colon in their names.
@@ -21,12 +24,14 @@ class Node:
         num_gpus: logical GPUs.
         resources: custom ones, by name.
         node_id: Ray's, where Ray is up.
+        memory_bytes: for processes; Ray's object store is beside it.
     """
 
     num_cpus: float
     num_gpus: float
     resources: Mapping[str, float] = field(default_factory=dict)
     node_id: str | None = None
+    memory_bytes: float = math.inf
 
 
 def list_nodes() -> list[Node]:
@@ -37,13 +42,15 @@ def list_nodes() -> list[Node]:
 
 def _describe(offer: Mapping[str, float], node_id: str) -> Node:
     custom = {name: count for name, count in offer.items() if name not in OWN_RESOURCES and ":" not in name}
-    return Node(offer.get("CPU", 0), offer.get("GPU", 0), custom, node_id)
+    return Node(offer.get("CPU", 0), offer.get("GPU", 0), custom, node_id, offer.get("memory", math.inf))
 
 
 def this_machine() -> Node:
     """What this machine's own Ray will offer, known before it starts."""
     gpus = get_accelerator_manager_for_resource("GPU")
-    return Node(get_num_cpus(), gpus.get_current_node_num_accelerators() if gpus else 0)
+    num_gpus = gpus.get_current_node_num_accelerators() if gpus else 0
+    memory_bytes = get_system_memory() * (1 - DEFAULT_OBJECT_STORE_MEMORY_PROPORTION)
+    return Node(get_num_cpus(), num_gpus, memory_bytes=memory_bytes)
 
 
 def can_grow() -> bool:

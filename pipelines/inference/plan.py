@@ -16,6 +16,8 @@ from pipelines.nodes import Node
 CPUS_PER_REPLICA = 4
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
 CPUS_PER_COMPILED_REPLICA = 1
+# Torch, the weights, and a batch's activations for each thread; half as much again as was measured (BENCHMARKS.md).
+BYTES_PER_REPLICA = 1.5e9
 SMALL_NODE_CPUS = 4
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
@@ -124,9 +126,10 @@ def _wanted(config: ComputeConfig, num_default: int) -> tuple[int, int]:
 
 def _replicas_of(node: Node, config: ComputeConfig, per_replica: int) -> int:
     """How many a node gets by default; 0 where it lacks what they need."""
-    slots = [int(node.num_gpus)] if config.use_gpu else [max(1, int(node.num_cpus) // per_replica)]
-    custom = config.resources_per_worker.items()
-    return min(slots + [_times(node.resources.get(name, 0), amount) for name, amount in custom])
+    most = _most_replicas_of(node, config)
+    if config.use_gpu:
+        return most
+    return min(most, max(1, int(min(node.num_cpus // per_replica, node.memory_bytes / BYTES_PER_REPLICA))))
 
 
 def _plan_cpu(
@@ -215,8 +218,10 @@ def _refuse_if_too_many(num_workers: int, cpus_each: float, config: ComputeConfi
 
 
 def _most_replicas_of(node: Node, config: ComputeConfig) -> int:
-    """As many as GPUs and custom resources allow, whatever its CPUs: each takes one, for a thread."""
-    return _replicas_of(node, config, per_replica=1)
+    """As many as GPUs and custom resources allow; of its CPUs each takes one, for a thread."""
+    slots = int(node.num_gpus) if config.use_gpu else max(1, int(node.num_cpus))
+    custom = config.resources_per_worker.items()
+    return min([slots, *(_times(node.resources.get(name, 0), amount) for name, amount in custom)])
 
 
 def _round_down(num_cpus: float) -> float:
