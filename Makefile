@@ -54,6 +54,7 @@ bench: setup  ## decoding, labelling and training beside their peers, agreement,
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
 	$(LIMIT) 900 $(RUN) -m benchmarks.resume
 	$(LIMIT) 900 $(RUN) -m benchmarks.listing
+	$(LIMIT) 900 $(RUN) -m benchmarks.scale
 	$(LIMIT) 1800 $(RUN) -m benchmarks.chaos
 
 lock: setup  ## resolve requirements.lock anew

@@ -15,14 +15,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.local import object_store
 from cluster.photographs import crops, encode
-from cluster.processes import descendants
+from cluster.processes import descendants, memory_bytes
 from pipelines import run_record
 from pipelines.inference.commit import list_files
 from pipelines.inference.schema import parts_schema
@@ -134,8 +133,8 @@ def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
     peak = driver = 0
     try:
         while set(list_files(output_uri)) == before:
-            own = _pss(process.pid)
-            peak, driver = max(peak, own + sum(map(_pss, descendants(process.pid)))), max(driver, own)
+            own = memory_bytes(process.pid)
+            peak, driver = max(peak, own + sum(map(memory_bytes, descendants(process.pid)))), max(driver, own)
             assert process.poll() is None, "the job ended without a new file"
             assert time.monotonic() - started < TIMEOUT_S, "no new file"
             time.sleep(POLL_S)
@@ -143,14 +142,6 @@ def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
     finally:
         process.terminate()
         process.wait()
-
-
-def _pss(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ def descendants(pid: int) -> dict[int, str]:
     return below
 
 
+def memory_bytes(pid: int) -> int:
+    """Its proportional set size: what it shares with others, divided by their number; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
 def kill_tree(pid: int) -> None:
     """SIGKILL a process and all below it, and wait for their ends."""
     pids = [pid, *descendants(pid)]
