@@ -1,5 +1,6 @@
 """What each training worker gets of the machines, so that fetching and decoding keep their share."""
 
+import math
 from dataclasses import dataclass
 
 from pipelines.config.train import ScalingConfig
@@ -44,7 +45,7 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
     if scaling.use_gpu and num_gpus < least and not may_grow:
         raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
     share = max(_largest_share(nodes, most), MIN_CPUS_PER_WORKER)
-    default = {"GPU": 1.0, "CPU": min(1.0, share)} if scaling.use_gpu else {"CPU": share}
+    default = {"GPU": 1.0, "CPU": min(1.0, share)} if scaling.use_gpu else {"CPU": _survive_loss(share, nodes, most)}
     per_worker = scaling.resources_per_worker or default
     wanted = per_worker.get("CPU", 0.0)
     if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not may_grow:
@@ -54,8 +55,38 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
         )
     left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
     num_threads = max(1, int(wanted if scaling.resources_per_worker else share / WORKERS_SHARE))
-    beside_workers = (1 - WORKERS_SHARE) * max((node.num_cpus for node in nodes), default=1.0)  # a task can't use two
-    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, min(1.0, left / 2, beside_workers))
+    # A task can't use two nodes; and it has to fit beside as many workers as a node may come to hold.
+    beside_workers = (1 - WORKERS_SHARE) * max((node.num_cpus for node in nodes), default=1.0)
+    room = _room(wanted, nodes, most) or beside_workers
+    num_cpus_per_task = _round_down(min(1.0, left / 2, beside_workers, room))
+    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, num_cpus_per_task)
+
+
+def _survive_loss(share: float, nodes: list[Node], num_workers: int) -> float:
+    """A little more for each worker, where those of a lost node would otherwise fill another node.
+
+    Ray Train starts a group again wherever it fits. Were it to fill the nodes that are left, no share of an epoch could
+    be made any more, and the training would stand still; so it waits until Ray has enough nodes for both.
+    """
+    wanted = share
+    while len(nodes) > 1 and sum(_num_fitting(wanted, node, num_workers) for node in nodes) >= num_workers:
+        if _room(wanted, nodes, num_workers) >= MIN_CPUS_PER_WORKER:
+            return round(wanted, 2)
+        wanted += 0.01
+    return share
+
+
+def _room(wanted: float, nodes: list[Node], num_workers: int) -> float:
+    """CPUs that are left on the node where least are, when each holds as many workers as it can."""
+    return min((node.num_cpus - _num_fitting(wanted, node, num_workers) * wanted for node in nodes), default=0.0)
+
+
+def _num_fitting(wanted: float, node: Node, num_workers: int) -> int:
+    return min(num_workers, int(node.num_cpus / wanted + 1e-6)) if wanted else 0
+
+
+def _round_down(num_cpus: float) -> float:
+    return math.floor(num_cpus * 1000) / 1000
 
 
 def _largest_share(nodes: list[Node], num_workers: int) -> float:

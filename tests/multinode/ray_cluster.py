@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,8 +55,9 @@ class RayCluster:
         self.nodes[host.name] = host.start(*command, log=self.logs / f"{host.name}.log")
 
     def remove_worker(self, host: Host) -> None:
-        """End a node as an autoscaler does."""
-        host.run(RAY, "stop", "--grace-period=10")
+        """End a node as Kubernetes does: SIGTERM for what it runs."""
+        (node,) = [pid for pid, command in host.processes().items() if f"{RAY} start" in command]
+        os.kill(node, signal.SIGTERM)
         self.nodes[host.name].wait(UP_TIMEOUT_S)
 
     def listed(self, kind: str, *words: str) -> list[dict[str, Any]]:

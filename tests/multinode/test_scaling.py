@@ -10,13 +10,15 @@ pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_the_rate_on_one_to_three_hosts(site: Site, input_uri: str) -> None:
-    for count in (3, 2, 1):
-        for host in site.workers[count:]:
-            if site.cluster.nodes[host.name].poll() is None:
-                site.cluster.remove_worker(host)
-        site.cluster.wait_for(*site.workers[:count])
-        name = f"hosts-{count}"
-        summary = site.cluster.run_job(*infer(input_uri, f"s3://results/{name}"), submission_id=name)
-        assert summary["num_failed"] == 0
-        site.rates.append(f"{count} worker hosts: {summary['images_per_s']:.1f} images/s with start-up")
-    site.restore()
+    try:
+        for count in (3, 2, 1):
+            for host in site.workers[count:]:
+                if site.cluster.nodes[host.name].poll() is None:
+                    site.cluster.remove_worker(host)
+            site.cluster.wait_for(*site.workers[:count])
+            name = f"hosts-{count}"
+            summary = site.cluster.run_job(*infer(input_uri, f"s3://results/{name}"), submission_id=name)
+            assert summary["num_failed"] == 0
+            site.rates.append(f"{count} worker hosts: {summary['images_per_s']:.1f} images/s with start-up")
+    finally:
+        site.restore()

@@ -17,7 +17,7 @@ from tests.multinode.ray_cluster import JOB_TIMEOUT_S
 from tests.support.infer import REPOSITORY
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
-NUM_EPOCHS, NUM_TRAIN, NUM_HELD_OUT = 1, 1198, 599
+NUM_EPOCHS, NUM_TRAIN, NUM_HELD_OUT = 1, 37 * 32, 599  # the last incomplete batch is left out
 STEPS_PER_CHECKPOINT = 10
 
 
