@@ -67,7 +67,7 @@ def _timms_way() -> Callable[[bytes], object]:
 
 
 def _bare_calls(content: bytes) -> object:
-    pixels = torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(simplejpeg.decode_jpeg(content))[None].permute(0, 3, 1, 2)
     return interpolate(pixels, size=(256, 341), mode="bicubic", antialias=True)
 
 

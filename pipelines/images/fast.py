@@ -6,6 +6,8 @@ as `exact` does it, so that the same files fail, for the same reasons. `benchmar
 result is.
 """
 
+import math
+
 import numpy as np
 import simplejpeg
 import torch
@@ -37,8 +39,12 @@ def preprocess_fast(content: bytes, transform: EvalTransform, max_pixels: int) -
         ItemError: as `exact` does.
     """
     width, height, pixels = _decode(content, transform, max_pixels)
-    resized = transform.resized_size(width, height, max_pixels)
-    return width, height, _center_crop(_resize(pixels, resized, transform), transform)
+    resized_width, resized_height = transform.resized_size(width, height, max_pixels)
+    crop_height, crop_width = transform.input_size
+    if transform.interpolation in TORCH_FILTERS and resized_width >= crop_width and resized_height >= crop_height:
+        return width, height, _resize_part(pixels, resized_width, resized_height, transform)
+    resized = _resize(pixels, (resized_width, resized_height), transform)
+    return width, height, np.asarray(transform.center_crop(Image.fromarray(resized)))
 
 
 def _decode(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[int, int, NDArray[np.uint8]]:
@@ -66,21 +72,45 @@ def _decode_jpeg(content: bytes, transform: EvalTransform, max_pixels: int) -> t
     return width, height, pixels
 
 
-def _resize(pixels: NDArray[np.uint8], size: tuple[int, int], transform: EvalTransform) -> NDArray[np.uint8]:
-    width, height = size
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    if transform.interpolation not in TORCH_FILTERS:
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[transform.interpolation.upper()]))
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels-last in memory, which has a kernel of its own
-    resized = interpolate(batch, size=(height, width), mode=transform.interpolation, antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+def _resize_part(
+    pixels: NDArray[np.uint8], resized_width: int, resized_height: int, transform: EvalTransform
+) -> NDArray[np.uint8]:
+    """Resize, but leave out what lies below and to the right of the crop, and cut the crop out.
 
-
-def _center_crop(pixels: NDArray[np.uint8], transform: EvalTransform) -> NDArray[np.uint8]:
-    crop_height, crop_width = transform.input_size
+    What lies above and to the left stays: without it, the samples would fall between those of `exact`.
+    """
     height, width = pixels.shape[:2]
-    if width < crop_width or height < crop_height:
-        return np.asarray(transform.center_crop(Image.fromarray(pixels)))
-    left, top = round((width - crop_width) / 2.0), round((height - crop_height) / 2.0)
-    return pixels[top : top + crop_height, left : left + crop_width]
+    crop_height, crop_width = transform.input_size
+    top, left = round((resized_height - crop_height) / 2.0), round((resized_width - crop_width) / 2.0)
+    num_rows = _num_needed(height, height / resized_height, top + crop_height)
+    num_columns = _num_needed(width, width / resized_width, left + crop_width)
+    resized = torch.from_numpy(pixels[:num_rows, :num_columns])
+    if (resized_width, resized_height) != (width, height):
+        # The batch comes first, before its axes are permuted: only so does torch see channels-last memory, for which it
+        # has the faster kernel, and which it gives back.
+        resized = interpolate(
+            resized[None].permute(0, 3, 1, 2),
+            scale_factor=(_factor(height, resized_height), _factor(width, resized_width)),
+            mode=transform.interpolation,
+            antialias=True,
+            recompute_scale_factor=False,
+        )[0].permute(1, 2, 0)
+    return resized.numpy()[top : top + crop_height, left : left + crop_width]
+
+
+def _num_needed(num_pixels: int, scale: float, last: int) -> int:
+    """Pixels of one side of the source that a side of the result is made from, up to its pixel `last`."""
+    # Bicubic reads two pixels beyond, of the coarser of the two grids; one more for what is rounded.
+    return min(num_pixels, math.ceil((last + 1) * scale + 2 * max(1.0, scale)) + 1)
+
+
+def _factor(num_pixels: int, num_resized: int) -> float:
+    # A little more: torch rounds the size of the result down.
+    return num_resized / num_pixels * (1 + 1e-9)
+
+
+def _resize(pixels: NDArray[np.uint8], size: tuple[int, int], transform: EvalTransform) -> NDArray[np.uint8]:
+    """All of it, by Pillow, for filters that torch lacks and for crops that reach beyond the image."""
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling[transform.interpolation.upper()]))
