@@ -55,6 +55,7 @@ bench: setup  ## decoding, labelling and training beside their peers, agreement,
 	$(LIMIT) 900 $(RUN) -m benchmarks.resume
 	$(LIMIT) 900 $(RUN) -m benchmarks.listing
 	$(LIMIT) 900 $(RUN) -m benchmarks.scale
+	$(LIMIT) 600 $(RUN) -m benchmarks.sizing
 	$(LIMIT) 1800 $(RUN) -m benchmarks.chaos
 
 lock: setup  ## resolve requirements.lock anew

@@ -43,10 +43,10 @@ def refuse_after(delay_s: float, **more: str) -> "tuple[subprocess.Popen[str], s
     return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stderr=subprocess.PIPE, text=True), mark
 
 
-SLOW = [pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (0.5, 1.0, 1.5, 3.0, 6.0, 12.0)]
+SLOW = [pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (0.5, 1.0, 4.0, 8.0)]
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 2.0, 4.0, *SLOW])
+@pytest.mark.parametrize("delay_s", [0.0, 2.0, *SLOW])
 def test_a_refusal_while_ray_starts_leaves_nothing_behind(own_home: Path, delay_s: float) -> None:
     process, mark = refuse_after(delay_s)
     seen: set[str] = set()

@@ -71,7 +71,7 @@ def test_two_hosts_learn_what_one_machine_learns(site: Site, digits_uri: str, al
     assert len({actor["node_id"] for actor in actors if actor["class_name"] == "RayTrainWorker"}) == 2
 
 
-@pytest.mark.parametrize("fault", [kill_worker, pytest.param(cut_link, marks=pytest.mark.slow), kill_driver])
+@pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver])
 def test_training_goes_on(
     fault: Callable[[Site, str], None], site: Site, digits_uri: str, alone: list[dict[str, Any]]
 ) -> None:
