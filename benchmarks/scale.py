@@ -3,12 +3,11 @@
     python -m benchmarks.scale [--num-images 20000] [--model mobilenetv3_small_050]
 
 Prints a line for each of some numbers of images done: images/s since the line before, and the most memory since then of
-the driver, of the replica (proportional set size) and of Ray's object store (pages of it ever touched). A small model,
-so that the rate is high and whatever grows with the images shows.
+the driver, of the replica (proportional set size) and of the machine's shared memory, which is Ray's object store. A
+small model, so that the rate is high and whatever grows with the images shows.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,13 +20,12 @@ from typing import NamedTuple
 from cluster.local import object_store
 from cluster.photographs import crops, encode
 from cluster.processes import descendants, memory_bytes
-from pipelines import run_record
-from pipelines.storage import uris
+from pipelines.inference.commit import list_files
 from pipelines.storage.bulk import store_object
-from pipelines.storage.filesystem import read_bytes
 
 INPUT_URI, OUTPUT_URI = "s3://images/many", "s3://results/many"
 NUM_DISTINCT, NUM_WRITERS = 256, 8
+COMMIT_ROWS = 256
 MARKS = (1_000, 2_000, 5_000, 10_000, 15_000, 20_000, 50_000, 100_000)
 POLL_S = 0.5
 
@@ -53,16 +51,17 @@ def main() -> None:
         write_images(args.num_images)
         command = [sys.executable, "-m", "jobs.infer", "--input.uri", INPUT_URI, "--output.uri", OUTPUT_URI]
         command += ["--model.name", args.model, "--model.weights", "random", "--preprocess.mode", "fast"]
+        command += ["--output.commit_rows", str(COMMIT_ROWS)]
         samples = list(watch(command))
     print(f"{'images done':>12}{'images/s':>12}{'driver MB':>12}{'replica MB':>12}{'object store MB':>18}")
     marks = [mark for mark in MARKS if mark < args.num_images] + [args.num_images]
-    before, rest = samples[0], samples
+    before, rest = next(sample for sample in samples if sample.num_ok), samples
     for mark in marks:
         lap = [sample for sample in rest if sample.num_ok <= mark]
         rest = rest[len(lap) :]
         if not lap or lap[-1].num_ok == before.num_ok:
             continue
-        # The first to see so many: the run publishes them every few seconds.
+        # The first to see so many.
         last = next(sample for sample in lap if sample.num_ok == lap[-1].num_ok)
         rate = (last.num_ok - before.num_ok) / (last.at_s - before.at_s)
         memory = [max(sample[column] for sample in lap) / 1e6 for column in (2, 3, 4)]
@@ -83,39 +82,25 @@ def write_images(count: int) -> None:
 
 def watch(command: list[str]) -> Iterator[Sample]:
     """Run a job, and look at it again and again."""
+    before, num_ok = shared_bytes(), 0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     started = time.monotonic()
     while process.poll() is None:
         below = descendants(process.pid)
         replicas = [pid for pid, command in below.items() if "PredictorActor" in command]
-        raylets = [pid for pid, command in below.items() if "/raylet " in command]
-        yield Sample(
-            time.monotonic() - started,
-            num_ok(),
-            memory_bytes(process.pid),
-            sum(map(memory_bytes, replicas)),
-            sum(map(shared_bytes, raylets)),
-        )
+        # All files are full but the last one; in the end they are made larger, and fewer.
+        num_ok = max(num_ok, COMMIT_ROWS * sum(name.startswith("part-") for name in list_files(OUTPUT_URI)))
+        memory = memory_bytes(process.pid), sum(map(memory_bytes, replicas)), shared_bytes() - before
+        yield Sample(time.monotonic() - started, num_ok, *memory)
         time.sleep(POLL_S)
     if process.returncode:
         raise RuntimeError(f"the job ended with status {process.returncode}")
 
 
-def num_ok() -> int:
-    """By what the run publishes."""
-    try:
-        return int(json.loads(read_bytes(uris.join(OUTPUT_URI, run_record.PROGRESS_FILE)))["num_ok"])
-    except (OSError, ValueError):
-        return 0
-
-
-def shared_bytes(pid: int) -> int:
-    """Pages of shared memory that a process has touched."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem:"))
+def shared_bytes() -> int:
+    """The machine's shared memory in use."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--image-kb", type=float, default=100)
     parser.add_argument("--row-kb", type=float, default=8.5, help="of Parquet, 2,048 features among it")
     parser.add_argument("--pixels-kb", type=float, default=150.5, help="of a decoded image: 224 x 224 x 3")
-    parser.add_argument("--rows-per-task", type=int, default=64, help="images")
+    parser.add_argument("--rows-per-task", type=int, default=1024, help="images; a million on GPUs come in such tasks")
     parser.add_argument("--prefix-requests-per-s", type=float, default=5500, help="S3's for one prefix of a bucket")
     args = parser.parse_args()
     with ray_session():

@@ -20,7 +20,9 @@ from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 # Tasks of one batch each in small runs, whose last tasks would keep few cores busy; soon more, since Ray's own work for
 # a task is that for some images; in the end so many that Ray can hold all tasks.
 MIN_TASKS, QUICK_TASK_ROWS = 64, 64
-ENOUGH_TASKS = 16_384
+# A task has one more batch for each of so many rows of a run: 16,384 tasks of CPUs, or 1,024 of GPUs, whose batches are
+# large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
+ROWS_PER_BATCH_OF_A_TASK = 262_144
 MAX_ROWS_PER_TASK = 1024
 
 
@@ -44,7 +46,7 @@ def rows_per_task(num_rows: int, batch_size: int, max_rows: int = MAX_ROWS_PER_T
         max_rows: of a task, where that is a batch or more.
     """
     max_rows = min(max_rows, MAX_ROWS_PER_TASK)
-    enough = -(-num_rows // (ENOUGH_TASKS * batch_size))
+    enough = -(-num_rows // ROWS_PER_BATCH_OF_A_TASK)
     quick = min(QUICK_TASK_ROWS, num_rows // MIN_TASKS) // batch_size
     return batch_size * max(1, min(max(enough, quick), max_rows // batch_size))
 

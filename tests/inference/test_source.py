@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.inference import idset
 from pipelines.inference.idset import IdSet
-from pipelines.inference.source import ENOUGH_TASKS, MissingSource, TableSource, rows_per_task
+from pipelines.inference.source import ROWS_PER_BATCH_OF_A_TASK, MissingSource, TableSource, rows_per_task
 from pipelines.storage import manifest
 from pipelines.storage.listing import LISTING_SCHEMA, Listing
 
@@ -65,8 +65,10 @@ def test_a_table_is_cut_into_tasks() -> None:
 def test_tasks_grow_with_the_run() -> None:
     assert rows_per_task(1000, 16) == 16
     assert rows_per_task(3000, 16) == 32
-    assert rows_per_task(ENOUGH_TASKS * 16, 16) == 64
-    assert rows_per_task(ENOUGH_TASKS * 16 * 8, 16) == 128
+    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK, 16) == 64
+    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK * 8, 16) == 128
     assert rows_per_task(10**9, 16) == 1024
+    assert rows_per_task(10**5, 256) == 256
+    assert rows_per_task(10**6, 256) == 1024
     assert rows_per_task(10**9, 256, max_rows=600) == 512
     assert rows_per_task(10**9, 2048) == 2048
