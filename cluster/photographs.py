@@ -70,7 +70,7 @@ def encode(image: Image.Image, image_format: str = "JPEG", **options: object) ->
     return buffer.getvalue()
 
 
-def write_crops(uri: str, count: int, quality: int = 92, seed: int = 0) -> int:
+def write_crops(uri: str, count: int, quality: int = 92, seed: int = 0, size: tuple[int, int] = (500, 375)) -> int:
     """Write crops as JPEG files under a URI; returns their bytes in all."""
 
     def write(item: tuple[str, bytes]) -> int:
@@ -78,6 +78,6 @@ def write_crops(uri: str, count: int, quality: int = 92, seed: int = 0) -> int:
         write_bytes(uris.join(uri, f"{name}.jpg"), content)
         return len(content)
 
-    encoded = ((name, encode(image, quality=quality)) for name, image in crops(count, seed=seed))
+    encoded = ((name, encode(image, quality=quality)) for name, image in crops(count, size, seed))
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         return sum(pool.map(write, encoded))
