@@ -11,6 +11,8 @@ from pipelines.nodes import Node
 WORKERS_SHARE = 0.5
 # Below this share of a core each, they only wait for each other.
 MIN_CPUS_PER_WORKER = 0.25
+# Shares of a core that are smaller would let too many tasks in at the same time.
+MIN_CPUS_PER_TASK = 0.125
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
     num_threads = max(1, int(wanted if scaling.resources_per_worker else share / WORKERS_SHARE))
     # A task can't use two nodes; and it has to fit beside as many workers as a node may come to hold.
     beside_workers = (1 - WORKERS_SHARE) * max((node.num_cpus for node in nodes), default=1.0)
-    room = _room(wanted, nodes, most) or beside_workers
-    num_cpus_per_task = _round_down(min(1.0, left / 2, beside_workers, room))
-    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, num_cpus_per_task)
+    num_cpus_per_task = min(1.0, left / 2, beside_workers)
+    if (room := _room(wanted, nodes, most)) >= MIN_CPUS_PER_TASK:
+        num_cpus_per_task = min(num_cpus_per_task, room)
+    return WorkerResources(per_worker, None if scaling.use_gpu else num_threads, _round_down(num_cpus_per_task))
 
 
 def _survive_loss(share: float, nodes: list[Node], num_workers: int) -> float:

@@ -31,6 +31,12 @@ def test_fetching_and_decoding_always_have_cpus_left(name: str, num_workers: Any
     assert (plan.num_threads is None) == use_gpu
 
 
+@pytest.mark.parametrize("num_cpus", [0.5, 0.99, 0.999, 1.0])
+def test_no_task_gets_next_to_nothing_whatever_the_user_set_aside(num_cpus: float) -> None:
+    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": num_cpus})
+    assert plan_workers(scaling, [Node(2, 0)] * 2, may_grow=False).num_cpus_per_task >= 0.125
+
+
 def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_aside() -> None:
     laptop = CLUSTERS["laptop"]
     assert plan_workers(ScalingConfig(num_workers=1), laptop, False).num_threads == 2
