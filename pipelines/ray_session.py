@@ -16,6 +16,7 @@ from pipelines.signals import end_as_interrupted
 
 # Ray's job manager sets the second in a submitted job.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+AUTOSCALER = b"/ray/autoscaler/"  # in the command line of its process
 # Ray ends a worker that was idle for a second where there are more of them, actors included, than CPUs. On two cores
 # that is every worker between two of its tasks, and each new one costs seconds of imports. Nobody reads the metrics of
 # a Ray without dashboard, which every one of its processes would gather.
@@ -44,7 +45,7 @@ def ray_session() -> Iterator[None]:
         _settle()
         yield
     finally:
-        ray.shutdown()
+        _shut_down()
 
 
 @contextlib.contextmanager
@@ -86,7 +87,7 @@ class RayStart:
     def end(self) -> None:
         """Shut Ray down, or kill what there is of it."""
         if self._is_done.is_set():
-            ray.shutdown()
+            _shut_down()
         elif self._thread.native_id:
             threading.excepthook = _say_nothing  # ray.init's threads would print that they lost their Ray
             _kill_children(os.getpid(), self._thread.native_id)
@@ -114,13 +115,32 @@ def _settle() -> None:
     _quieten_ray_data()
 
 
+def _shut_down() -> None:
+    """End Ray, without the second for which its shutdown waits for an autoscaler that does not answer SIGTERM.
+
+    One machine's autoscaler has nothing to scale, and nothing to save. A cluster's is no child of this process.
+    """
+    for thread in threading.enumerate():  # a process belongs to the thread that started it
+        for child in _children(os.getpid(), thread.native_id or 0):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if AUTOSCALER in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(child, signal.SIGKILL)
+    ray.shutdown()
+
+
 def _kill_children(process_id: int, thread_id: int) -> None:
     """Kill what a thread started and all below, the last first: those whose parent is gone would be hard to find."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for child in map(int, _path_of_children(process_id, thread_id).read_text().split()):
+    for child in _children(process_id, thread_id):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for thread in os.listdir(f"/proc/{child}/task"):
                 _kill_children(child, int(thread))
             os.kill(child, signal.SIGKILL)
+
+
+def _children(process_id: int, thread_id: int) -> list[int]:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in _path_of_children(process_id, thread_id).read_text().split()]
+    return []
 
 
 def _path_of_children(process_id: int, thread_id: int) -> Path:

@@ -15,8 +15,6 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.calibration import refuse_if_unable
-from pipelines.inference.chain import describe, rows_per_file, stream, writing
-from pipelines.inference.cluster import plan_for_cluster
 from pipelines.inference.commit import drop_retried, list_sizes, remove_strays, write_digests
 from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
@@ -51,6 +49,10 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     may_be_done = places.is_complete and config.failure.retry == "none"
     with Lease(places.config.output.uri) as lease:
         with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
+            # Ray Data takes half a second to import: here, Ray starts meanwhile.
+            from pipelines.inference.chain import describe
+            from pipelines.inference.cluster import plan_for_cluster
+
             request = resolve_request(places, model, lease)
             limit = _limit_failures(request)
             publish = functools.partial(run_record.write_progress, request.config.output.uri)
@@ -88,6 +90,8 @@ def _execute(
     request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit, lease: Lease
 ) -> dict[str, str]:
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
+    from pipelines.inference.chain import rows_per_file, stream, writing
+
     config = request.config
     drop_retried(config.output.uri, request.done.retried)
     decode = make_decode(config, request.model)
