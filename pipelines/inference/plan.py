@@ -7,17 +7,25 @@ no fetch, decode or write task could start, and the run would stand still withou
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
 from pipelines.nodes import Node
 
-# Threads share the weights and the start-up; beyond a few, Python's lock comes between them.
-CPUS_PER_REPLICA = 4
+
+class _Need(NamedTuple):
+    """What one replica on CPUs takes: cores, and memory for torch, the weights and each thread's activations."""
+
+    num_cpus: int
+    num_bytes: float
+
+
+# Threads share the weights and the start-up; beyond a few, Python's lock comes between them. The largest that was
+# measured, ecaresnet101d, takes 2.2 GB, and 1.5 GB in int8.
+THREADED = _Need(4, 2.5e9)
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
-CPUS_PER_COMPILED_REPLICA = 1
-# Torch, the weights, and a batch's activations for each thread; half as much again as was measured (BENCHMARKS.md).
-BYTES_PER_REPLICA = 1.5e9
+COMPILED = _Need(1, 1.75e9)
 SMALL_NODE_CPUS = 4
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
@@ -76,17 +84,15 @@ def plan_compute(
     working = [node for node in nodes if node.num_cpus > 0]
     if not working:
         raise RequestError("the cluster has no CPUs")
-    per_replica = CPUS_PER_COMPILED_REPLICA if is_compiled else CPUS_PER_REPLICA
-    hosts = [(node, slots) for node in working if (slots := _replicas_of(node, config, per_replica))]
+    need = COMPILED if is_compiled else THREADED
+    hosts = [(node, slots) for node in working if (slots := _replicas_of(node, config, need))]
     num_default = sum(slots for _, slots in hosts)
     least, most = _wanted(config, num_default)
     _refuse_if_missing(config, least, working)
-    others = [node for node in working if not _replicas_of(node, config, per_replica)]
+    others = [node for node in working if not _replicas_of(node, config, need)]
     # On CPUs more replicas than by default only get smaller shares.
     num_present = most if config.use_gpu else max(least, min(most, num_default))
-    cpus_each, threads = (
-        _plan_gpu(hosts) if config.use_gpu else _plan_cpu(config, hosts, num_present, per_replica, may_grow)
-    )
+    cpus_each, threads = _plan_gpu(hosts) if config.use_gpu else _plan_cpu(config, hosts, num_present, need, may_grow)
     if config.num_cpus_per_worker is not None:
         cpus_each = config.num_cpus_per_worker
     room = _refuse_if_too_many(least, cpus_each, config, working)
@@ -124,16 +130,16 @@ def _wanted(config: ComputeConfig, num_default: int) -> tuple[int, int]:
     return wanted, wanted
 
 
-def _replicas_of(node: Node, config: ComputeConfig, per_replica: int) -> int:
+def _replicas_of(node: Node, config: ComputeConfig, need: _Need) -> int:
     """How many a node gets by default; 0 where it lacks what they need."""
     most = _most_replicas_of(node, config)
     if config.use_gpu:
         return most
-    return min(most, max(1, int(min(node.num_cpus // per_replica, node.memory_bytes / BYTES_PER_REPLICA))))
+    return min(most, max(1, int(min(node.num_cpus // need.num_cpus, node.memory_bytes / need.num_bytes))))
 
 
 def _plan_cpu(
-    config: ComputeConfig, hosts: list[tuple[Node, int]], num_workers: int, per_replica: int, may_grow: bool
+    config: ComputeConfig, hosts: list[tuple[Node, int]], num_workers: int, need: _Need, may_grow: bool
 ) -> tuple[float, int]:
     """CPUs and threads of each replica, without GPUs."""
     nodes = [node for node, _ in hosts]
@@ -150,16 +156,16 @@ def _plan_cpu(
     cpus_each = _round_down(min(shares) / math.ceil(crowding))
     # One node's replicas may come to run on another one.
     may_move = (len(nodes) > 1 or may_grow) and crowding == 1 and not config.resources_per_worker
-    return _survive_loss(cpus_each, nodes, config, per_replica) if may_move else cpus_each, threads
+    return _survive_loss(cpus_each, nodes, config, need) if may_move else cpus_each, threads
 
 
-def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, per_replica: int) -> float:
+def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, need: _Need) -> float:
     """A little more for each replica, so that nodes have CPUs for tasks left when replicas of another node come.
 
     Those of a lost node start again wherever they fit, and so do those that wait for a new node. Were they to fill the
     nodes, no task could start any more, and the run would stand still.
     """
-    counts = [_replicas_of(node, config, per_replica) for node in nodes]
+    counts = [_replicas_of(node, config, need) for node in nodes]
     wanted = cpus_each
     while all(count * wanted < node.num_cpus for node, count in zip(nodes, counts)):
         if not any(_may_fill_up(wanted, node, count) for node, count in zip(nodes, counts)):
