@@ -19,7 +19,7 @@ from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
 # Tasks of one batch each in small runs, whose last tasks would keep few cores busy; soon more, since Ray's own work for
 # a task is that for some images; in the end so many that Ray can hold all tasks.
-MIN_TASKS, QUICK_TASK_ROWS = 64, 64
+MIN_TASKS, QUICK_TASK_ROWS = 32, 64
 # A task has one more batch for each of so many rows of a run: 16,384 tasks of CPUs, or 1,024 of GPUs, whose batches are
 # large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
 ROWS_PER_BATCH_OF_A_TASK = 262_144

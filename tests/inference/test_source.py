@@ -64,7 +64,7 @@ def test_a_table_is_cut_into_tasks() -> None:
 
 def test_tasks_grow_with_the_run() -> None:
     assert rows_per_task(1000, 16) == 16
-    assert rows_per_task(3000, 16) == 32
+    assert rows_per_task(2000, 16) == 48
     assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK, 16) == 64
     assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK * 8, 16) == 128
     assert rows_per_task(10**9, 16) == 1024
