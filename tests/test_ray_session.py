@@ -64,3 +64,31 @@ def test_threads_that_lose_a_ray_killed_half_started_say_nothing(own_home: Path)
     process, _ = refuse_after(0, REFUSED_WITH="ray_print_logs", LINGER_S="2")
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (2, "a job: error: refused\n")
+
+
+ENDED = """
+import os, time, ray
+from cluster.processes import descendants
+from pipelines.ray_session import ray_session
+
+def count():
+    return sum("/ray/autoscaler/" in command for command in descendants(os.getpid()).values())
+
+def shut_down(whole=ray.shutdown):
+    deadline = time.monotonic() + 10
+    while count() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print("then", count())
+    whole()
+
+with ray_session():
+    print("first", count())
+    ray.shutdown = shut_down
+"""
+
+
+def test_ray_is_shut_down_without_waiting_for_its_autoscaler(own_home: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDED], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert ended.stdout.split() == ["first", "1", "then", "0"]
