@@ -12,10 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.local import RayHead
+from pipelines.config.infer import InferConfig
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.inference.commit import write_digests
+from pipelines.inference.rescore import rescore
 from pipelines.inference.verify import run
+from pipelines.models.resolve import resolve_bundle
+from pipelines.storage.manifest import find_manifest
 from tests.support.infer import infer, run_command, summary_of
 
 
@@ -162,6 +166,22 @@ def test_rows_that_another_model_wrote_are_found(output: Path) -> None:
         RunError, match=r"problems, the first: row \d+, computed again: the probability of class \d+ was"
     ):
         verify(output, num_rows=16)
+
+
+def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) -> None:
+    record = json.loads((output / "_run.json").read_text())
+    record["config"]["preprocess"]["mode"] = "cuda"
+    record["config"]["compute"]["use_gpu"] = True
+    config = InferConfig.model_validate(record["config"])
+    record["fingerprint"] = resolve_bundle(config.model, config.preprocess).fingerprint
+    manifest = find_manifest(str(output))
+    assert manifest is not None
+    exact = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
+    assert list(rescore(record, manifest, exact)) == []
+    others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
+    problems = list(rescore(record, manifest, others))
+    assert len(problems) > exact.num_rows / 2
+    assert "its embedding lies" in problems[0]
 
 
 def test_weights_that_are_gone_are_said(output: Path) -> None:
