@@ -45,7 +45,10 @@ def ray_session() -> Iterator[None]:
         _settle()
         yield
     finally:
-        _shut_down()
+        if is_cluster_named():
+            ray.shutdown()  # to its processes, where this one started them, the end of a job is nothing
+        else:
+            _shut_down()
 
 
 @contextlib.contextmanager
@@ -118,7 +121,7 @@ def _settle() -> None:
 def _shut_down() -> None:
     """End Ray, without the second for which its shutdown waits for an autoscaler that does not answer SIGTERM.
 
-    One machine's autoscaler has nothing to scale, and nothing to save. A cluster's is no child of this process.
+    One machine's autoscaler has nothing to scale, and nothing to save.
     """
     for thread in threading.enumerate():  # a process belongs to the thread that started it
         for child in _children(os.getpid(), thread.native_id or 0):
