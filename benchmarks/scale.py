@@ -52,7 +52,7 @@ def main() -> None:
         command = [sys.executable, "-m", "jobs.infer", "--input.uri", INPUT_URI, "--output.uri", OUTPUT_URI]
         command += ["--model.name", args.model, "--model.weights", "random", "--preprocess.mode", "fast"]
         command += ["--output.commit_rows", str(COMMIT_ROWS)]
-        samples = list(watch(command))
+        samples = list(watch(command, args.num_images))
     print(f"{'images done':>12}{'images/s':>12}{'driver MB':>12}{'replica MB':>12}{'object store MB':>18}")
     marks = [mark for mark in MARKS if mark < args.num_images] + [args.num_images]
     before, rest = next(sample for sample in samples if sample.num_ok), samples
@@ -80,8 +80,8 @@ def write_images(count: int) -> None:
         )
 
 
-def watch(command: list[str]) -> Iterator[Sample]:
-    """Run a job, and look at it again and again."""
+def watch(command: list[str], num_images: int) -> Iterator[Sample]:
+    """Run a job over so many images, and look at it again and again."""
     before, num_ok = shared_bytes(), 0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     started = time.monotonic()
@@ -89,7 +89,8 @@ def watch(command: list[str]) -> Iterator[Sample]:
         below = descendants(process.pid)
         replicas = [pid for pid, command in below.items() if "PredictorActor" in command]
         # All files are full but the last one; in the end they are made larger, and fewer.
-        num_ok = max(num_ok, COMMIT_ROWS * sum(name.startswith("part-") for name in list_files(OUTPUT_URI)))
+        num_files = sum(name.startswith("part-") for name in list_files(OUTPUT_URI))
+        num_ok = max(num_ok, min(num_images, COMMIT_ROWS * num_files))
         memory = memory_bytes(process.pid), sum(map(memory_bytes, replicas)), shared_bytes() - before
         yield Sample(time.monotonic() - started, num_ok, *memory)
         time.sleep(POLL_S)
