@@ -15,17 +15,18 @@ from pipelines.nodes import Node
 
 
 class _Need(NamedTuple):
-    """What one replica on CPUs takes: cores, and memory for torch, the weights and each thread's activations."""
+    """What one replica on CPUs takes: cores, memory, and whether its threads share a batch instead of one each."""
 
     num_cpus: int
     num_bytes: float
+    is_batch_shared: bool
 
 
 # Threads share the weights and the start-up; beyond a few, Python's lock comes between them. The largest that was
 # measured, ecaresnet101d, takes 2.2 GB, and 1.5 GB in int8.
-THREADED = _Need(4, 2.5e9)
+THREADED = _Need(4, 2.5e9, is_batch_shared=False)
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
-COMPILED = _Need(1, 1.75e9)
+COMPILED = _Need(1, 1.75e9, is_batch_shared=True)
 SMALL_NODE_CPUS = 4
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
@@ -144,7 +145,7 @@ def _plan_cpu(
     """CPUs and threads of each replica, without GPUs."""
     nodes = [node for node, _ in hosts]
     shares = [_replica_share(node) * node.num_cpus / slots for node, slots in hosts]
-    threads = min(max(1, int(node.num_cpus) // slots) for node, slots in hosts)
+    threads = min(_threads_of(node, slots, need) for node, slots in hosts)
     crowding = max(1.0, num_workers / sum(slots for _, slots in hosts))
     total_cpus = sum(node.num_cpus for node in nodes)
     if num_workers > max(1, total_cpus):
@@ -157,6 +158,13 @@ def _plan_cpu(
     # One node's replicas may come to run on another one.
     may_move = (len(nodes) > 1 or may_grow) and crowding == 1 and not config.resources_per_worker
     return _survive_loss(cpus_each, nodes, config, need) if may_move else cpus_each, threads
+
+
+def _threads_of(node: Node, num_replicas: int, need: _Need) -> int:
+    """Of each of a node's replicas: one a core, where its memory holds the batches of all."""
+    threads = int(node.num_cpus) // num_replicas
+    held = math.inf if need.is_batch_shared else need.num_cpus * node.memory_bytes / num_replicas / need.num_bytes
+    return max(1, int(min(threads, held)))
 
 
 def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, need: _Need) -> float:

@@ -36,7 +36,8 @@ def test_compiled_code_has_a_replica_for_each_cpu() -> None:
 def test_replicas_fit_the_memory_and_share_the_cores() -> None:
     plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)], is_compiled=True)
     assert (plan.num_workers, plan.num_threads_per_worker) == (4, 4)
-    assert plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)]).num_workers == 2
+    plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)])
+    assert (plan.num_workers, plan.num_threads_per_worker) == (2, 5)  # eight each would not fit
     assert plan_compute(ComputeConfig(num_workers=8), [Node(16, 0, memory_bytes=7e9)]).num_workers == 8
     assert plan_compute(ComputeConfig(), [Node(2, 0, memory_bytes=5e8)]).num_workers == 1
     assert plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8, memory_bytes=7e9)]).num_workers == 8
