@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the highest so far")
     with tempfile.TemporaryDirectory() as output:
         manifest = _make_manifest(output, args.num_keys)
-        num_rows = rows_per_task(args.num_keys, BATCH_SIZE)
+        num_rows = rows_per_task(args.num_keys, BATCH_SIZE, num_threads=2)
         source = _measure("planned", lambda: MissingSource(output, manifest, IdSet(args.num_keys), num_rows))
         rows = _measure("rows of the last task", lambda: source.rows_of(source.num_tasks - 1))
         print(f"{source.num_tasks:,} tasks; the last row: {rows['uri'][-1].as_py()}")

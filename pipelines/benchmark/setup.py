@@ -47,7 +47,8 @@ class Setup:
     @property
     def rows_per_task(self) -> int:
         """As in a run over the sample."""
-        return rows_per_task(len(self.sample), self.plan.batch_size, self.config.output.commit_rows)
+        plan = self.plan
+        return rows_per_task(len(self.sample), plan.batch_size, plan.num_threads, self.config.output.commit_rows)
 
     @property
     def rows_per_file(self) -> int:

@@ -125,7 +125,7 @@ def _count(
     limit = config.preprocess.max_pixels_on_device
     options = PredictOptions(plan.batch_size, topk, False, use_gpu, num_threads, config.model.compile, limit)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
-    source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size))
+    source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size, plan.num_threads))
     counter = HitCounter(ray.put(targets))
 
     def count(predicted: ray.data.Dataset) -> ray.data.Dataset:

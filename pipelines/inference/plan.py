@@ -64,6 +64,11 @@ class ComputePlan:
     resources_per_worker: Mapping[str, float]
     kept_from_tasks: tuple[str, ...]
 
+    @property
+    def num_threads(self) -> int:
+        """Of all replicas."""
+        return self.num_workers * self.num_threads_per_worker
+
 
 def plan_compute(
     config: ComputeConfig, nodes: list[Node], is_compiled: bool = False, may_grow: bool = False

@@ -96,7 +96,7 @@ def _execute(
     drop_retried(config.output.uri, request.done.retried)
     decode = make_decode(config, request.model)
     options = make_options(config, plan, request.topk)
-    num_rows = rows_per_task(request.num_todo, plan.batch_size, config.output.commit_rows)
+    num_rows = rows_per_task(request.num_todo, plan.batch_size, plan.num_threads, config.output.commit_rows)
     missing = MissingSource(config.output.uri, request.manifest, request.done.ids, num_rows)
     writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)

@@ -17,9 +17,9 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.idset import IdSet
 from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
-# Tasks of one batch each in small runs, whose last tasks would keep few cores busy; soon more, since Ray's own work for
-# a task is that for some images; in the end so many that Ray can hold all tasks.
-MIN_TASKS, QUICK_TASK_ROWS = 32, 64
+# Tasks of one batch each in small runs, whose last tasks would keep few threads busy; soon more, since Ray's own work
+# for a task (35 ms of a core) is that for some images; in the end so many that Ray can hold all tasks.
+MIN_TASKS_PER_THREAD, QUICK_TASK_ROWS = 16, 128
 # A task has one more batch for each of so many rows of a run: 16,384 tasks of CPUs, or 1,024 of GPUs, whose batches are
 # large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
 ROWS_PER_BATCH_OF_A_TASK = 262_144
@@ -37,17 +37,18 @@ class Source(Protocol):
         """`id` and `uri` of one task."""
 
 
-def rows_per_task(num_rows: int, batch_size: int, max_rows: int = MAX_ROWS_PER_TASK) -> int:
+def rows_per_task(num_rows: int, batch_size: int, num_threads: int, max_rows: int = MAX_ROWS_PER_TASK) -> int:
     """Whole batches of the model: one in small runs, more in large ones.
 
     Args:
         num_rows: of the run.
         batch_size: of the model.
+        num_threads: of all replicas.
         max_rows: of a task, where that is a batch or more.
     """
     max_rows = min(max_rows, MAX_ROWS_PER_TASK)
     enough = -(-num_rows // ROWS_PER_BATCH_OF_A_TASK)
-    quick = min(QUICK_TASK_ROWS, num_rows // MIN_TASKS) // batch_size
+    quick = min(QUICK_TASK_ROWS, num_rows // (MIN_TASKS_PER_THREAD * num_threads)) // batch_size
     return batch_size * max(1, min(max(enough, quick), max_rows // batch_size))
 
 

@@ -63,12 +63,14 @@ def test_a_table_is_cut_into_tasks() -> None:
 
 
 def test_tasks_grow_with_the_run() -> None:
-    assert rows_per_task(1000, 16) == 16
-    assert rows_per_task(2000, 16) == 48
-    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK, 16) == 64
-    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK * 8, 16) == 128
-    assert rows_per_task(10**9, 16) == 1024
-    assert rows_per_task(10**5, 256) == 256
-    assert rows_per_task(10**6, 256) == 1024
-    assert rows_per_task(10**9, 256, max_rows=600) == 512
-    assert rows_per_task(10**9, 2048) == 2048
+    assert rows_per_task(500, 16, 2) == 16
+    assert rows_per_task(2000, 16, 2) == 48
+    assert rows_per_task(10_000, 16, 2) == 128
+    assert rows_per_task(10_000, 16, 64) == 16
+    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK, 16, 2) == 128
+    assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK * 12, 16, 2) == 192
+    assert rows_per_task(10**9, 16, 2) == 1024
+    assert rows_per_task(10**5, 256, 2) == 256
+    assert rows_per_task(10**6, 256, 2) == 1024
+    assert rows_per_task(10**9, 256, 2, max_rows=600) == 512
+    assert rows_per_task(10**9, 2048, 2) == 2048
