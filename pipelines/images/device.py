@@ -4,6 +4,7 @@ Not measured on a GPU yet. On a CPU device the same steps run by libjpeg-turbo. 
 since 0.29, in favour of TorchCodec.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from pipelines.errors import ItemError, RunError
 from pipelines.images.fast import preprocess_fast
 from pipelines.images.transform import EvalTransform
+
+log = logging.getLogger(__name__)
 
 
 class DeviceDecoder:
@@ -31,6 +34,7 @@ class DeviceDecoder:
 
     def __init__(self, transform: EvalTransform, max_pixels: int, device: torch.device) -> None:
         self._transform, self._max_pixels, self._device = transform, max_pixels, device
+        self._has_refused = False
         try:
             self._decode([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))])
         except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word
@@ -38,17 +42,33 @@ class DeviceDecoder:
 
     def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
         """Files that `size_for_device` has a size for, to height x width x 3 uint8 on the device, or to the reason."""
+        found = self._decode_all(contents)
+        if found is not None:
+            return found
+        if len(contents) == 1:
+            return [self._decode_on_cpu(contents[0])]
+        half = len(contents) // 2
+        return [*self(contents[:half]), *self(contents[half:])]
+
+    def _decode_all(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError] | None:
+        """None where one of them is refused, and the error does not say which, or they are too many for the memory."""
         try:
             return [self._fit(pixels) for pixels in self._decode(contents)]
-        except RuntimeError:
-            # One of them is refused, and the error does not say which; or they are too many for the memory.
-            if len(contents) == 1:
-                return [self._decode_on_cpu(contents[0])]
-            half = len(contents) // 2
-            return [*self(contents[:half]), *self(contents[half:])]
+        except torch.cuda.OutOfMemoryError:
+            pass
+        except RuntimeError as error:
+            if len(contents) == 1 and not self._has_refused:
+                self._has_refused = True
+                log.warning("%s refuses an image, the first of those that a CPU decodes: %s", self._device, error)
+            return None
+        torch.cuda.empty_cache()  # here, where the error and what it holds are gone
+        return None
 
     def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
+        if self._device.type == "cuda":
+            # nvJPEG writes on a stream of its own, at once, into memory that kernels queued on this one may still read.
+            torch.cuda.current_stream(self._device).synchronize()
         decoded: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
         return decoded
 

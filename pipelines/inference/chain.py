@@ -51,7 +51,7 @@ def stream(
 
 
 def _fetch_and_decode(task: FetchTask, num_tasks: int, plan: ComputePlan) -> ray.data.Dataset:
-    """Network and one core; uint8 images of the input size go through the object store, nothing larger."""
+    """Network and one core; through the object store go uint8 images of the input size, or JPEGs for GPUs."""
     num_cpus = plan.num_cpus_per_decode_task
     # `ray.data.range` without its tasks of a whole CPU, which may never be free beside the replicas. With the same
     # share of one for both, number and images are made in one task.

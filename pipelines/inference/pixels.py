@@ -1,5 +1,6 @@
 """The images of a batch as one tensor, decoded on the device where they come as JPEG. Rows 1:1."""
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pipelines import metrics
 from pipelines.errors import ItemError
 from pipelines.images.transform import EvalTransform
-from pipelines.models.transfer import Beside
+from pipelines.models.transfer import Beside, with_freed_memory
 
 # Decoded at a time, in full size: 0.8 GB of RGB.
 MAX_PIXELS_IN_HAND = 2**28
@@ -28,6 +29,8 @@ class PixelLoader:
 
     def __init__(self, transform: EvalTransform, max_pixels: int | None, beside: Beside) -> None:
         self._input_size, self._beside = transform.input_size, beside
+        # One thread of a replica at a time: they share a stream, and decoding writes beside it.
+        self._turn = threading.Lock()
         if max_pixels is not None:
             from pipelines.images.device import DeviceDecoder  # late: torchvision
 
@@ -43,8 +46,8 @@ class PixelLoader:
         if good["jpeg"].null_count == len(good):
             return batch, torch.from_numpy(_stack(good["image"], self._input_size))
         errors: dict[int, ItemError] = {}
-        with metrics.timed("decode"):
-            pixels = self._beside(lambda: self._load(good, errors))
+        with metrics.timed("decode"), self._turn:
+            pixels = with_freed_memory(lambda: self._beside(lambda: self._load(good, errors)))
         return _with_errors(batch, {good["id"][position].as_py(): error for position, error in errors.items()}), pixels
 
     def _load(self, good: pa.Table, errors: dict[int, ItemError]) -> torch.Tensor:
@@ -54,7 +57,9 @@ class PixelLoader:
         images: list[torch.Tensor | None] = [None] * len(good)
         for position, image in zip(np.flatnonzero(~is_jpeg), uploaded):
             images[position] = image
-        for positions in _groups(np.flatnonzero(is_jpeg), good):
+        encoded = np.flatnonzero(is_jpeg)
+        num_pixels = np.multiply(good["width"].to_numpy(), good["height"].to_numpy(), dtype=np.int64)[encoded]
+        for positions in (encoded[group] for group in cut_by_pixels(num_pixels)):
             for position, found in zip(positions, self._decode(good["jpeg"].take(positions).to_pylist())):
                 if isinstance(found, ItemError):
                     errors[int(position)] = found
@@ -64,11 +69,10 @@ class PixelLoader:
         return torch.stack(pixels) if pixels else uploaded
 
 
-def _groups(positions: NDArray[np.int64], rows: pa.Table) -> Iterator[NDArray[np.int64]]:
-    """Cut so that the images of a group have no more pixels than are decoded at a time."""
-    num_pixels = np.multiply(rows["width"].to_numpy(), rows["height"].to_numpy(), dtype=np.int64)[positions]
+def cut_by_pixels(num_pixels: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Positions of images of so many pixels each, in groups that are small enough to be decoded at a time."""
     groups = np.cumsum(num_pixels) // MAX_PIXELS_IN_HAND
-    return (positions[groups == group] for group in np.unique(groups))
+    return (np.flatnonzero(groups == group) for group in np.unique(groups))
 
 
 def _with_errors(batch: pa.Table, errors: dict[int, ItemError]) -> pa.Table:

@@ -82,12 +82,13 @@ class Predictor:
             try:
                 chunks.append(self._predict_batch(images[start : start + batch_size], batch_size))
                 start += batch_size
+                continue
             except torch.cuda.OutOfMemoryError:
                 if batch_size == 1:
                     raise
-                torch.cuda.empty_cache()
-                self.batch_size = batch_size // 2
-                log.warning("the GPU's memory holds no batch of %d: going on with %d", batch_size, self.batch_size)
+            torch.cuda.empty_cache()  # here, where the error and what it holds are gone
+            self.batch_size = batch_size // 2
+            log.warning("the GPU's memory holds no batch of %d: going on with %d", batch_size, self.batch_size)
         return pa.concat_tables(chunks)
 
     @torch.inference_mode()

@@ -36,6 +36,16 @@ class Beside:
         return self(lambda: tensor.pin_memory().to(self.device, non_blocking=True))
 
 
+def with_freed_memory(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What the work makes; where a GPU's memory is full, once more without what torch keeps of it for later."""
+    try:
+        return work()
+    except torch.cuda.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()  # here, where the error and what it holds are gone
+    return work()
+
+
 class Download:
     """Results on their way to the host, since they were asked for.
 

@@ -1,6 +1,10 @@
 """`preprocess.mode=cuda`, with a CPU in the GPU's place: the same steps, by the same calls."""
 
+import io
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from pipelines.errors import ItemError, RunError
 from pipelines.images import device
 from pipelines.images.decode import decode_rgb
 from pipelines.images.device import DeviceDecoder
-from pipelines.images.jpeg import MAX_DEVICE_PIXELS, size_for_device
+from pipelines.images.jpeg import MAX_DEVICE_BYTES, MAX_DEVICE_PIXELS, read_size, size_for_device
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
 from pipelines.inference import pixels
@@ -81,6 +85,24 @@ def test_what_a_gpu_would_get_wrong_stays_on_the_cpu() -> None:
     assert coffee.width * coffee.height < MAX_DEVICE_PIXELS
 
 
+def test_colours_that_a_gpu_takes_for_others_stay_on_the_cpu() -> None:
+    coffee = sources()["coffee"]
+    for image in (coffee, coffee.convert("L")):
+        assert size_for_device(encode(image), IMAGENET, MAX_PIXELS) == coffee.size
+    file = io.BytesIO()
+    coffee.save(file, "jpeg", keep_rgb=True)
+    assert read_size(file.getvalue(), MAX_PIXELS) == coffee.size
+    assert size_for_device(file.getvalue(), IMAGENET, MAX_PIXELS) is None
+
+
+def test_large_files_stay_on_the_cpu() -> None:
+    content = encode(sources()["coffee"])
+    comment = b"\xff\xfe\xff\xff" + bytes(0xFFFF - 2)
+    large = content[:2] + comment * (MAX_DEVICE_BYTES // len(comment) + 1) + content[2:]
+    assert read_size(large, MAX_PIXELS) == sources()["coffee"].size
+    assert size_for_device(large, IMAGENET, MAX_PIXELS) is None
+
+
 def test_replicas_that_decode_give_nearly_the_same_rows(bundle: ModelBundle, files: pa.Table) -> None:
     encoded = decode(files, bundle, "cuda")
     is_jpeg = encoded["jpeg"].is_valid().to_numpy()
@@ -102,6 +124,51 @@ def test_large_images_are_decoded_a_few_at_a_time(
     expected = replica(bundle, MAX_PIXELS)(encoded)
     monkeypatch.setattr(pixels, "MAX_PIXELS_IN_HAND", 300_000)
     assert replica(bundle, MAX_PIXELS)(encoded).equals(expected)
+
+
+def test_threads_of_a_replica_decode_one_after_the_other(
+    bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, predict = decode(files, bundle, "cuda"), replica(bundle, MAX_PIXELS)
+    expected = predict(encoded)
+    decode_jpeg, busy = getattr(device, "decode_jpeg"), threading.Lock()  # noqa: B009 - not of its public names
+
+    def decode_alone(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        assert busy.acquire(blocking=False), "two threads decode at the same time"
+        time.sleep(0.05)
+        found: list[torch.Tensor] = decode_jpeg(contents, **kwargs)
+        busy.release()
+        return found
+
+    monkeypatch.setattr(device, "decode_jpeg", decode_alone)
+    with ThreadPoolExecutor(2) as threads:
+        assert all(rows.equals(expected) for rows in threads.map(predict, [encoded] * 4))
+
+
+def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = decode(files, bundle, "cuda")
+    expected = replica(bundle, MAX_PIXELS)(encoded)
+    predict = replica(bundle, MAX_PIXELS)
+    decode_jpeg, stack = getattr(device, "decode_jpeg"), torch.stack  # noqa: B009 - not of its public names
+    num_stacked = 0
+
+    def decode_few(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        if len(contents) > 3:
+            raise torch.cuda.OutOfMemoryError
+        found: list[torch.Tensor] = decode_jpeg(contents, **kwargs)
+        return found
+
+    def stack_at_second_try(tensors: list[torch.Tensor]) -> torch.Tensor:
+        nonlocal num_stacked
+        num_stacked += 1
+        if num_stacked == 1:
+            raise torch.cuda.OutOfMemoryError
+        return stack(tensors)
+
+    monkeypatch.setattr(device, "decode_jpeg", decode_few)
+    monkeypatch.setattr(torch, "stack", stack_at_second_try)
+    assert predict(encoded).equals(expected)
+    assert num_stacked == 2
 
 
 def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

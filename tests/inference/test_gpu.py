@@ -11,6 +11,7 @@ import pytest
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
+from pipelines.inference import pixels
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.predict import Predictor
 from pipelines.inference.replica import PredictOptions
@@ -44,13 +45,19 @@ def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
     assert many[0]["index"].to_pylist() == expected["index"].to_pylist()
 
 
-def test_a_gpu_decodes_nearly_the_same_pixels(photographs: Path, telling_weights: Callable[[str], Path]) -> None:
+def test_a_gpu_decodes_nearly_the_same_pixels_whatever_else_it_does(
+    photographs: Path, telling_weights: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = str(telling_weights("ecaresnet50d"))
     bundle = prepare_bundle(resolve_bundle(ModelConfig(name="ecaresnet50d", weights=weights), PreprocessConfig()))
     options = PredictOptions(BATCH_SIZE, 5, True, use_gpu=True, max_pixels=10**8)
     encoded, exact = read(photographs, bundle.transform, "cuda"), read(photographs, bundle.transform)
-    there, here = Predictor(bundle, options)(encoded), Predictor(bundle, options)(exact)
+    predict = Predictor(bundle, options)
+    there, here = predict(encoded), predict(exact)
     assert there["error_kind"].equals(here["error_kind"])
     ours, theirs = (np.stack(rows["embedding"].to_numpy()) for rows in (there, here))
     cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     assert np.median(cosine) > 0.999
+    monkeypatch.setattr(pixels, "MAX_PIXELS_IN_HAND", 300_000)  # in several groups
+    with ThreadPoolExecutor(2) as threads:
+        assert all(rows.equals(there) for rows in threads.map(predict, [encoded] * 16))
