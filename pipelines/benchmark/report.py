@@ -7,13 +7,15 @@ from typing import Any
 from pipelines.benchmark.stages import StageCost
 from pipelines.inference.plan import ComputePlan
 
+GPU_DECODE = "GPU decode"
+
 
 @dataclass(frozen=True)
 class Bound:
     """What the whole cannot be faster than.
 
     Attributes:
-        by: `store`, `cores`, `replicas` or `decoders of GPUs`.
+        by: `store`, `cores`, `replicas` or `GPU decoders`.
         images_per_s: the rate.
         stage: the one that takes most of it.
     """
@@ -23,17 +25,15 @@ class Bound:
     stage: str
 
 
-def find_bounds(
-    costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int, decodes_on_gpus: bool = False
-) -> list[Bound]:
+def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int) -> list[Bound]:
     """The bounds of a run, the lowest first.
 
     Args:
-        costs: `fetch`, `decode`, `forward`, `write`; the first of one process of `num_readers`.
+        costs: `fetch`, `decode`, `forward`, `write`, the first of one process of `num_readers`; `GPU decode` of one
+            replica, where there is that.
         plan: what each stage declares.
         num_cpus: of the machines.
         num_readers: processes that read from the store at the same time when `fetch` was measured.
-        decodes_on_gpus: whether `decode` is that of one replica.
     """
     dearest = max(costs, key=lambda name: costs[name].cpu_s_per_image)
     bounds = [
@@ -41,8 +41,8 @@ def find_bounds(
         Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), dearest),
         Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"),
     ]
-    if decodes_on_gpus:  # by engines of their own, beside the forward pass
-        bounds.append(Bound("decoders of GPUs", plan.num_workers * costs["decode"].images_per_s, "decode"))
+    if GPU_DECODE in costs:  # by engines of their own, beside the forward pass
+        bounds.append(Bound("GPU decoders", plan.num_workers * costs[GPU_DECODE].images_per_s, GPU_DECODE))
     return sorted(bounds, key=lambda bound: bound.images_per_s)
 
 

@@ -10,12 +10,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
 
-from pipelines.benchmark.report import find_bounds, format_report
+from pipelines.benchmark.report import GPU_DECODE, find_bounds, format_report
 from pipelines.benchmark.setup import Setup
 from pipelines.benchmark.stages import (
     StageCost,
@@ -42,6 +42,7 @@ from pipelines.storage.filesystem import in_plain_words, is_there, list_names, r
 from pipelines.storage.listing import list_objects
 
 log = logging.getLogger(__name__)
+Cost = TypeVar("Cost", StageCost, StageCost | None)
 
 REPORT_FILE, ROWS_FOLDER = "benchmark.json", "_rows"
 
@@ -133,12 +134,18 @@ def measure_stages(setup: Setup) -> dict[str, StageCost]:
     starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
     orders = [object_uris[start:] + object_uris[:start] for start in starts]
     reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
-    return {
+    decode = make_decode(config, setup.facts)
+    costs = {
         "fetch": _mean(ray.get(reads)),
-        "decode": ray.get(_measure_decode(setup, object_uris)),
+        "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
         "forward": ray.get(_measure_forward(setup)),
         "write": ray.get(_remote(measure_write, setup.writer, setup.rows_per_file, stage_s)),
     }
+    if decode.mode == "cuda" and (
+        on_gpu := ray.get(_on_replica(setup, measure_device_decode, object_uris, decode, setup.options, stage_s))
+    ):
+        costs[GPU_DECODE] = on_gpu
+    return costs
 
 
 def _remote(measure: Callable[..., StageCost], *args: object) -> "ray.ObjectRef[StageCost]":
@@ -148,13 +155,6 @@ def _remote(measure: Callable[..., StageCost], *args: object) -> "ray.ObjectRef[
 
 def _mean(costs: list[StageCost]) -> StageCost:
     return StageCost(*(sum(values) / len(costs) for values in zip(*(asdict(cost).values() for cost in costs))))
-
-
-def _measure_decode(setup: Setup, object_uris: list[str]) -> "ray.ObjectRef[StageCost]":
-    decode, options, stage_s = make_decode(setup.config, setup.facts), setup.options, setup.config.sample.stage_s
-    if decode.mode == "cuda":
-        return _on_replica(setup, measure_device_decode, object_uris, decode, options, stage_s)
-    return _remote(measure_decode, object_uris, decode, stage_s)
 
 
 def _measure_forward(setup: Setup) -> "ray.ObjectRef[StageCost]":
@@ -167,7 +167,7 @@ def _measure_forward(setup: Setup) -> "ray.ObjectRef[StageCost]":
     return _on_replica(setup, measure, ray.put(setup.pickled_bundle))
 
 
-def _on_replica(setup: Setup, measure: Callable[..., StageCost], *args: object) -> "ray.ObjectRef[StageCost]":
+def _on_replica(setup: Setup, measure: Callable[..., Cost], *args: object) -> "ray.ObjectRef[Cost]":
     """Measure in a process with a replica's resources and environment."""
     plan = setup.plan
     task = ray.remote(measure).options(
@@ -176,13 +176,12 @@ def _on_replica(setup: Setup, measure: Callable[..., StageCost], *args: object) 
         resources=dict(plan.resources_per_worker) or None,
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
-    reference: ray.ObjectRef[StageCost] = task.remote(*args)
+    reference: ray.ObjectRef[Cost] = task.remote(*args)
     return reference
 
 
 def _summarize(setup: Setup, costs: dict[str, StageCost], whole: WholeRate, watch: Watch) -> dict[str, Any]:
-    decodes_on_gpus = setup.config.preprocess.mode == "cuda"
-    bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers, decodes_on_gpus)
+    bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers)
     num_images = whole.num_ok + whole.num_failed
     lowest, steady = bounds[0], whole.steady_images_per_s
     return {

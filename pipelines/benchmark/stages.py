@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipelines.errors import ItemError, RunError
+from pipelines.errors import RunError
 from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import make_preprocess
 from pipelines.inference.fetch_decode import FetchAndDecode
@@ -63,25 +63,19 @@ def measure_fetch(object_uris: list[str], max_bytes: int, stage_s: float) -> Sta
 
 
 def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: float) -> StageCost:
-    """Bytes in memory to the model's input, on one core.
+    """Bytes in memory to the rows of a fetching task, on one core: images of the model's input size, or JPEGs for GPUs.
 
     Raises:
         RunError: not one of the images can be had.
     """
     contents = _fetch_some(object_uris, FETCH_ROWS, decode.max_bytes)
     preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
-
-    def is_image(content: bytes) -> bool:
-        try:
-            preprocess(content)
-        except ItemError:
-            return False
-        return True
-
-    images = _refuse_none([content for content in contents if is_image(content)])
+    images = [content for content in contents if "error_kind" not in decode.row_of(content, preprocess)]
+    if not images:
+        raise RunError("not one of the sampled images could be fetched and decoded")
 
     def decode_one(content: bytes) -> int:
-        preprocess(content).pixels.tobytes()
+        decode.row_of(content, preprocess)
         return 1
 
     return _time(decode_one, itertools.cycle(images), stage_s)[0]
@@ -89,27 +83,35 @@ def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: floa
 
 def measure_device_decode(
     object_uris: list[str], decode: FetchAndDecode, options: PredictOptions, stage_s: float
-) -> StageCost:
-    """JPEG bytes in host memory to the model's input on the replica's device, batch by batch.
+) -> StageCost | None:
+    """A batch in host memory, again and again: its JPEGs to the model's input on the replica's device.
+
+    What an image costs is the mean of all, those included that came decoded by a CPU. None where all did.
 
     Raises:
-        RunError: not one of the images is a JPEG that the device takes; or it takes none at all.
+        RunError: the device decodes no JPEG.
     """
     import torch  # late
 
     from pipelines.images.device import DeviceDecoder
+    from pipelines.inference.pixels import cut_by_pixels
 
     contents = _fetch_some(object_uris, options.batch_size, decode.max_bytes)
-    jpegs = _refuse_none([one for one in contents if size_for_device(one, decode.transform, decode.max_pixels)])
-    decode_batch = DeviceDecoder(
+    sizes = [size_for_device(content, decode.transform, decode.max_pixels) for content in contents]
+    jpegs = [(content, size.width * size.height) for content, size in zip(contents, sizes) if size]
+    if not jpegs:
+        return None
+    groups = [[jpegs[position][0] for position in group] for group in cut_by_pixels(np.array([n for _, n in jpegs]))]
+    decode_group = DeviceDecoder(
         decode.transform, decode.max_pixels, torch.device("cuda" if options.use_gpu else "cpu")
     )
 
     def decode_all(_: None) -> int:
-        decode_batch(jpegs)
+        for group in groups:
+            decode_group(group)
         if options.use_gpu:
             torch.cuda.synchronize()
-        return len(jpegs)
+        return len(contents)
 
     decode_all(None)
     return _time(decode_all, itertools.repeat(None), stage_s)[0]
@@ -118,12 +120,6 @@ def measure_device_decode(
 def _fetch_some(object_uris: list[str], num_images: int, max_bytes: int) -> list[bytes]:
     fetched = fetch_many(object_uris[:: -(-len(object_uris) // num_images)], max_bytes)
     return [found.content for found in fetched if isinstance(found.content, bytes)]
-
-
-def _refuse_none(images: list[bytes]) -> list[bytes]:
-    if not images:
-        raise RunError("not one of the sampled images could be fetched and decoded")
-    return images
 
 
 def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:

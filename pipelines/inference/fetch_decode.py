@@ -43,7 +43,7 @@ class FetchAndDecode:
         started, decode_s = time.monotonic(), 0.0
         for fetched in fetch_many(object_uris, self.max_bytes):
             decode_started = time.monotonic()
-            rows[fetched.position] = {"num_retries": fetched.num_retries, **self._row(fetched.content, preprocess)}
+            rows[fetched.position] = {"num_retries": fetched.num_retries, **self.row_of(fetched.content, preprocess)}
             decode_s += time.monotonic() - decode_started
             metrics.count("ecaray_fetched_bytes", len(fetched.content) if isinstance(fetched.content, bytes) else 0)
         metrics.count("ecaray_stage_seconds", decode_s, stage="decode")
@@ -51,7 +51,8 @@ class FetchAndDecode:
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 
-    def _row(self, content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
+    def row_of(self, content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
+        """Of one image: the columns of `IMAGES` after `num_retries`; those without a value may be missing."""
         if isinstance(content, ItemError):
             return {"error_kind": content.kind, "error_message": content.message}
         if self.mode == "cuda" and (size := size_for_device(content, self.transform, self.max_pixels)):
