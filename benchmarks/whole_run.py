@@ -31,6 +31,7 @@ PEERS = {
 OURS = {
     "ecaray": (),
     "ecaray-fast": ("--preprocess.mode", "fast"),
+    "ecaray-bfloat16": ("--preprocess.mode", "fast", "--model.dtype", "bfloat16"),
     "ecaray-int8": ("--preprocess.mode", "fast", "--model.dtype", "int8", "--model.quantization.min_agreement", "0"),
 }
 
