@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from pipelines.images.decode import decode_rgb
+from pipelines.images.decode import decode_by_pillow
 from pipelines.images.jpeg import TORCH_FILTERS, read_size
 from pipelines.images.transform import EvalTransform
 
@@ -52,7 +52,7 @@ def _decode(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[
         return _decode_jpeg(content, transform, max_pixels)
     except ValueError:
         pass  # Pillow reads some of what is refused here, and says of the others what is wrong with them
-    image = decode_rgb(content, max_pixels)
+    image = decode_by_pillow(content, max_pixels)
     return image.width, image.height, np.array(image)  # torch wants to be able to write to it
 
 
