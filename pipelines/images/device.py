@@ -42,27 +42,27 @@ class DeviceDecoder:
 
     def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
         """Files that `size_for_device` has a size for, to height x width x 3 uint8 on the device, or to the reason."""
-        found = self._decode_all(contents)
-        if found is not None:
-            return found
+        try:
+            return [self._fit(pixels) for pixels in self._decode(contents)]
+        except RuntimeError:
+            pass  # one of them is refused, and the error does not say which; or they are too many for the memory
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # decoding goes on, into memory that is free now
         if len(contents) == 1:
-            return [self._decode_on_cpu(contents[0])]
+            return [self._decode_alone(contents[0])]
         half = len(contents) // 2
         return [*self(contents[:half]), *self(contents[half:])]
 
-    def _decode_all(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError] | None:
-        """None where one of them is refused, and the error does not say which, or they are too many for the memory."""
+    def _decode_alone(self, content: bytes) -> torch.Tensor | ItemError:
+        """Once more, with the memory that torch keeps for later and nvJPEG cannot ask it for; or by the CPU."""
+        torch.cuda.empty_cache()
         try:
-            return [self._fit(pixels) for pixels in self._decode(contents)]
-        except torch.cuda.OutOfMemoryError:
-            pass
+            return self._fit(self._decode([content])[0])
         except RuntimeError as error:
-            if len(contents) == 1 and not self._has_refused:
+            if not self._has_refused:
                 self._has_refused = True
                 log.warning("%s refuses an image, the first of those that a CPU decodes: %s", self._device, error)
-            return None
-        torch.cuda.empty_cache()  # here, where the error and what it holds are gone
-        return None
+        return self._decode_on_cpu(content)
 
     def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]

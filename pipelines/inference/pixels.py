@@ -24,13 +24,13 @@ class PixelLoader:
     Args:
         transform: the eval transform.
         max_pixels: largest image decoded; None where all come decoded.
-        beside: the device, beside its forward passes.
+        beside: the device, beside all else that it does: what is decoded may be written at any time to memory that
+            others on the same stream take for free.
     """
 
     def __init__(self, transform: EvalTransform, max_pixels: int | None, beside: Beside) -> None:
         self._input_size, self._beside = transform.input_size, beside
-        # One thread of a replica at a time: they share a stream, and decoding writes beside it.
-        self._turn = threading.Lock()
+        self._turn = threading.Lock()  # one thread of a replica at a time, for the same reason
         if max_pixels is not None:
             from pipelines.images.device import DeviceDecoder  # late: torchvision
 
@@ -46,12 +46,13 @@ class PixelLoader:
         if good["jpeg"].null_count == len(good):
             return batch, torch.from_numpy(_stack(good["image"], self._input_size))
         errors: dict[int, ItemError] = {}
-        with metrics.timed("decode"), self._turn:
+        with self._turn, metrics.timed("decode"):
             pixels = with_freed_memory(lambda: self._beside(lambda: self._load(good, errors)))
         return _with_errors(batch, {good["id"][position].as_py(): error for position, error in errors.items()}), pixels
 
     def _load(self, good: pa.Table, errors: dict[int, ItemError]) -> torch.Tensor:
-        """The pixels of these rows; adds the position of each that has none, and why."""
+        """The pixels of these rows; the position of each that has none, and why, is what `errors` then holds."""
+        errors.clear()  # those of a try that ran out of memory
         is_jpeg = pc.is_valid(good["jpeg"]).to_numpy()
         uploaded = torch.from_numpy(_stack(good["image"].drop_null(), self._input_size)).to(self._beside.device)
         images: list[torch.Tensor | None] = [None] * len(good)

@@ -45,7 +45,7 @@ class Predictor:
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self._beside = Beside(self.device)
-        self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, self._beside)
+        self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, Beside(self.device))
         self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.forward = self._load_forward()

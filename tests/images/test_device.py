@@ -146,17 +146,24 @@ def test_threads_of_a_replica_decode_one_after_the_other(
 
 
 def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded = decode(files, bundle, "cuda")
+    encoded = decode(files.slice(0, len(files) - 1), bundle, "cuda")
     expected = replica(bundle, MAX_PIXELS)(encoded)
     predict = replica(bundle, MAX_PIXELS)
     decode_jpeg, stack = getattr(device, "decode_jpeg"), torch.stack  # noqa: B009 - not of its public names
-    num_stacked = 0
+    num_stacked, num_emptied = 0, 0
 
-    def decode_few(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
-        if len(contents) > 3:
-            raise torch.cuda.OutOfMemoryError
+    def decode_once_there_is_room(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        if not num_emptied:
+            raise RuntimeError("Error while decoding JPEG images: CUDA out of memory")
         found: list[torch.Tensor] = decode_jpeg(contents, **kwargs)
         return found
+
+    def empty_cache() -> None:
+        nonlocal num_emptied
+        num_emptied += 1
+
+    def never(*_: object) -> None:
+        raise AssertionError("a CPU decodes what a GPU takes")
 
     def stack_at_second_try(tensors: list[torch.Tensor]) -> torch.Tensor:
         nonlocal num_stacked
@@ -165,10 +172,12 @@ def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypat
             raise torch.cuda.OutOfMemoryError
         return stack(tensors)
 
-    monkeypatch.setattr(device, "decode_jpeg", decode_few)
+    monkeypatch.setattr(device, "decode_jpeg", decode_once_there_is_room)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(device.DeviceDecoder, "_decode_on_cpu", never)
     monkeypatch.setattr(torch, "stack", stack_at_second_try)
     assert predict(encoded).equals(expected)
-    assert num_stacked == 2
+    assert (num_stacked, num_emptied) == (2, 2)
 
 
 def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +195,7 @@ def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.M
 
     monkeypatch.setattr(device, "decode_jpeg", refuse_the_third)
     found = decoder(contents)
-    assert calls == [5, 2, 3, 1, 2]
+    assert calls == [5, 2, 3, 1, 1, 2]  # the refused one twice
     for ours, theirs in zip(found, expected, strict=True):
         assert isinstance(ours, torch.Tensor)
         assert isinstance(theirs, torch.Tensor)
