@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
-from pipelines.errors import TRANSIENT_KINDS, RequestError
+from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.request import SAMPLED_IDS, make_decode, sample_of_manifest
@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 BATCH_SIZE = 8
 # What another machine, a GPU or another batch size may change: of probabilities absolute, of embeddings in proportion.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01), "int8": (0.1, 0.1)}
-# A GPU's decoder rounds, and scales colours up, in its own way.
+# A GPU's decoder rounds, and scales colours up, in its own way, and fills up what is damaged, which CPUs refuse.
 CUDA_TOLERANCES = (0.1, 0.1)
+CUDA_KINDS: tuple[ErrorKind, ...] = ("truncated", "corrupt")
 
 
 def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
@@ -65,11 +66,13 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
         use_gpu=False,
         max_pixels=config.preprocess.max_pixels_on_device,
     )
-    tolerances = CUDA_TOLERANCES if config.preprocess.mode == "cuda" else TOLERANCES[bundle.dtype]
+    is_cuda = config.preprocess.mode == "cuda"
+    tolerances = CUDA_TOLERANCES if is_cuda else TOLERANCES[bundle.dtype]
+    says_nothing = TRANSIENT_KINDS + (CUDA_KINDS if is_cuda else ())
     decode = make_decode(config, bundle)
     again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
-        if new["error_kind"] in TRANSIENT_KINDS:
+        if new["error_kind"] in says_nothing:
             log.warning("row %d is not computed again: %s", old["id"], new["error_message"])
             continue
         problem = new["error_kind"] or _difference(old, new, *tolerances)
