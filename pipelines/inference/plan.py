@@ -15,22 +15,43 @@ from pipelines.nodes import Node
 
 
 class _Need(NamedTuple):
-    """What one replica on CPUs takes: cores, memory, and whether its threads share a batch instead of one each."""
+    """What one replica on CPUs takes.
+
+    Attributes:
+        num_cpus: as many threads.
+        fixed_bytes: torch and the weights.
+        batch_bytes: activations of a batch of `CPU_BATCH_SIZE`.
+        is_batch_shared: whether threads have one batch together, not one each.
+    """
 
     num_cpus: int
-    num_bytes: float
+    fixed_bytes: float
+    batch_bytes: float
     is_batch_shared: bool
 
+    def num_bytes(self, batch_size: int) -> float:
+        """With all of its threads."""
+        batches = 1 if self.is_batch_shared else self.num_cpus
+        return self.fixed_bytes + batches * self.batch_bytes * batch_size / CPU_BATCH_SIZE
 
+    def num_threads(self, num_bytes: float, batch_size: int) -> float:
+        """That so much memory holds the batches of."""
+        if self.is_batch_shared:
+            return math.inf
+        return (num_bytes - self.fixed_bytes) / (self.batch_bytes * batch_size / CPU_BATCH_SIZE)
+
+
+# As fast as 32 (within 4 %), and half the memory.
+CPU_BATCH_SIZE = 16
 # Threads share the weights and the start-up; beyond a few, Python's lock comes between them. The largest that was
-# measured, ecaresnet101d, takes 2.2 GB, and 1.5 GB in int8.
-THREADED = _Need(4, 2.5e9, is_batch_shared=False)
+# measured, ecaresnet101d, takes 1.5 GB with two threads and 2.2 GB with four.
+THREADED = _Need(4, 0.9e9, 0.4e9, is_batch_shared=False)
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
-COMPILED = _Need(1, 1.75e9, is_batch_shared=True)
+# ecaresnet101d takes 1.5 GB in int8.
+COMPILED = _Need(1, 1.35e9, 0.4e9, is_batch_shared=True)
 SMALL_NODE_CPUS = 4
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
-CPU_BATCH_SIZE = 16  # as fast as 32 (within 4 %), and half the memory: about 150 MB of activations a thread
 GPU_BATCH_SIZE = 256
 # Matrix products round the rows of an incomplete block of rows in another way: an image would depend on its place.
 CPU_BATCH_MULTIPLE = 8
@@ -141,7 +162,8 @@ def _replicas_of(node: Node, config: ComputeConfig, need: _Need) -> int:
     most = _most_replicas_of(node, config)
     if config.use_gpu:
         return most
-    return min(most, max(1, int(min(node.num_cpus // need.num_cpus, node.memory_bytes / need.num_bytes))))
+    num_held = node.memory_bytes / need.num_bytes(_batch_size(config))
+    return min(most, max(1, int(min(node.num_cpus // need.num_cpus, num_held))))
 
 
 def _plan_cpu(
@@ -150,7 +172,7 @@ def _plan_cpu(
     """CPUs and threads of each replica, without GPUs."""
     nodes = [node for node, _ in hosts]
     shares = [_replica_share(node) * node.num_cpus / slots for node, slots in hosts]
-    threads = min(_threads_of(node, slots, need) for node, slots in hosts)
+    threads = min(_threads_of(node, slots, need, _batch_size(config)) for node, slots in hosts)
     crowding = max(1.0, num_workers / sum(slots for _, slots in hosts))
     total_cpus = sum(node.num_cpus for node in nodes)
     if num_workers > max(1, total_cpus):
@@ -165,11 +187,10 @@ def _plan_cpu(
     return _survive_loss(cpus_each, nodes, config, need) if may_move else cpus_each, threads
 
 
-def _threads_of(node: Node, num_replicas: int, need: _Need) -> int:
+def _threads_of(node: Node, num_replicas: int, need: _Need, batch_size: int) -> int:
     """Of each of a node's replicas: one a core, where its memory holds the batches of all."""
-    threads = int(node.num_cpus) // num_replicas
-    held = math.inf if need.is_batch_shared else need.num_cpus * node.memory_bytes / num_replicas / need.num_bytes
-    return max(1, int(min(threads, held)))
+    num_held = need.num_threads(node.memory_bytes / num_replicas, batch_size)
+    return max(1, int(min(node.num_cpus // num_replicas, num_held)))
 
 
 def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, need: _Need) -> float:

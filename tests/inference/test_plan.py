@@ -37,7 +37,9 @@ def test_replicas_fit_the_memory_and_share_the_cores() -> None:
     plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)], is_compiled=True)
     assert (plan.num_workers, plan.num_threads_per_worker) == (4, 4)
     plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)])
-    assert (plan.num_workers, plan.num_threads_per_worker) == (2, 5)  # eight each would not fit
+    assert (plan.num_workers, plan.num_threads_per_worker) == (2, 6)  # eight each would not fit
+    plan = plan_compute(ComputeConfig(batch_size=64), [Node(16, 0, memory_bytes=7e9)])
+    assert (plan.num_workers, plan.num_threads_per_worker) == (1, 3)
     assert plan_compute(ComputeConfig(num_workers=8), [Node(16, 0, memory_bytes=7e9)]).num_workers == 8
     assert plan_compute(ComputeConfig(), [Node(2, 0, memory_bytes=5e8)]).num_workers == 1
     assert plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8, memory_bytes=7e9)]).num_workers == 8
