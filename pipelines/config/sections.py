@@ -138,7 +138,8 @@ class PreprocessConfig(Section):
     mode: Literal["exact", "fast", "cuda"] = "exact"
     """`exact` (the default) gives timm's eval transform bit for bit. `fast` decodes and resizes JPEG in a fraction of
     the time, to pixels that differ a little (see BENCHMARKS.md for how much). `cuda` has replicas on GPUs decode and
-    resize JPEG there; other files, and what a GPU refuses, are done as `fast` does it."""
+    resize JPEGs of up to 16,777,216 pixels and 512 KiB there; larger ones, other files, and what a GPU refuses, are
+    done as `fast` does it."""
 
     image_size: int | None = Field(default=None, ge=1)
     """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""
@@ -149,7 +150,7 @@ class PreprocessConfig(Section):
 
     max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
     """Largest source image decoded, width times height; a larger one becomes a failed row (`too_many_pixels`).
-    A decoding task holds 3 bytes per pixel, more for some formats. Default: Pillow's own limit, 178,956,970."""
+    A decoding task holds 3 to 8 bytes per pixel, by format and mode. Default: Pillow's own limit, 178,956,970."""
 
     @property
     def max_pixels_on_device(self) -> int | None:
@@ -174,7 +175,8 @@ class ComputeConfig(Section):
 
     num_workers: WorkerRange | None = None
     """Model replicas (actors), or the least and the most of them: all are asked for at once, and the run begins with
-    the least. Default: one for each GPU with `use_gpu`, else one for every 4 CPUs of a node."""
+    the least. Default: one for each GPU with `use_gpu`, else one for every 4 CPUs of a node (for every CPU with
+    `model.dtype=int8`), where its memory holds them."""
 
     use_gpu: bool = False
     """Whether each replica takes a GPU of the cluster, as Ray's `ScalingConfig.use_gpu`. Default: false."""
@@ -196,7 +198,7 @@ class ComputeConfig(Section):
 
     num_threads_per_worker: int | None = Field(default=None, ge=1)
     """Batches that each replica on CPUs predicts at the same time, a core each. Default: the node's CPUs shared among
-    its replicas."""
+    its replicas, where its memory holds the batches."""
 
     batch_size: int | None = Field(default=None, ge=1)
     """Images per forward pass; batches that are not full are padded to it. On CPUs it is rounded up to a multiple of 8,
