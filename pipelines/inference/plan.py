@@ -50,6 +50,8 @@ THREADED = _Need(4, 0.9e9, 0.4e9, is_batch_shared=False)
 # ecaresnet101d takes 1.5 GB in int8.
 COMPILED = _Need(1, 1.35e9, 0.4e9, is_batch_shared=True)
 SMALL_NODE_CPUS = 4
+# Of the CPUs left for tasks: no more than two such tasks fit.
+WRITE_SHARE = 0.35
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
 GPU_BATCH_SIZE = 256
@@ -134,10 +136,10 @@ def plan_compute(
         num_gpus_per_worker=int(config.use_gpu),
         num_threads_per_worker=threads,
         batch_size=_batch_size(config),
-        # A whole CPU where there are plenty. On small machines one task of each kind fits beside the replicas, and no
-        # second one: starting its process would cost more than it ever saves.
-        num_cpus_per_decode_task=_round_down(min(1.0, left * 3 / 4)),
-        num_cpus_per_write_task=_round_down(min(1.0, left / 4)),
+        # A whole CPU where there are plenty. On small machines two tasks fit beside the replicas, one of each kind or
+        # two that write, and no third one: starting its process would cost more than it ever saves.
+        num_cpus_per_decode_task=_round_down(min(1.0, left * (1 - WRITE_SHARE))),
+        num_cpus_per_write_task=_round_down(min(1.0, left * WRITE_SHARE)),
         resources_per_worker=config.resources_per_worker,
         kept_from_tasks=tuple(node.node_id for node, _ in hosts if node.node_id) if others else (),
     )
@@ -212,7 +214,7 @@ def _may_fill_up(cpus_each: float, node: Node, num_planned: int) -> bool:
     """Whether as many replicas as fit would take the CPUs that the plan leaves for tasks."""
     left_at_least = node.num_cpus - _times(node.num_cpus, cpus_each) * cpus_each
     left_by_plan = node.num_cpus - num_planned * cpus_each
-    return left_at_least < min(1.0, left_by_plan * 3 / 4) + min(1.0, left_by_plan / 4) - 1e-6
+    return left_at_least < min(1.0, left_by_plan * (1 - WRITE_SHARE)) + min(1.0, left_by_plan * WRITE_SHARE) - 1e-6
 
 
 def _plan_gpu(hosts: list[tuple[Node, int]]) -> tuple[float, int]:

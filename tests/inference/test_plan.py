@@ -159,3 +159,12 @@ def test_a_range_on_cpus_leaves_room_for_tasks(num_cpus: int, may_grow: bool) ->
     num_that_fit = min(plan.num_workers, int(num_cpus / plan.num_cpus_per_worker + 1e-6))
     left = num_cpus - num_that_fit * plan.num_cpus_per_worker
     assert left >= plan.num_cpus_per_decode_task + plan.num_cpus_per_write_task - 1e-6
+
+
+@pytest.mark.parametrize("num_cpus", [2, 3, 4])
+def test_small_machines_start_no_third_process_for_tasks(num_cpus: int) -> None:
+    plan = plan_compute(ComputeConfig(), [Node(num_cpus, 0)])
+    left = num_cpus - plan.num_workers * plan.num_cpus_per_worker
+    decode, write = plan.num_cpus_per_decode_task, plan.num_cpus_per_write_task
+    assert decode + write <= left
+    assert min(3 * write, decode + 2 * write, 2 * decode) > left
