@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import ray
 
+from pipelines.collector import paused_collector
+
 
 @dataclass(frozen=True)
 class PredictOptions:
@@ -34,9 +36,10 @@ class PredictorActor:
     """Takes the bundle out of the object store, where the driver put it once, and loads it once. Rows 1:1."""
 
     def __init__(self, pickled_bundle: "ray.ObjectRef[bytes]", options: PredictOptions) -> None:
-        from pipelines.inference.predict import Predictor
+        with paused_collector():
+            from pipelines.inference.predict import Predictor
 
-        bundle = pickle.loads(ray.get(pickled_bundle))  # noqa: S301 - our own driver's, never from a file
+            bundle = pickle.loads(ray.get(pickled_bundle))  # noqa: S301 - our own driver's, never from a file
         self._predict = Predictor(bundle, options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

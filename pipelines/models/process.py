@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.collector import paused_collector
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.logs import log_to_stderr
@@ -106,7 +107,8 @@ class ModelProcess:
 
 def serve(connection: Connection) -> None:
     """Answer a `ModelProcess`: facts, or the error to raise, then the bundle."""
-    from pipelines.models.resolve import prepare_bundle, resolve_bundle
+    with paused_collector():
+        from pipelines.models.resolve import prepare_bundle, resolve_bundle
 
     model, preprocess = connection.recv()
     try:
@@ -132,3 +134,4 @@ if __name__ == "__main__":
     log_to_stderr()
     with contextlib.suppress(ConnectionError):  # the driver has ended
         serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # torch's teardown takes half a second of a core that Ray needs to start
