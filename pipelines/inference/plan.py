@@ -50,8 +50,6 @@ THREADED = _Need(4, 0.9e9, 0.4e9, is_batch_shared=False)
 # ecaresnet101d takes 1.5 GB in int8.
 COMPILED = _Need(1, 1.35e9, 0.4e9, is_batch_shared=True)
 SMALL_NODE_CPUS = 4
-# Of the CPUs left for tasks: no more than two such tasks fit.
-WRITE_SHARE = 0.35
 # In flight: one is computed while the next one goes up and the last one comes down.
 BATCHES_PER_GPU = 2
 GPU_BATCH_SIZE = 256
@@ -129,6 +127,7 @@ def plan_compute(
     total_cpus = sum(node.num_cpus for node in others or working)
     share_left = 1.0 if others else 1 - num_present * cpus_each / total_cpus
     left = share_left * max(node.num_cpus for node in others or working)  # on one node: a task can't use two
+    decode_share, write_share = _task_shares(left)
     return ComputePlan(
         num_workers=most if may_grow else num_present,
         min_workers=least,
@@ -136,13 +135,18 @@ def plan_compute(
         num_gpus_per_worker=int(config.use_gpu),
         num_threads_per_worker=threads,
         batch_size=_batch_size(config),
-        # A whole CPU where there are plenty. On small machines two tasks fit beside the replicas, one of each kind or
-        # two that write, and no third one: starting its process would cost more than it ever saves.
-        num_cpus_per_decode_task=_round_down(min(1.0, left * (1 - WRITE_SHARE))),
-        num_cpus_per_write_task=_round_down(min(1.0, left * WRITE_SHARE)),
+        num_cpus_per_decode_task=_round_down(decode_share),
+        num_cpus_per_write_task=_round_down(write_share),
         resources_per_worker=config.resources_per_worker,
         kept_from_tasks=tuple(node.node_id for node, _ in hosts if node.node_id) if others else (),
     )
+
+
+def _task_shares(left: float) -> tuple[float, float]:
+    """CPUs of a decoding and of a writing task, of those that replicas leave."""
+    # A whole CPU where there are plenty. On small machines two tasks fit beside the replicas, one of each kind or
+    # two that write, and no third one: starting its process would cost more than it ever saves.
+    return min(1.0, left * 0.65), min(1.0, left * 0.35)
 
 
 def _batch_size(config: ComputeConfig) -> int:
@@ -214,7 +218,7 @@ def _may_fill_up(cpus_each: float, node: Node, num_planned: int) -> bool:
     """Whether as many replicas as fit would take the CPUs that the plan leaves for tasks."""
     left_at_least = node.num_cpus - _times(node.num_cpus, cpus_each) * cpus_each
     left_by_plan = node.num_cpus - num_planned * cpus_each
-    return left_at_least < min(1.0, left_by_plan * (1 - WRITE_SHARE)) + min(1.0, left_by_plan * WRITE_SHARE) - 1e-6
+    return left_at_least < sum(_task_shares(left_by_plan)) - 1e-6
 
 
 def _plan_gpu(hosts: list[tuple[Node, int]]) -> tuple[float, int]:
