@@ -141,6 +141,7 @@ class RunsCode:
         (b"not a checkpoint", "loaded safely"),
         (b"", "loaded safely"),
         ("other", "do not fit ecaresnet26t"),
+        ("broken", "no numbers, in fc.bias"),
     ],
 )
 def test_bad_weights_are_refused_in_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -149,6 +150,10 @@ def test_bad_weights_are_refused_in_one_line(tmp_path: Path, content: str | byte
         torch.save({"state_dict": RunsCode()}, path)
     elif content == "other":
         torch.save(timm.create_model("resnet18").state_dict(), path)
+    elif content == "broken":
+        state_dict = timm.create_model(SMALL).state_dict()
+        state_dict["fc.bias"][3] = float("nan")
+        torch.save(state_dict, path)
     else:
         assert isinstance(content, bytes)
         path.write_bytes(content)
