@@ -19,6 +19,7 @@ from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import Forward, compile_program
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
+from pipelines.models.onednn import pack_convolutions
 from pipelines.models.transfer import Beside, Download
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ class Predictor:
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
         torch.set_num_threads(options.num_threads if isinstance(bundle.module, bytes) else 1)
         torch.backends.cudnn.allow_tf32 = False  # who asks for float32 gets it
-        self.bundle = bundle
         self.options = options
         self.batch_size = options.batch_size
         self.device = torch.device("cuda" if options.use_gpu else "cpu")
@@ -48,20 +48,22 @@ class Predictor:
         self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, Beside(self.device))
         self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
-        self.forward = self._load_forward()
+        self.forward = self._load_forward(bundle)
 
-    def _load_forward(self) -> Forward:
-        module = self.bundle.module
+    def _load_forward(self, bundle: ModelBundle) -> Forward:
+        module = bundle.module
         if isinstance(module, bytes):
-            shape = (self.batch_size, *self.bundle.transform.input_size, 3)
+            shape = (self.batch_size, *bundle.transform.input_size, 3)
             return compile_program(module, shape, self.options.num_threads)
-        dtype: torch.dtype = getattr(torch, self.bundle.dtype)
-        layout = memory_format_for(self.bundle.name, self.device)
+        dtype: torch.dtype = getattr(torch, bundle.dtype)
+        layout = memory_format_for(bundle.name, self.device)
         model = module.to(self.device, dtype).to(memory_format=layout)
         if self.options.compile:
             # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
             model.compile(dynamic=False)
-        normalize = Normalizer(self.bundle.transform.mean, self.bundle.transform.std).to(self.device)
+        elif self.device.type == "cpu":
+            model = pack_convolutions(model)
+        normalize = Normalizer(bundle.transform.mean, bundle.transform.std).to(self.device)
         return lambda images: model(normalize(images).to(dtype).contiguous(memory_format=layout))
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -1,20 +1,16 @@
 """From timm's names to modules."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
-from torch import fx, nn
-from torch.fx.experimental.optimization import fuse
+from torch import nn
 
 from pipelines.errors import RequestError
 from pipelines.images.transform import EvalTransform
-
-log = logging.getLogger(__name__)
 
 # timm's classifiers share methods (`forward_features`, `forward_head`) and attributes that nn.Module does not declare.
 TimmModule = Any
@@ -136,39 +132,3 @@ def resolve_transform(pretrained_cfg: dict[str, Any], image_size: int | None, us
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
-
-
-def prepare_for_inference(module: nn.Module) -> nn.Module:
-    """Fold each batch norm into the convolution before it, and make the gates' rounding independent of the batch.
-
-    Folding saves a pass over every activation, a tenth to a quarter of the time on CPUs; it is done in float64, so that
-    the result stays as near to timm's as float32 allows. A module that fx cannot trace keeps its batch norms.
-
-    Args:
-        module: float32, in eval mode.
-    """
-    try:
-        folded: fx.GraphModule = cast(fx.GraphModule, fuse(module.double(), inplace=True).float())
-    except Exception as error:  # tracing fails in as many ways as models are written
-        log.info("batch norm stays as it is: %s", error)
-        return module.float().requires_grad_(False)
-    _sigmoid_in_float64(folded)
-    return folded.requires_grad_(False)
-
-
-def _sigmoid_in_float64(module: fx.GraphModule) -> None:
-    """Compute the sigmoid of each channel gate in float64.
-
-    torch's CPU kernel takes the last elements of a thread's share one by one, with a sigmoid that differs from the
-    vectorized one in the last bit: an image's result would depend on its place in the batch. Rounded from float64, both
-    are the same float32. A gate holds batch x channels values, so that this costs nothing.
-    """
-    for node in list(module.graph.nodes):
-        if node.op == "call_method" and node.target == "sigmoid":
-            gate = node.args[0]
-            with module.graph.inserting_before(node):
-                node.args = (module.graph.call_method("double", (gate,)),)
-            with module.graph.inserting_after(node):
-                rounded = module.graph.call_method("type_as", (node, gate))
-            node.replace_all_uses_with(rounded, delete_user_cb=lambda user, rounded=rounded: user is not rounded)
-    module.recompile()

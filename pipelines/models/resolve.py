@@ -5,10 +5,11 @@ from typing import Any
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.images.transform import EvalTransform
-from pipelines.models.build import HeadAndFeatures, describe, load_weights, prepare_for_inference, resolve_transform
+from pipelines.models.build import HeadAndFeatures, describe, load_weights, resolve_transform
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.fingerprint import fingerprint, hash_state_dict
 from pipelines.models.labels import resolve_class_ids, resolve_label_names
+from pipelines.models.prepare import prepare_for_inference
 from pipelines.models.weights import Weights, resolve_weights, timm_version
 
 
