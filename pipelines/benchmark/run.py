@@ -9,14 +9,14 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
 
-from pipelines.benchmark.report import GPU_DECODE, find_bounds, format_report
-from pipelines.benchmark.setup import Setup
+from pipelines.benchmark.report import GPU_DECODE, Bound, find_bounds, format_report
+from pipelines.benchmark.setup import Setup, num_stage_images, num_whole_images
 from pipelines.benchmark.stages import (
     StageCost,
     measure_decode,
@@ -39,7 +39,7 @@ from pipelines.nodes import list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
 from pipelines.storage.filesystem import in_plain_words, is_there, list_names, remove, write_bytes
-from pipelines.storage.listing import list_objects
+from pipelines.storage.listing import Listing, list_objects
 
 log = logging.getLogger(__name__)
 Cost = TypeVar("Cost", StageCost, StageCost | None)
@@ -78,7 +78,7 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     output_uri = _free_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
     watch.lap("list")
-    sample = listing.table["uri"].take(every_nth(listing.table.num_rows, config.num_sampled()))
+    sample = _sample(listing, num_stage_images(config))
     facts = model.facts()
     if facts.dtype == "int8":
         positions = every_nth(len(sample), config.model.quantization.num_images)
@@ -95,16 +95,22 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         setup = Setup(config, facts, pickled_bundle, plan, num_cpus, sample, writer)
         try:
             costs = measure_stages(setup)
-            whole = measure_whole(setup)
+            bounds = find_bounds(costs, plan, num_cpus, setup.num_readers)
+            num_images = num_whole_images(config, bounds[0].images_per_s)
+            whole = measure_whole(replace(setup, sample=_sample(listing, num_images)))
         except ray.exceptions.RayError as error:
             raise RunError(root_cause(error)) from error
         finally:
             _remove_all(rows_uri)
-    summary = _summarize(setup, costs, whole, watch)
+    summary = _summarize(setup, costs, bounds, whole, watch)
     print(format_report(summary), flush=True)
     with in_plain_words("write to", output_uri, RunError):
         write_bytes(uris.join(output_uri, REPORT_FILE), json.dumps(summary, indent=2).encode())
     return summary
+
+
+def _sample(listing: Listing, num_images: int) -> pa.ChunkedArray:
+    return listing.table["uri"].take(every_nth(listing.table.num_rows, num_images))
 
 
 def _remove_all(folder_uri: str) -> None:
@@ -180,8 +186,9 @@ def _on_replica(setup: Setup, measure: Callable[..., Cost], *args: object) -> "r
     return reference
 
 
-def _summarize(setup: Setup, costs: dict[str, StageCost], whole: WholeRate, watch: Watch) -> dict[str, Any]:
-    bounds = find_bounds(costs, setup.plan, setup.num_cpus, setup.num_readers)
+def _summarize(
+    setup: Setup, costs: dict[str, StageCost], bounds: list[Bound], whole: WholeRate, watch: Watch
+) -> dict[str, Any]:
     num_images = whole.num_ok + whole.num_failed
     lowest, steady = bounds[0], whole.steady_images_per_s
     return {

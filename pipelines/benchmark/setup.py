@@ -13,6 +13,10 @@ from pipelines.inference.source import rows_per_task
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelFacts
 
+# Fewer show a stage alone as well, and go to each process that measures one.
+MAX_STAGE_IMAGES = 100_000
+# A run is mostly its start and its end below these.
+MIN_IMAGES, MIN_WHOLE_S = 1_000, 60
 # Processes that read from the store at the same time while its ceiling is measured, at most.
 MAX_READERS = 32
 
@@ -27,7 +31,7 @@ class Setup:
         pickled_bundle: the model.
         plan: what each stage declares to Ray.
         num_cpus: of the machines.
-        sample: URIs of images of the input.
+        sample: URIs of images of the input; of the stages at first, then of the whole.
         writer: of the rows.
     """
 
@@ -59,3 +63,13 @@ class Setup:
     def num_readers(self) -> int:
         """Processes that read from the store at the same time."""
         return max(1, min(MAX_READERS, int(self.num_cpus)))
+
+
+def num_stage_images(config: BenchmarkConfig) -> int:
+    """Images that the stages are measured with, at most."""
+    return min(MAX_STAGE_IMAGES, config.sample.num_images or MAX_STAGE_IMAGES)
+
+
+def num_whole_images(config: BenchmarkConfig, ceiling_images_per_s: float) -> int:
+    """Images that the whole is measured with, at most."""
+    return config.sample.num_images or max(MIN_IMAGES, int(MIN_WHOLE_S * ceiling_images_per_s))

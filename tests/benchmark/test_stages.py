@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.benchmark.report import GPU_DECODE, find_bounds, format_report
+from pipelines.benchmark.setup import num_stage_images, num_whole_images
 from pipelines.benchmark.stages import (
     StageCost,
     measure_decode,
@@ -18,6 +19,7 @@ from pipelines.benchmark.stages import (
     measure_write,
 )
 from pipelines.benchmark.whole import steady_rate
+from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.sections import ComputeConfig, ModelConfig, PreprocessConfig
 from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
@@ -138,3 +140,12 @@ def test_the_steady_rate_leaves_out_the_start_and_the_end() -> None:
     assert steady_rate(times) == pytest.approx(100)
     assert steady_rate([(0, 0.0), (512, 20.0), (1000, 20.0001)]) is None
     assert steady_rate([(0, 0.0), (50, 10.0)]) is None
+
+
+def test_the_whole_takes_a_minute_or_as_many_images_as_were_asked_for() -> None:
+    places = {"input": {"uri": "s3://b/images"}, "output": {"uri": "s3://b/bench"}}
+    config = BenchmarkConfig.model_validate(places)
+    assert [num_whole_images(config, rate) for rate in (2.0, 50.0, 10_000.0)] == [1_000, 3_000, 600_000]
+    assert num_stage_images(config) == 100_000
+    asked = BenchmarkConfig.model_validate(places | {"sample": {"num_images": 7}})
+    assert num_whole_images(asked, 50.0) == num_stage_images(asked) == 7
