@@ -17,9 +17,10 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.idset import IdSet
 from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
-# Tasks of one batch each in small runs, whose last tasks would keep few threads busy; soon more, since Ray's own work
-# for a task (35 ms of a core) is that for some images; in the end so many that Ray can hold all tasks.
-MIN_TASKS_PER_THREAD, QUICK_TASK_ROWS = 16, 128
+# Ray's own work for a task (35 ms of a core) is that for some images, but the last tasks leave threads idle: with 16, 8
+# and 4 tasks for each of two threads, 1,000 images took 0.97, 0.95 and 0.97 of the time with 31. In the end so many
+# batches a task that Ray can hold all tasks.
+MIN_TASKS_PER_THREAD, QUICK_TASK_ROWS = 7, 128
 # A task has one more batch for each of so many rows of a run: 16,384 tasks of CPUs, or 1,024 of GPUs, whose batches are
 # large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
 ROWS_PER_BATCH_OF_A_TASK = 262_144

@@ -63,8 +63,8 @@ def test_a_table_is_cut_into_tasks() -> None:
 
 
 def test_tasks_grow_with_the_run() -> None:
-    assert rows_per_task(500, 16, 2) == 16
-    assert rows_per_task(2000, 16, 2) == 48
+    assert rows_per_task(200, 16, 2) == 16
+    assert rows_per_task(1000, 16, 2) == 64
     assert rows_per_task(10_000, 16, 2) == 128
     assert rows_per_task(10_000, 16, 64) == 16
     assert rows_per_task(ROWS_PER_BATCH_OF_A_TASK, 16, 2) == 128
