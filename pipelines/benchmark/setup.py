@@ -13,8 +13,8 @@ from pipelines.inference.source import rows_per_task
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelFacts
 
-# Fewer show a stage alone as well, and go to each process that measures one.
-MAX_STAGE_IMAGES = 100_000
+# For a stage alone, whose every process is sent their URIs: on GPUs some seconds of the fastest.
+MAX_STAGE_IMAGES = 20_000
 # A run is mostly its start and its end below these.
 MIN_IMAGES, MIN_WHOLE_S = 1_000, 60
 # Processes that read from the store at the same time while its ceiling is measured, at most.
@@ -50,13 +50,13 @@ class Setup:
 
     @property
     def rows_per_task(self) -> int:
-        """As in a run over the sample."""
+        """As in a run over `sample`."""
         plan = self.plan
         return rows_per_task(len(self.sample), plan.batch_size, plan.num_threads, self.config.output.commit_rows)
 
     @property
     def rows_per_file(self) -> int:
-        """As in a run over the sample."""
+        """As in a run over `sample`; those of the stages may be larger than those of the whole."""
         return rows_per_file(len(self.sample), self.rows_per_task, self.config.output.commit_rows)
 
     @property

@@ -35,6 +35,10 @@ class Predictor:
     On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
     share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores. A model
     compiled for int8 predicts one batch at a time, in all threads.
+
+    Args:
+        bundle: whose module is the predictor's from now on.
+        options: how to run it.
     """
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
@@ -62,7 +66,7 @@ class Predictor:
             # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
             model.compile(dynamic=False)
         elif self.device.type == "cpu":
-            model = pack_convolutions(model)
+            pack_convolutions(model)
         normalize = Normalizer(bundle.transform.mean, bundle.transform.std).to(self.device)
         return lambda images: model(normalize(images).to(dtype).contiguous(memory_format=layout))
 

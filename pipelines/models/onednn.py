@@ -1,7 +1,5 @@
 """Convolutions on CPUs by the calls of oneDNN that torch's own compiler makes, without compiling."""
 
-import copy
-
 import torch
 from torch import fx, nn
 
@@ -10,7 +8,8 @@ class PackedConv2d(nn.Module):
     """A convolution whose weights lie as oneDNN wants them, with the ReLU that follows it.
 
     `nn.Conv2d` has its weights rearranged for every batch, and a ReLU of its own is another pass over the memory. The
-    bits are the same, but for NaN, which oneDNN's ReLU makes 0: only for weights that are known to be finite.
+    bits are the same where torch takes oneDNN for `nn.Conv2d` too, as it does for all but the smallest batches. For
+    finite weights only: oneDNN's ReLU makes 0 of NaN.
 
     Args:
         convolution: channels-last, in the precision to compute in.
@@ -33,36 +32,35 @@ class PackedConv2d(nn.Module):
         return output
 
 
-def pack_convolutions(model: nn.Module) -> nn.Module:
-    """A model with its convolutions packed; where it was not traced, as it is: what follows its layers is not known.
+def pack_convolutions(model: nn.Module) -> None:
+    """Pack the convolutions of a traced model; in others none, for what follows their layers is not known.
+
+    In place: were there a second module, the weights would lie in memory twice for as long as the first one does.
 
     Args:
-        model: on the CPU, in the precision and layout to compute in.
-
-    Returns:
-        one that shares the other layers, and can't be pickled.
+        model: on the CPU, in the precision and layout to compute in. It can't be pickled or cast afterwards.
     """
     if not (isinstance(model, fx.GraphModule) and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
-        return model
-    packed = fx.GraphModule(model, copy.deepcopy(model.graph))
-    for number, node in enumerate(list(packed.graph.nodes)):
-        convolution = packed.get_submodule(node.target) if node.op == "call_module" else None
+        return
+    for number, node in enumerate(list(model.graph.nodes)):
+        convolution = model.get_submodule(node.target) if node.op == "call_module" else None
         if type(convolution) is not nn.Conv2d or not _can_pack(convolution):
             continue
-        relu = _relu_after(node, packed)
+        relu = _relu_after(node, model)
         name = f"packed_{number}"
-        packed.add_submodule(name, PackedConv2d(convolution, has_relu=relu is not None))
+        model.add_submodule(name, PackedConv2d(convolution, has_relu=relu is not None))
         node.target = name
         if relu is not None:
             relu.replace_all_uses_with(node)
-            packed.graph.erase_node(relu)
-    packed.delete_all_unused_submodules()
-    packed.recompile()
-    return packed
+            model.graph.erase_node(relu)
+    model.delete_all_unused_submodules()
+    model.recompile()
 
 
 def _can_pack(convolution: nn.Conv2d) -> bool:
     if isinstance(convolution.padding, str) or convolution.padding_mode != "zeros":
+        return False
+    if not all(values.isfinite().all() for values in convolution.parameters()):  # of a folded variance below zero
         return False
     if convolution.weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

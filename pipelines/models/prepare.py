@@ -39,7 +39,7 @@ def _drop_identities(module: fx.GraphModule) -> None:
     """So that what follows a layer is seen beside it."""
     for node in list(module.graph.nodes):
         if node.op == "call_module" and type(module.get_submodule(node.target)) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
 
 
@@ -99,7 +99,9 @@ class AddInPlace(nn.Module):
         return first.add_(second) if _holds_result(first, second) else first + second
 
 
-def _holds_result(first: torch.Tensor, second: torch.Tensor) -> bool:
+def _holds_result(first: object, second: object) -> bool:
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return False  # sizes are multiplied and added too
     sizes = zip(reversed(first.shape), reversed(second.shape))
     has_shape = second.ndim <= first.ndim and all(theirs in (1, size) for size, theirs in sizes)
     return has_shape and first.dtype == torch.result_type(first, second)

@@ -127,9 +127,9 @@ def _checked(
             if keys
         ]
         raise RequestError(f"the weights {config.weights} do not fit {name}: tensors {', '.join(counts)}")
-    broken = [key for key, value in state_dict.items() if not value.isfinite().all()]
+    broken = [key for key, _ in module.named_parameters() if not state_dict[key].float().isfinite().all()]
     if broken:
-        raise RequestError(f"the weights {config.weights} hold values that are no numbers, in {broken[0]}")
+        raise RequestError(f"the weights {config.weights} hold NaN or infinite values, in {broken[0]}")
     return Weights(name, module, state_dict, pretrained_cfg, checkpoint_config)
 
 

@@ -1,5 +1,6 @@
 """A replica on a GPU. Not run without one."""
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
         resolve_bundle(ModelConfig(name=name, weights=str(telling_weights(name))), PreprocessConfig())
     )
     images = read(photographs, bundle.transform)
-    expected = Predictor(bundle, PredictOptions(BATCH_SIZE, 5, True, use_gpu=False))(images)
+    expected = Predictor(copy.deepcopy(bundle), PredictOptions(BATCH_SIZE, 5, True, use_gpu=False))(images)
     on_gpu = Predictor(bundle, PredictOptions(BATCH_SIZE, 5, True, use_gpu=True))
     with ThreadPoolExecutor(2) as threads:
         many = list(threads.map(on_gpu, [images] * 8))

@@ -1,5 +1,6 @@
 """The stages by themselves, without Ray."""
 
+import copy
 import hashlib
 import io
 import json
@@ -31,11 +32,15 @@ OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False)
 
 
 @pytest.fixture(scope="module")
-def bundle(telling_weights: "object") -> ModelBundle:
+def config(telling_weights: "object") -> ModelConfig:
     assert callable(telling_weights)
     name = "ecaresnet50d_pruned"
-    weights = str(telling_weights(name))
-    return prepare_bundle(resolve_bundle(ModelConfig(name=name, weights=weights), PreprocessConfig()))
+    return ModelConfig(name=name, weights=str(telling_weights(name)))
+
+
+@pytest.fixture(scope="module")
+def bundle(config: ModelConfig) -> ModelBundle:
+    return prepare_bundle(resolve_bundle(config, PreprocessConfig()))
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +131,9 @@ def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_stays_near(bundle: ModelBundle, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
-    from dataclasses import replace
-
-    lower = Predictor(replace(bundle, dtype=dtype), OPTIONS)(images)
+def test_lower_precision_stays_near(config: ModelConfig, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
+    in_dtype = resolve_bundle(config.model_copy(update={"dtype": dtype}), PreprocessConfig())
+    lower = Predictor(prepare_bundle(in_dtype), OPTIONS)(images)
     ours = np.array([row for row in lower["embedding"].to_pylist() if row])
     exact = np.array([row for row in predictions["embedding"].to_pylist() if row])
     cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
@@ -160,7 +164,8 @@ def test_a_compiled_model_predicts_nearly_the_same(photographs: Path) -> None:
     small = prepare_bundle(resolve_bundle(ModelConfig(name="test_resnet", weights="random"), PreprocessConfig()))
     paths = [str(path) for path in sorted(photographs.iterdir())[: BATCH_SIZE + 3]]
     rows = FetchAndDecode(small.transform, 10**8, 10**8, "exact")(pa.table({"id": np.arange(len(paths)), "uri": paths}))
-    eager, compiled = (Predictor(small, replace(OPTIONS, compile=is_compiled))(rows) for is_compiled in (False, True))
+    eager = Predictor(copy.deepcopy(small), OPTIONS)(rows)
+    compiled = Predictor(small, replace(OPTIONS, compile=True))(rows)
     there, here = (np.stack(result["embedding"].to_numpy()) for result in (compiled, eager))
     assert there.shape == (len(paths), small.num_features)
     np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-4)

@@ -141,7 +141,7 @@ class RunsCode:
         (b"not a checkpoint", "loaded safely"),
         (b"", "loaded safely"),
         ("other", "do not fit ecaresnet26t"),
-        ("broken", "no numbers, in fc.bias"),
+        ("broken", "NaN or infinite values, in fc.bias"),
     ],
 )
 def test_bad_weights_are_refused_in_one_line(tmp_path: Path, content: str | bytes, message: str) -> None:

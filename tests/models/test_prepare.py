@@ -1,6 +1,9 @@
 """Graphs made ready for inference, beside timm's modules."""
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -38,11 +41,12 @@ def telling(name: str) -> Any:
 def test_prepared_and_packed_models_give_what_timms_gives(name: str, images: torch.Tensor) -> None:
     module = telling(name)
     expected = module(images)
-    prepared = prepare_for_inference(module).to(memory_format=torch.channels_last)
-    packed = pack_convolutions(prepared)
+    model = prepare_for_inference(module).to(memory_format=torch.channels_last)
+    prepared = model(images)
+    pack_convolutions(model)
     tolerance = 1e-4 * float(expected.abs().max())
-    for model in (prepared, packed, packed):  # the second pass finds nothing changed by the first
-        assert torch.allclose(model(images), expected, rtol=0, atol=tolerance)
+    for found in (prepared, model(images), model(images)):  # the second pass finds nothing changed by the first
+        assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @torch.inference_mode()
@@ -58,10 +62,11 @@ def test_gated_and_added_activations_take_no_memory_of_their_own(images: torch.T
 
 
 class ReadsAgain(nn.Module):
-    """Whatever is multiplied or added is needed once more, is no memory of its own, or does not hold the result."""
+    """What is multiplied or added is needed once more, is no memory of its own, does not hold the result, or a size."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.identity = nn.Identity()
         self.convolution = nn.Conv2d(3, 8, 3, padding=1)
         self.gate = nn.Conv2d(3, 8, 1)
 
@@ -73,6 +78,9 @@ class ReadsAgain(nn.Module):
         gated = features * gate + view.mean()  # `view` is read after the product
         small = self.gate(images.mean((2, 3), keepdim=True)) * gated  # smaller than the result
         result: torch.Tensor = (small + gated) * gated + view.view(features.shape) + (images + images).mean()
+        batch, channels, height, width = result.shape
+        flat = self.identity(input=self.convolution(images) * height).reshape(batch * channels * height, width)
+        result += flat.view(result.shape)
         return result
 
 
@@ -82,21 +90,42 @@ def test_what_is_read_again_is_not_overwritten(images: torch.Tensor) -> None:
     expected, kept = module(images), images.clone()
     prepared = prepare_for_inference(copy.deepcopy(module))
     assert torch.allclose(prepared(images), expected, atol=1e-5)
-    assert torch.allclose(pack_convolutions(prepared)(images), expected, atol=1e-5)
+    pack_convolutions(prepared)
+    assert torch.allclose(prepared(images), expected, atol=1e-5)
     assert torch.equal(images, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_packing_changes_no_bits(images: torch.Tensor, dtype: torch.dtype) -> None:
-    prepared = prepare_for_inference(telling("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
-    expected = prepared(images.to(dtype))
-    packed = pack_convolutions(prepared)
-    layers = [layer for layer in packed.modules() if isinstance(layer, PackedConv2d)]
-    assert len(layers) == sum(isinstance(layer, nn.Conv2d) for layer in prepared.modules())
+    model = prepare_for_inference(telling("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
+    expected = model(images.to(dtype))
+    num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    pack_convolutions(model)
+    layers = packed_layers(model)
+    assert len(layers) == num_convolutions
     assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # the stem's, and two of each block
-    assert torch.equal(packed(images.to(dtype)), expected)
-    assert torch.equal(prepared(images.to(dtype)), expected), "the model itself is packed"
+    assert torch.equal(model(images.to(dtype)), expected)
+
+
+def packed_layers(model: nn.Module) -> list[PackedConv2d]:
+    return [layer for layer in model.modules() if isinstance(layer, PackedConv2d)]
+
+
+def test_weights_are_held_once_even_where_nothing_is_collected() -> None:
+    model = pickle.loads(pickle.dumps(prepare_for_inference(telling("ecaresnet26t"))))  # as a replica gets it
+    weights = [weakref.ref(layer.weight) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    num_before = num_values(weights)
+    gc.disable()
+    try:
+        pack_convolutions(model)
+        assert num_values(weights) < 0.01 * num_before  # unpickling leaves a reference to the stem
+    finally:
+        gc.enable()
+
+
+def num_values(weights: list[weakref.ref[torch.Tensor]]) -> int:
+    return sum(weight.numel() for reference in weights if (weight := reference()) is not None)
 
 
 class Unusual(nn.Module):
@@ -121,13 +150,22 @@ class Unusual(nn.Module):
 def test_what_cannot_be_packed_stays(images: torch.Tensor) -> None:
     module = Unusual().eval()
     expected = module(images)
-    packed = pack_convolutions(prepare_for_inference(copy.deepcopy(module)))
-    assert torch.allclose(packed(images), expected, atol=1e-5)
-    assert sum(isinstance(layer, PackedConv2d) for layer in packed.modules()) == 2
-    assert pack_convolutions(module) is module, "not traced"
+    model = prepare_for_inference(copy.deepcopy(module))
+    pack_convolutions(model)
+    assert torch.allclose(model(images), expected, atol=1e-5)
+    assert len(packed_layers(model)) == 2
+    pack_convolutions(module)
+    assert not packed_layers(module), "not traced"
 
 
 @torch.inference_mode()
-def test_float16_shows_what_overflows(images: torch.Tensor) -> None:
-    prepared = prepare_for_inference(telling("test_resnet")).half().to(memory_format=torch.channels_last)
-    assert not any(isinstance(layer, PackedConv2d) for layer in pack_convolutions(prepared).modules())
+def test_what_is_no_number_is_seen(images: torch.Tensor) -> None:
+    half = prepare_for_inference(telling("test_resnet")).half()  # which overflows
+    module = telling("test_resnet")
+    module.layer2[0].bn1.running_var[0] = -1.0  # whose root is no number
+    broken = prepare_for_inference(module)
+    for model in (half, broken):
+        pack_convolutions(model)
+    assert not packed_layers(half)
+    assert packed_layers(broken)
+    assert broken(images).isnan().all()
