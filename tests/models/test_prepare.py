@@ -24,8 +24,8 @@ def images() -> torch.Tensor:
     return torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last)
 
 
-def telling(name: str) -> Any:
-    """A model whose batch norms do something."""
+def with_random_batch_norms(name: str) -> Any:
+    """A model whose batch norms change what passes: those of a new one don't."""
     torch.manual_seed(0)
     module: Any = timm.create_model(name).eval()
     for layer in module.modules():
@@ -39,7 +39,7 @@ def telling(name: str) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_prepared_and_packed_models_give_what_timms_gives(name: str, images: torch.Tensor) -> None:
-    module = telling(name)
+    module = with_random_batch_norms(name)
     expected = module(images)
     model = prepare_for_inference(module).to(memory_format=torch.channels_last)
     prepared = model(images)
@@ -51,7 +51,7 @@ def test_prepared_and_packed_models_give_what_timms_gives(name: str, images: tor
 
 @torch.inference_mode()
 def test_gated_and_added_activations_take_no_memory_of_their_own(images: torch.Tensor) -> None:
-    prepared = prepare_for_inference(telling("ecaresnet26t"))
+    prepared = prepare_for_inference(with_random_batch_norms("ecaresnet26t"))
     assert isinstance(prepared, fx.GraphModule)
     targets = [node.target for node in prepared.graph.nodes]
     num_blocks = 8
@@ -98,7 +98,9 @@ def test_what_is_read_again_is_not_overwritten(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.inference_mode()
 def test_packing_changes_no_more_than_rounding(images: torch.Tensor, dtype: torch.dtype, rounding: float) -> None:
-    model = prepare_for_inference(telling("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
+    model = (
+        prepare_for_inference(with_random_batch_norms("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
+    )
     expected = model(images.to(dtype))
     num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
     pack_convolutions(model)
@@ -114,7 +116,9 @@ def packed_layers(model: nn.Module) -> list[PackedConv2d]:
 
 
 def test_weights_are_held_once_even_where_nothing_is_collected() -> None:
-    model = pickle.loads(pickle.dumps(prepare_for_inference(telling("ecaresnet26t"))))  # as a replica gets it
+    model = pickle.loads(
+        pickle.dumps(prepare_for_inference(with_random_batch_norms("ecaresnet26t")))
+    )  # as a replica gets it
     weights = [weakref.ref(layer.weight) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     num_before = num_values(weights)
     gc.disable()
@@ -161,8 +165,8 @@ def test_what_cannot_be_packed_stays(images: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def test_what_is_no_number_is_seen(images: torch.Tensor) -> None:
-    half = prepare_for_inference(telling("test_resnet")).half()  # which overflows
-    module = telling("test_resnet")
+    half = prepare_for_inference(with_random_batch_norms("test_resnet")).half()  # which overflows
+    module = with_random_batch_norms("test_resnet")
     module.layer2[0].bn1.running_var[0] = -1.0  # whose root is no number
     broken = prepare_for_inference(module)
     for model in (half, broken):
