@@ -20,13 +20,14 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from pipelines.inference.idset import IdSet
-from pipelines.inference.source import MissingSource, rows_per_task
+from pipelines.inference.source import MissingSource, cut_into_tasks, rows_per_task
 from pipelines.storage.listing import list_objects
 from pipelines.storage.manifest import ManifestInfo, write_manifest
 
 INPUT_URI = "s3://bucket/images"
 KEYS_PER_PAGE = 1000
 BATCH_SIZE = 256
+NUM_THREADS = 2
 ETAG = hashlib.sha256(b"").hexdigest()[:32]
 
 
@@ -48,11 +49,16 @@ def main() -> None:
     print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the highest so far")
     with tempfile.TemporaryDirectory() as output:
         manifest = _make_manifest(output, args.num_keys)
-        num_rows = rows_per_task(args.num_keys, BATCH_SIZE, num_threads=2)
-        source = _measure("planned", lambda: MissingSource(output, manifest, IdSet(args.num_keys), num_rows))
+        source = _measure("planned", lambda: _plan(output, manifest))
         rows = _measure("rows of the last task", lambda: source.rows_of(source.num_tasks - 1))
         print(f"{source.num_tasks:,} tasks; the last row: {rows['uri'][-1].as_py()}")
     server.terminate()
+
+
+def _plan(output: str, manifest: ManifestInfo) -> MissingSource:
+    num_rows = rows_per_task(manifest.num_inputs, BATCH_SIZE, NUM_THREADS)
+    starts = cut_into_tasks(manifest.num_inputs, num_rows, BATCH_SIZE, NUM_THREADS)
+    return MissingSource(output, manifest, IdSet(manifest.num_inputs), starts)
 
 
 def _make_manifest(output: str, num_keys: int) -> ManifestInfo:

@@ -10,7 +10,7 @@ from pipelines.benchmark.setup import Setup
 from pipelines.inference.chain import describe, stream, writing
 from pipelines.inference.progress import Progress
 from pipelines.inference.request import make_decode
-from pipelines.inference.source import TableSource
+from pipelines.inference.source import TableSource, cut_into_tasks
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def measure_whole(setup: Setup) -> WholeRate:
     """Label the sample as `infer` would."""
     num_images = len(setup.sample)
     inputs = pa.table({"id": pa.array(range(num_images), pa.int64()), "uri": setup.sample.combine_chunks()})
-    source, decode = TableSource(inputs, setup.rows_per_task), make_decode(setup.config, setup.facts)
+    starts = cut_into_tasks(num_images, setup.rows_per_task, setup.plan.batch_size, setup.plan.num_threads)
+    source, decode = TableSource(inputs, starts), make_decode(setup.config, setup.facts)
     write = writing(setup.writer, setup.rows_per_file, setup.plan)
     log.info("%s", describe(num_images, setup.facts, setup.plan))
     num_ok, times = 0, [(0, time.monotonic())]

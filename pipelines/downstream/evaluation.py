@@ -24,7 +24,7 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
 from pipelines.inference.replica import PredictOptions
-from pipelines.inference.source import TableSource, rows_per_task
+from pipelines.inference.source import TableSource, cut_into_tasks, rows_per_task
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
@@ -125,7 +125,8 @@ def _count(
     limit = config.preprocess.max_pixels_on_device
     options = PredictOptions(plan.batch_size, topk, False, use_gpu, num_threads, config.model.compile, limit)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
-    source = TableSource(inputs, rows_per_task(inputs.num_rows, plan.batch_size, plan.num_threads))
+    num_rows = rows_per_task(inputs.num_rows, plan.batch_size, plan.num_threads)
+    source = TableSource(inputs, cut_into_tasks(inputs.num_rows, num_rows, plan.batch_size, plan.num_threads))
     counter = HitCounter(ray.put(targets))
 
     def count(predicted: ray.data.Dataset) -> ray.data.Dataset:

@@ -1,7 +1,5 @@
 """A set of the ids of a manifest, a bit each: 10^9 of them in 125 MB."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,13 +33,13 @@ class IdSet:
         flags = np.unpackbits(self._bits[first : -(-stop // 8)])
         return np.flatnonzero(flags[start - 8 * first : stop - 8 * first] == 0) + start
 
-    def every_nth_missing(self, step: int) -> NDArray[np.int64]:
-        """The first id that is not in it, and every `step`-th after that."""
-        return np.array(list(self._every_nth_missing(step)), np.int64)
-
-    def _every_nth_missing(self, step: int) -> Iterator[int]:
-        skip = 0
+    def missing_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The ids at these positions, in ascending order, among those that are not in it."""
+        found = np.empty_like(positions)
+        num_before = 0
         for start in range(0, self.size, 8 * CHUNK_BYTES):
             missing = self.missing(start, min(start + 8 * CHUNK_BYTES, self.size))
-            yield from missing[skip::step]
-            skip = (skip - len(missing)) % step
+            first, last = np.searchsorted(positions, (num_before, num_before + len(missing)))
+            found[first:last] = missing[positions[first:last] - num_before]
+            num_before += len(missing)
+        return found

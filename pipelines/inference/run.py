@@ -21,7 +21,7 @@ from pipelines.inference.failures import FailureLimit
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
 from pipelines.inference.request import Request, describe_run, find_places, make_decode, make_options, resolve_request
-from pipelines.inference.source import MissingSource, rows_per_task
+from pipelines.inference.source import MissingSource, cut_into_tasks, rows_per_task
 from pipelines.inference.write import make_writer
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
@@ -97,7 +97,8 @@ def _execute(
     decode = make_decode(config, request.model)
     options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, plan.num_threads, config.output.commit_rows)
-    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, num_rows)
+    starts = cut_into_tasks(request.num_todo, num_rows, plan.batch_size, plan.num_threads)
+    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, starts)
     writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}

@@ -4,7 +4,6 @@ Were the driver to cut the manifest into blocks and hand them to Ray, ten millio
 of its own, and minutes before the first of them is fetched.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,37 +52,67 @@ def rows_per_task(num_rows: int, batch_size: int, num_threads: int, max_rows: in
     return batch_size * max(1, min(max(enough, quick), max_rows // batch_size))
 
 
+def cut_into_tasks(num_rows: int, task_rows: int, batch_size: int, num_threads: int) -> NDArray[np.int64]:
+    """Where each task begins, and where the last one ends.
+
+    The last tasks get smaller and smaller, down to a batch: while one thread has the last large one, the others would
+    have nothing to do. Guided self-scheduling, https://doi.org/10.1109/TC.1987.5009495, with sizes that halve.
+
+    Args:
+        num_rows: of the run.
+        task_rows: of a task, but of the last ones.
+        batch_size: of the model.
+        num_threads: of all replicas.
+    """
+    sizes: list[int] = []
+    size = batch_size
+    while size < task_rows:
+        sizes = [size] * num_threads + sizes
+        size *= 2
+    num_left = max(0, num_rows - sum(sizes))
+    sizes = [task_rows] * (num_left // task_rows) + [num_left % task_rows] + sizes
+    ends = np.minimum(np.cumsum([0, *sizes]), num_rows)
+    return np.unique(ends)
+
+
 @dataclass(frozen=True)
 class TableSource:
     """Rows of a table.
 
     Attributes:
         table: `id` and `uri`.
-        rows_per_task: of each task but the last.
+        starts: of `cut_into_tasks`.
     """
 
     table: pa.Table
-    rows_per_task: int
+    starts: NDArray[np.int64]
 
     @property
     def num_tasks(self) -> int:
         """How many tasks there are."""
-        num_rows: int = self.table.num_rows
-        return math.ceil(num_rows / self.rows_per_task)
+        return len(self.starts) - 1
 
     def rows_of(self, task: int) -> pa.Table:
         """`id` and `uri` of one task."""
-        return self.table.slice(task * self.rows_per_task, self.rows_per_task)
+        start, stop = self.starts[task : task + 2].tolist()
+        return self.table.slice(start, stop - start)
 
 
 class MissingSource:
-    """Rows of a manifest whose ids are missing in an output."""
+    """Rows of a manifest whose ids are missing in an output.
 
-    def __init__(self, output_uri: str, manifest: ManifestInfo, done: IdSet, rows_per_task: int) -> None:
+    Args:
+        output_uri: the output.
+        manifest: its inputs.
+        done: ids that are not missing.
+        starts: of `cut_into_tasks`, for as many rows as are missing.
+    """
+
+    def __init__(self, output_uri: str, manifest: ManifestInfo, done: IdSet, starts: NDArray[np.int64]) -> None:
         self._output_uri = output_uri
         self._rows_per_file = manifest.rows_per_file
         self._done = done
-        self._starts: NDArray[np.int64] = np.append(done.every_nth_missing(rows_per_task), done.size)
+        self._starts: NDArray[np.int64] = np.append(done.missing_at(starts[:-1]), done.size)
 
     @property
     def num_tasks(self) -> int:

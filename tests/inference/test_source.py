@@ -1,5 +1,6 @@
 """What goes into the chain: that every missing id is in one task, and none that is done."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,13 @@ import pytest
 
 from pipelines.inference import idset
 from pipelines.inference.idset import IdSet
-from pipelines.inference.source import ROWS_PER_BATCH_OF_A_TASK, MissingSource, TableSource, rows_per_task
+from pipelines.inference.source import (
+    ROWS_PER_BATCH_OF_A_TASK,
+    MissingSource,
+    TableSource,
+    cut_into_tasks,
+    rows_per_task,
+)
 from pipelines.storage import manifest
 from pipelines.storage.listing import LISTING_SCHEMA, Listing
 
@@ -26,7 +33,7 @@ def test_an_idset_is_a_set(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start, stop = size // 3, size * 3 // 4
     assert ids.missing(start, stop).tolist() == missing[(missing >= start) & (missing < stop)].tolist()
     for step in (1, 7, 16):
-        assert ids.every_nth_missing(step).tolist() == missing[::step].tolist()
+        assert ids.missing_at(np.arange(0, len(missing), step)).tolist() == missing[::step].tolist()
 
 
 def test_an_idset_refuses_what_no_manifest_has() -> None:
@@ -44,22 +51,36 @@ def test_missing_rows_come_once_in_order_from_any_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(manifest, "ROWS_PER_FILE", 70)  # what a later version cuts does not matter
     done = IdSet(1234)
     done.add(np.flatnonzero(np.arange(1234) % 5))
-    source = MissingSource(str(tmp_path), written, done, 48)
+    source = MissingSource(str(tmp_path), written, done, cut_into_tasks(247, 48, 16, num_threads=2))
     rows = pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)])
-    assert source.num_tasks == -(-247 // 48)
+    assert source.num_tasks == 8
     assert rows.to_pydict() == {"id": list(range(0, 1234, 5)), "uri": names[::5]}
 
 
 def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
     done = IdSet(100)
     done.add(np.arange(100))
-    assert MissingSource(str(tmp_path), manifest.ManifestInfo("", [], 100, 0, 1, 100), done, 16).num_tasks == 0
+    starts = cut_into_tasks(0, 16, 16, num_threads=2)
+    assert MissingSource(str(tmp_path), manifest.ManifestInfo("", [], 100, 0, 1, 100), done, starts).num_tasks == 0
 
 
 def test_a_table_is_cut_into_tasks() -> None:
     table = pa.table({"id": range(100), "uri": [str(index) for index in range(100)]})
-    source = TableSource(table, 16)
+    source = TableSource(table, cut_into_tasks(100, 32, 16, num_threads=1))
     assert pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)]).equals(table)
+
+
+def test_the_last_tasks_are_ever_smaller() -> None:
+    def sizes(num_rows: int, task_rows: int, batch_size: int, num_threads: int) -> list[int]:
+        starts: list[int] = cut_into_tasks(num_rows, task_rows, batch_size, num_threads).tolist()
+        return [stop - start for start, stop in itertools.pairwise(starts)]
+
+    assert sizes(1000, 128, 16, num_threads=2) == [128] * 6 + [8] + [64, 64, 32, 32, 16, 16]
+    assert sizes(247, 48, 16, num_threads=2) == [48] * 3 + [7] + [32, 32, 16, 16]
+    assert sizes(4096, 1024, 256, num_threads=2) == [1024] * 2 + [512] * 3 + [256, 256]
+    assert sizes(100, 16, 16, num_threads=2) == [16] * 6 + [4]
+    assert sizes(100, 128, 16, num_threads=1) == [64, 32, 4]
+    assert sizes(5, 16, 16, num_threads=4) == [5]
 
 
 def test_tasks_grow_with_the_run() -> None:
