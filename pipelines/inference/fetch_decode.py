@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines import metrics
 from pipelines.errors import ItemError
@@ -40,25 +42,43 @@ class FetchAndDecode:
         preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
+        # Each image is copied once, to where Arrow's column has it.
+        pixels = np.empty((len(object_uris), *self.transform.input_size, 3), np.uint8)
         started, decode_s = time.monotonic(), 0.0
         for fetched in fetch_many(object_uris, self.max_bytes):
             decode_started = time.monotonic()
-            rows[fetched.position] = {"num_retries": fetched.num_retries, **self.row_of(fetched.content, preprocess)}
+            row = self.row_of(fetched.content, preprocess, pixels[fetched.position])
+            rows[fetched.position] = {"num_retries": fetched.num_retries, **row}
             decode_s += time.monotonic() - decode_started
             metrics.count("ecaray_fetched_bytes", len(fetched.content) if isinstance(fetched.content, bytes) else 0)
         metrics.count("ecaray_stage_seconds", decode_s, stage="decode")
         metrics.count("ecaray_stage_seconds", time.monotonic() - started - decode_s, stage="fetch")
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
+        columns["image"] = _column_of(pixels, np.array([row["has_pixels"] for row in rows], np.bool_))
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 
-    def row_of(self, content: bytes | ItemError, preprocess: Preprocess) -> dict[str, Any]:
-        """Of one image: the columns of `IMAGES` after `num_retries`; those without a value may be missing."""
+    def row_of(self, content: bytes | ItemError, preprocess: Preprocess, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+        """Of one image: its columns of `IMAGES`, those without a value left out, and `has_pixels` in place of `image`.
+
+        Args:
+            content: its bytes, or why there are none.
+            preprocess: of `make_preprocess`.
+            pixels: height x width x 3 of the model's input size, to be written to.
+        """
         if isinstance(content, ItemError):
-            return {"error_kind": content.kind, "error_message": content.message}
+            return {"has_pixels": False, "error_kind": content.kind, "error_message": content.message}
         if self.mode == "cuda" and (size := size_for_device(content, self.transform, self.max_pixels)):
-            return {"width": size.width, "height": size.height, "jpeg": content}
+            return {"has_pixels": False, "width": size.width, "height": size.height, "jpeg": content}
         try:
-            width, height, pixels = preprocess(content)
+            width, height, pixels[:] = preprocess(content)
         except ItemError as error:
-            return {"error_kind": error.kind, "error_message": error.message}
-        return {"width": width, "height": height, "image": pixels.tobytes()}
+            return {"has_pixels": False, "error_kind": error.kind, "error_message": error.message}
+        return {"has_pixels": True, "width": width, "height": height}
+
+
+def _column_of(pixels: NDArray[np.uint8], is_there: NDArray[np.bool_]) -> pa.LargeBinaryArray:
+    """Rows x height x width x 3 as the `image` of `IMAGES`, null where there is none; a view where all are there."""
+    sizes = np.where(is_there, pixels[0].size if len(pixels) else 0, 0)
+    there = pixels if is_there.all() else pixels[is_there]
+    buffers = (np.packbits(is_there, bitorder="little"), np.append(0, np.cumsum(sizes)), there)
+    return pa.Array.from_buffers(pa.large_binary(), len(is_there), [pa.py_buffer(part) for part in buffers])

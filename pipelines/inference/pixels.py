@@ -42,7 +42,8 @@ class PixelLoader:
         JPEGs that cannot be decoded become errors. Where there are JPEGs, all pixels lie on the device, else on the
         host.
         """
-        good = batch.filter(pc.is_null(batch["error_kind"]))
+        has_errors = batch["error_kind"].null_count < len(batch)
+        good = batch.filter(pc.is_null(batch["error_kind"])) if has_errors else batch  # to filter is to copy
         if good["jpeg"].null_count == len(good):
             return batch, torch.from_numpy(_stack(good["image"], self._input_size))
         errors: dict[int, ItemError] = {}
