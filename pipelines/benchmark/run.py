@@ -1,6 +1,9 @@
 """`jobs.benchmark`: every stage alone, then the chain of `infer` over a sample, on the machines at hand.
 
-list (what) -> model -> Ray -> each stage alone, in workers -> the whole -> report
+list (what) -> model -> Ray -> each stage alone, in workers -> the whole -> each stage once more -> report
+
+The speed of a machine that others share drifts by a tenth and more within a minute: the stages are measured on both
+sides of the whole, and what counts is the mean.
 """
 
 import json
@@ -94,14 +97,16 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         watch.lap("Ray")
         setup = Setup(config, facts, pickled_bundle, plan, num_cpus, sample, writer)
         try:
-            costs = measure_stages(setup)
-            bounds = find_bounds(costs, plan, num_cpus, setup.num_readers)
-            num_images = num_whole_images(config, bounds[0].images_per_s)
-            whole = measure_whole(replace(setup, sample=_sample(listing, num_images)))
+            before = measure_stages(setup)
+            expected = find_bounds(before, plan, num_cpus, setup.num_readers)[0].images_per_s
+            whole = measure_whole(replace(setup, sample=_sample(listing, num_whole_images(config, expected))))
+            after = measure_stages(setup)
         except ray.exceptions.RayError as error:
             raise RunError(root_cause(error)) from error
         finally:
             _remove_all(rows_uri)
+    costs = {name: _mean([before[name], after[name]]) for name in before}
+    bounds = find_bounds(costs, plan, num_cpus, setup.num_readers)
     summary = _summarize(setup, costs, bounds, whole, watch)
     print(format_report(summary), flush=True)
     with in_plain_words("write to", output_uri, RunError):

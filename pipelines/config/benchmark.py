@@ -14,7 +14,8 @@ class BenchmarkSampleConfig(Section):
     the lowest ceiling, at least 1,000, or all there are."""
 
     stage_s: float = Field(default=5.0, gt=0)
-    """How long each stage is measured alone, in seconds, after a warm-up of its own. Default: 5."""
+    """How long each stage is measured alone, in seconds, after a warm-up of its own, before and after the whole.
+    Default: 5."""
 
 
 class BenchmarkConfig(InferConfig):
