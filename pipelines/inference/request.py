@@ -1,5 +1,6 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -104,10 +105,13 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     """
     config, found, manifest = places.config, places.found, places.manifest
     output_uri = config.output.uri
+    # Meanwhile: weights that are wrong are refused without waiting for what may be minutes.
+    lister = ThreadPoolExecutor(1)
+    listed = None if manifest else lister.submit(list_objects, config.input.uri, config.input.exclude)
     model = process.facts()
     topk = resolve_topk(config, model)
-    # List before the first write, so that a request without input leaves nothing behind; never list again.
-    listing = None if manifest else list_objects(config.input.uri, config.input.exclude)
+    # Listed before the first write, so that a request without input leaves nothing behind; never again.
+    listing = listed and listed.result()
     sampled_ids: list[int] | None = None
     if model.dtype == "int8":
         images, sampled_ids = _sample(config, model, manifest, listing, _sampled_ids(found))
