@@ -10,8 +10,9 @@ import io
 import itertools
 import os
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
@@ -63,16 +64,18 @@ def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[Fetched]:
     """
     with ThreadPoolExecutor(min(MAX_IN_FLIGHT, max(1, len(object_uris)))) as pool:
         waiting = enumerate(object_uris)
-        positions: dict[Future[tuple[bytes | ItemError, int]], int] = {}
-        while True:
-            # No more than these: what has arrived lies in memory until it is taken.
-            for position, uri in itertools.islice(waiting, MAX_AHEAD - len(positions)):
-                positions[pool.submit(_fetch, uri, max_bytes)] = position
-            if not positions:
-                return
-            done, _ = wait(positions, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield Fetched(positions.pop(future), *future.result())
+        # `concurrent.futures.wait` would look at all that are in flight for each that arrives.
+        arrived: SimpleQueue[Future[Fetched]] = SimpleQueue()
+
+        def submit(count: int) -> None:
+            for position, uri in itertools.islice(waiting, count):
+                pool.submit(_fetch, position, uri, max_bytes).add_done_callback(arrived.put)
+
+        submit(MAX_AHEAD)  # no more: what has arrived lies in memory until it is taken
+        for _ in object_uris:
+            fetched = arrived.get().result()
+            submit(1)
+            yield fetched
 
 
 def read_object(uri: str) -> bytes:
@@ -139,14 +142,14 @@ class _S3File(io.RawIOBase):
         return len(found)
 
 
-def _fetch(uri: str, max_bytes: int) -> tuple[bytes | ItemError, int]:
+def _fetch(position: int, uri: str, max_bytes: int) -> Fetched:
     read = _fetch_s3 if uris.protocol_of(uri) == "s3" else _fetch_fsspec
     retries = Retries()
     try:
         content = retries.send(lambda: read(uri, max_bytes))
     except Exception as error:  # whatever a client raises costs one image, never the run
-        return _item_error(error), retries.num
-    return content or ItemError("empty", "the object holds no bytes"), retries.num
+        return Fetched(position, _item_error(error), retries.num)
+    return Fetched(position, content or ItemError("empty", "the object holds no bytes"), retries.num)
 
 
 def _item_error(error: BaseException) -> ItemError:
