@@ -6,8 +6,9 @@ No Ray: `pipelines.benchmark.run` has these run in workers. Every measurement le
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -130,13 +131,25 @@ def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: i
     predict = Predictor(bundle, options)
     batch = _noise(options.batch_size, bundle.transform.input_size)
 
-    def predict_batches(_: None) -> int:
-        list(threads.map(predict, [batch] * num_threads))
-        return num_threads * options.batch_size
-
     with ThreadPoolExecutor(num_threads) as threads:
-        predict_batches(None)
-        return _time(predict_batches, itertools.repeat(None), stage_s)[0]
+        predicted = _without_end(lambda: threads.submit(predict, batch), num_threads)
+        for _ in range(2 * num_threads):
+            next(predicted)
+        return _time(len, predicted, stage_s)[0]
+
+
+def _without_end(submit: Callable[[], Future[Item]], num_ahead: int) -> Iterator[Item]:
+    """What comes of work that is always under way, as it arrives.
+
+    As in a run, no thread waits for another before its next batch: in step, all would want the memory at the same time.
+    """
+    arrived: SimpleQueue[Future[Item]] = SimpleQueue()
+    for _ in range(num_ahead):
+        submit().add_done_callback(arrived.put)
+    while True:
+        done = arrived.get()
+        submit().add_done_callback(arrived.put)
+        yield done.result()
 
 
 def measure_write(writer: PartWriter, num_rows: int, stage_s: float) -> StageCost:
