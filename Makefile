@@ -43,7 +43,7 @@ checks: setup  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## decoding, labelling and training beside their peers, agreement, large resumes, faults
+bench: setup  ## fetching, decoding, labelling and training beside their peers, agreement, large resumes, faults
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
 		-r pyproject.toml --extra bench --constraints requirements.lock
 	# Daft asks for an older pyarrow than the lock's, and works with it.
@@ -52,6 +52,7 @@ bench: setup  ## decoding, labelling and training beside their peers, agreement,
 	$(LIMIT) 3600 $(RUN) -m benchmarks.whole_run --programs ray daft timm timm-channels-last timm-compiled ecaray ecaray-fast
 	$(LIMIT) 3600 $(RUN) -m benchmarks.agreement
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
+	$(LIMIT) 600 $(RUN) -m benchmarks.fetch
 	$(LIMIT) 900 $(RUN) -m benchmarks.resume
 	$(LIMIT) 900 $(RUN) -m benchmarks.listing
 	$(LIMIT) 900 $(RUN) -m benchmarks.scale

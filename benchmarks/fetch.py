@@ -1,0 +1,118 @@
+"""Whole objects from an S3 store: s3fs, Arrow's S3 client, and obstore as the fetching tasks of a run use it.
+
+    python -m benchmarks.fetch [--num-objects 1000] [--rounds 3]
+
+SeaweedFS on the same machine, which takes part of its cores; then through a proxy that answers each request after
+100 ms, as stores do that are not. The clients take turns. Prints the best round of each: objects and MB a second by the
+clock, and milliseconds of a core that the client takes for an object, or the requests that it makes for one.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pyarrow.fs
+import s3fs
+
+from cluster.faulty_proxy import Faults, faulty_proxy
+from cluster.local import object_store
+from cluster.photographs import write_crops
+from pipelines.errors import ItemError
+from pipelines.storage.bulk import fetch_many, s3_store
+from pipelines.storage.listing import list_objects
+from pipelines.storage.retry import MAX_IN_FLIGHT
+
+BUCKET_URI = "s3://images"
+BATCH_SIZE = 128  # of a task of a run
+JPEG_QUALITY = 98  # about 100 KB
+LATE = Faults(stalled=1.0, stall_s=0.1)
+
+
+class Rate(NamedTuple):
+    """Of one client.
+
+    Attributes:
+        objects_per_s: by the clock.
+        mb_per_s: by the clock.
+        cpu_ms: of this process, for an object.
+    """
+
+    objects_per_s: float
+    mb_per_s: float
+    cpu_ms: float
+
+
+def main() -> None:
+    """Have the clients fetch the same objects in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-objects", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with object_store(buckets=("images",)) as store:
+        os.environ.update(store.environment())
+        num_bytes = write_crops(BUCKET_URI, args.num_objects, quality=JPEG_QUALITY)
+        uris = list_objects(BUCKET_URI, []).table["uri"].to_pylist()
+        print(f"{args.num_objects} objects of {num_bytes / args.num_objects / 1000:.0f} KB")
+        for name, rate in _compare(uris, args.rounds).items():
+            print(f"{name:8}{_clock(rate)}{rate.cpu_ms:8.2f} ms of a core", flush=True)
+        with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], LATE) as proxy:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
+            s3_store.cache_clear()
+            print("answered after 100 ms")
+            for name, fetch in _clients().items():
+                proxy.counts.clear()
+                rate = _measure(fetch, uris[: 2 * BATCH_SIZE])
+                print(f"{name:8}{_clock(rate)}{proxy.counts.total() / (2 * BATCH_SIZE):8.2f} requests an object")
+
+
+def _clock(rate: Rate) -> str:
+    return f"{rate.objects_per_s:8.0f} objects/s{rate.mb_per_s:8.1f} MB/s"
+
+
+def _clients() -> dict[str, Callable[[list[str]], int]]:
+    return {"s3fs": _s3fs_way(), "Arrow": _arrow_way(), "ecaray": _our_way}
+
+
+def _compare(uris: list[str], num_rounds: int) -> dict[str, Rate]:
+    clients = _clients()
+    rounds = [{name: _measure(fetch, uris) for name, fetch in clients.items()} for _ in range(num_rounds)]
+    return {name: max(rates[name] for rates in rounds) for name in clients}
+
+
+def _measure(fetch: Callable[[list[str]], int], uris: list[str]) -> Rate:
+    cpu_before, before = time.process_time(), time.monotonic()
+    num_bytes = sum(fetch(uris[start : start + BATCH_SIZE]) for start in range(0, len(uris), BATCH_SIZE))
+    elapsed, cpu = time.monotonic() - before, time.process_time() - cpu_before
+    return Rate(len(uris) / elapsed, num_bytes / elapsed / 1e6, 1000 * cpu / len(uris))
+
+
+def _s3fs_way() -> Callable[[list[str]], int]:
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
+    return lambda uris: sum(map(len, filesystem.cat(uris).values()))
+
+
+def _arrow_way() -> Callable[[list[str]], int]:
+    filesystem = pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
+    threads = ThreadPoolExecutor(MAX_IN_FLIGHT)
+
+    def read(uri: str) -> int:
+        with filesystem.open_input_file(uri.removeprefix("s3://")) as file:
+            return len(file.read())
+
+    return lambda uris: sum(threads.map(read, uris))
+
+
+def _our_way(uris: list[str]) -> int:
+    num_bytes = 0
+    for fetched in fetch_many(uris, 10**9):
+        if isinstance(fetched.content, ItemError):
+            raise fetched.content
+        num_bytes += len(fetched.content)
+    return num_bytes
+
+
+if __name__ == "__main__":
+    main()
