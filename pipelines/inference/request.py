@@ -108,6 +108,7 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     # Meanwhile: weights that are wrong are refused without waiting for what may be minutes.
     lister = ThreadPoolExecutor(1)
     listed = None if manifest else lister.submit(list_objects, config.input.uri, config.input.exclude)
+    lister.shutdown(wait=False)
     model = process.facts()
     topk = resolve_topk(config, model)
     # Listed before the first write, so that a request without input leaves nothing behind; never again.
