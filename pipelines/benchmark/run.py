@@ -145,11 +145,11 @@ def measure_stages(setup: Setup) -> dict[str, StageCost]:
     starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
     orders = [object_uris[start:] + object_uris[:start] for start in starts]
     reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
-    decode = make_decode(config, setup.facts)
+    decode, held_bundle = make_decode(config, setup.facts), ray.put(setup.pickled_bundle)
     costs = {
         "fetch": _mean(ray.get(reads)),
         "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
-        "forward": ray.get(_measure_forward(setup)),
+        "forward": _mean(ray.get([_measure_forward(setup, held_bundle) for _ in range(setup.num_replicas)])),
         "write": ray.get(_remote(measure_write, setup.writer, setup.rows_per_file, stage_s)),
     }
     if decode.mode == "cuda" and (
@@ -168,14 +168,14 @@ def _mean(costs: list[StageCost]) -> StageCost:
     return StageCost(*(sum(values) / len(costs) for values in zip(*(asdict(cost).values() for cost in costs))))
 
 
-def _measure_forward(setup: Setup) -> "ray.ObjectRef[StageCost]":
+def _measure_forward(setup: Setup, held_bundle: "ray.ObjectRef[bytes]") -> "ray.ObjectRef[StageCost]":
     def measure(pickled_bundle: bytes) -> StageCost:
         bundle = pickle.loads(pickled_bundle)  # noqa: S301 - our own driver's, never from a file
         return measure_forward(bundle, options, num_threads, stage_s)
 
     options, num_threads = setup.options, setup.plan.num_threads_per_worker
     stage_s = setup.config.sample.stage_s
-    return _on_replica(setup, measure, ray.put(setup.pickled_bundle))
+    return _on_replica(setup, measure, held_bundle)
 
 
 def _on_replica(setup: Setup, measure: Callable[..., Cost], *args: object) -> "ray.ObjectRef[Cost]":

@@ -17,8 +17,8 @@ from pipelines.models.bundle import ModelFacts
 MAX_STAGE_IMAGES = 20_000
 # A run is mostly its start and its end below these.
 MIN_IMAGES, MIN_WHOLE_S = 1_000, 60
-# Processes that read from the store at the same time while its ceiling is measured, at most.
-MAX_READERS = 32
+# Processes that read from the store, and replicas that predict, at the same time while each is measured, at most.
+MAX_READERS = MAX_REPLICAS = 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Setup:
     def rows_per_file(self) -> int:
         """As in a run over `sample`; those of the stages may be larger than those of the whole."""
         return rows_per_file(len(self.sample), self.rows_per_task, self.config.output.commit_rows)
+
+    @property
+    def num_replicas(self) -> int:
+        """That predict at the same time: those of a machine share its memory's bandwidth."""
+        return min(MAX_REPLICAS, self.plan.min_workers)
 
     @property
     def num_readers(self) -> int:
