@@ -17,9 +17,9 @@ from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import Forward, compile_program
+from pipelines.models.convolutions import pack_convolutions
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.onednn import pack_convolutions
 from pipelines.models.transfer import Beside, Download
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Convolutions on CPUs by the calls of oneDNN that torch's own compiler makes, without compiling."""
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 
 class PackedConv2d(nn.Module):
@@ -30,48 +30,3 @@ class PackedConv2d(nn.Module):
             images, self._packed, self.bias, *self._how, "relu" if self.has_relu else "none", [], ""
         )
         return output
-
-
-def pack_convolutions(model: nn.Module) -> None:
-    """Pack the convolutions of a traced model; in others none, for what follows their layers is not known.
-
-    In place: were there a second module, the weights would lie in memory twice for as long as the first one does.
-
-    Args:
-        model: on the CPU, in the precision and layout to compute in. It can't be pickled or cast afterwards.
-    """
-    if not (isinstance(model, fx.GraphModule) and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
-        return
-    for number, node in enumerate(list(model.graph.nodes)):
-        convolution = model.get_submodule(node.target) if node.op == "call_module" else None
-        if type(convolution) is not nn.Conv2d or not _can_pack(convolution):
-            continue
-        relu = _relu_after(node, model)
-        name = f"packed_{number}"
-        model.add_submodule(name, PackedConv2d(convolution, has_relu=relu is not None))
-        node.target = name
-        if relu is not None:
-            relu.replace_all_uses_with(node)
-            model.graph.erase_node(relu)
-    model.delete_all_unused_submodules()
-    model.recompile()
-
-
-def _can_pack(convolution: nn.Conv2d) -> bool:
-    if isinstance(convolution.padding, str) or convolution.padding_mode != "zeros":
-        return False
-    if not all(values.isfinite().all() for values in convolution.parameters()):  # of a folded variance below zero
-        return False
-    if convolution.weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # Not float16: what overflows in it ends as NaN, and should be seen.
-    return convolution.weight.dtype == torch.float32
-
-
-def _relu_after(node: fx.Node, model: fx.GraphModule) -> fx.Node | None:
-    """The ReLU that is the only one to read a node's result."""
-    if len(node.users) != 1:
-        return None
-    (user,) = node.users
-    is_relu = user.op == "call_module" and type(model.get_submodule(str(user.target))) is nn.ReLU
-    return user if is_relu else None

@@ -11,8 +11,10 @@ import timm
 import torch
 from torch import fx, nn
 
-from pipelines.models.onednn import PackedConv2d, pack_convolutions
+from pipelines.models.convolutions import pack_convolutions
+from pipelines.models.onednn import PackedConv2d
 from pipelines.models.prepare import prepare_for_inference
+from pipelines.models.winograd import WinogradConv2d, load_library
 
 # With channel gates, with squeeze and excitation, with depthwise convolutions, without any convolution but the first.
 MODELS = ["test_resnet", "ecaresnet26t", "seresnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
@@ -105,14 +107,19 @@ def test_packing_changes_no_more_than_rounding(images: torch.Tensor, dtype: torc
     num_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
     pack_convolutions(model)
     layers = packed_layers(model)
-    assert len(layers) == num_convolutions
-    assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # the stem's, and two of each block
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert len(layers) == num_convolutions
+        assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # the stem's, and two of each block
+    else:
+        assert not layers
+    num_filtered = sum(isinstance(layer, WinogradConv2d) for layer in layers)
+    assert num_filtered == (2 + 5 if dtype == torch.float32 and load_library() else 0)  # the stem's, and of stride 1
     tolerance = rounding * float(expected.abs().max())
     assert torch.allclose(model(images.to(dtype)), expected, rtol=0, atol=tolerance)
 
 
-def packed_layers(model: nn.Module) -> list[PackedConv2d]:
-    return [layer for layer in model.modules() if isinstance(layer, PackedConv2d)]
+def packed_layers(model: nn.Module) -> list[PackedConv2d | WinogradConv2d]:
+    return [layer for layer in model.modules() if isinstance(layer, PackedConv2d | WinogradConv2d)]
 
 
 def test_weights_are_held_once_even_where_nothing_is_collected() -> None:
