@@ -95,7 +95,7 @@ def load_library() -> ctypes.CDLL | None:
     key = hashlib.sha256(repr(about).encode()).hexdigest()
     try:
         library = ctypes.CDLL(str(cached(f"{key}.so", lambda path: _compile_to(path, compiler))))
-    except (subprocess.CalledProcessError, OSError) as error:
+    except (subprocess.CalledProcessError, OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
         log.warning("convolutions of 3 x 3 take twice as long as they could: %s", said or error)
         return None

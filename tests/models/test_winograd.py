@@ -10,6 +10,9 @@ from torch import nn
 
 from pipelines.cpu import cpu_flags
 from pipelines.models import winograd
+from pipelines.models.convolutions import pack_convolutions
+from pipelines.models.onednn import PackedConv2d
+from pipelines.models.prepare import prepare_for_inference
 from pipelines.models.winograd import WinogradConv2d, can_filter, load_library
 
 pytestmark = pytest.mark.skipif(not cpu_flags() >= winograd.NEEDED_CPU_FLAGS, reason="a CPU without AVX2")
@@ -115,12 +118,18 @@ def test_machines_compile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load_library()
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("CXX", "no-such-compiler"), ("CXX", "false"), ("XDG_CACHE_HOME", "/proc/nothing-can-be-written-here")],
+)
 @pytest.mark.usefixtures("nothing_compiled")
-def test_without_a_compiler_convolutions_stay(
-    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_compiled_stays(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv(variable, value)
     assert load_library() is None
     (record,) = caplog.records
     assert "take twice as long as they could" in record.message
+    model = prepare_for_inference(nn.Sequential(make(16, 16), nn.ReLU()).eval())
+    pack_convolutions(model)
+    assert [type(layer) for layer in model.children()] == [PackedConv2d]
