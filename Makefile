@@ -43,12 +43,13 @@ checks: setup  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## fetching, decoding, labelling and training beside their peers, agreement, large resumes, faults
+bench: setup  ## fetching, decoding, the forward pass, labelling and training beside their peers, agreement, large resumes, faults
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
 		-r pyproject.toml --extra bench --constraints requirements.lock
 	# Daft asks for an older pyarrow than the lock's, and works with it.
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps daft==0.7.26
 	$(LIMIT) 1800 $(RUN) -m benchmarks.decode
+	$(LIMIT) 900 $(RUN) -m benchmarks.forward
 	$(LIMIT) 3600 $(RUN) -m benchmarks.whole_run --programs ray daft timm timm-channels-last timm-compiled ecaray ecaray-fast
 	$(LIMIT) 3600 $(RUN) -m benchmarks.agreement
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
