@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The ones used last stay; each is as large as a model.
+# The ones used last stay; most are as large as a model.
 MAX_FILES = 8
 LONGEST_MAKING_S = 86_400.0
 
@@ -28,6 +28,8 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as aside:
                 make(Path(aside) / name)
+                with (Path(aside) / name).open("rb") as file:
+                    os.fsync(file)  # or a machine that fails may leave an empty one
                 (Path(aside) / name).replace(path)
         os.utime(path)
     _drop_oldest(folder)
