@@ -44,7 +44,7 @@ class _Need(NamedTuple):
 # As fast as 32 (within 4 %), and half the memory.
 CPU_BATCH_SIZE = 16
 # Threads share the weights and the start-up; beyond a few, Python's lock comes between them. The largest that was
-# measured, ecaresnet101d, takes 1.7 GB with two threads (its convolutions' weights at Winograd's points 0.2 GB of it).
+# measured, ecaresnet101d, takes 1.7 GB with two threads (0.2 GB of it for Winograd's convolutions).
 THREADED = _Need(4, 1.1e9, 0.4e9, is_batch_shared=False)
 # Compiled code holds that lock, and threads that share its batch wait for the one that gives way to a decoding task.
 # ecaresnet101d takes 1.5 GB in int8.

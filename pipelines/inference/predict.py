@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 class Predictor:
     """One replica of the model.
 
-    Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of
-    machine a row's result is then independent of its neighbours, bit for bit; on a GPU, as long as its memory holds the
-    batches.
+    Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of machine
+    (a C++ compiler is part of the kind) a row's result is then independent of its neighbours, bit for bit; on a GPU, as
+    long as its memory holds the batches.
 
     On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
     share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores. A model

@@ -234,6 +234,7 @@ float* scratch(size_t num_floats) {
   thread_local size_t size = 0;
   if (size < num_floats) {
     const size_t num_bytes = round_up(num_floats * sizeof(float), 64);
+    size = 0;
     memory.reset(static_cast<float*>(std::aligned_alloc(64, num_bytes)));
     if (!memory) return nullptr;
     std::memset(memory.get(), 0, num_bytes);

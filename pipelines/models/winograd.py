@@ -38,8 +38,8 @@ AT_POINTS = torch.tensor(
 class WinogradConv2d(nn.Module):
     """A convolution of 3 x 3 with a quarter of its multiplications, and the ReLU that follows it.
 
-    The result is that of `nn.Conv2d` but for rounding, of which a whole model has no more than with `nn.Conv2d`. On the
-    thread that calls; other threads of Python go on.
+    The result is that of `nn.Conv2d` but for rounding: of layers with few channels more, with many less than torch's,
+    over a whole model about as much. On the thread that calls; other threads of Python go on.
 
     Args:
         convolution: one that `can_filter` takes, of finite weights.
@@ -60,6 +60,10 @@ class WinogradConv2d(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Batch x channels x height x width, float32, as `nn.Conv2d`."""
+        if images.dtype != torch.float32 or images.shape[1] != self.in_channels:
+            raise RuntimeError(
+                f"{self.in_channels} channels of float32 expected, not {images.shape[1]} of {images.dtype}"
+            )
         images = images.contiguous(memory_format=torch.channels_last)
         batch, _, height, width = images.shape
         output = torch.empty(
@@ -91,9 +95,9 @@ def load_library() -> ctypes.CDLL | None:
     if not compiler:
         log.warning("convolutions of 3 x 3 take twice as long as they could: there is no C++ compiler (g++)")
         return None
-    about = (SOURCE.read_bytes(), compiler, FLAGS, sorted(cpu_flags()))
-    key = hashlib.sha256(repr(about).encode()).hexdigest()
     try:
+        about = (SOURCE.read_bytes(), compiler, FLAGS, sorted(cpu_flags()))
+        key = hashlib.sha256(repr(about).encode()).hexdigest()
         library = ctypes.CDLL(str(cached(f"{key}.so", lambda path: _compile_to(path, compiler))))
     except (subprocess.CalledProcessError, OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""

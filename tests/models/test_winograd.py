@@ -1,10 +1,12 @@
 """Winograd's convolutions beside torch's own."""
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -70,6 +72,27 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
     broken = layer(images)
     assert broken[3].isnan().any()
     assert torch.equal(torch.cat([broken[:3], broken[4:]]), torch.cat([together[:3], together[4:]]))
+
+
+@torch.inference_mode()
+def test_a_whole_model_rounds_as_torchs_does() -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("ecaresnet26t").eval()
+    images = torch.randn(8, 3, 224, 224)
+    exact = copy.deepcopy(module).double()(images.double())
+    expected = (module(images) - exact).abs().max()
+    model = prepare_for_inference(module)
+    pack_convolutions(model)
+    assert any(isinstance(layer, WinogradConv2d) for layer in model.modules())
+    assert (model(images) - exact).abs().max() < 2 * expected
+
+
+@torch.inference_mode()
+def test_other_inputs_are_refused() -> None:
+    layer = filtered(make(16, 16))
+    for images in (torch.zeros(1, 17, 8, 8), torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="16 channels of float32 expected"):
+            layer(images)
 
 
 @torch.inference_mode()
