@@ -29,7 +29,7 @@ test: setup  ## the fast tests
 	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
 
 test-slow: setup  ## the slow tests: all five models, every way between stores, job submission
-	$(LIMIT) 2400 $(RUN) -m pytest -m "slow and not gpu and not multinode"
+	$(LIMIT) 3300 $(RUN) -m pytest -m "slow and not gpu and not multinode"
 
 test-multinode: setup  ## jobs on five hosts in network namespaces, which break (root, Linux)
 	command -v ip > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends iproute2)
