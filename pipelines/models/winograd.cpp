@@ -102,27 +102,36 @@ inline __attribute__((always_inline)) void interpolate(const Vector* points, Vec
   line[3] = difference + 0.125f * points[3] - 8.0f * points[4] + points[5];
 }
 
-// One vector of channels of a tile, to 36 planes. `read` takes a pixel's.
-template <typename Read>
-inline __attribute__((always_inline)) void transform_window(const float* const* pixels, Read read, float* planes,
-                                                            long plane) {
-  Vector columns[kPoints];  // each column's points are a line of it
+// A window of 6 x 6 vectors to a square of kSide: its columns by `transform`, then the rows of what comes out.
+template <long kSide, typename Transform, typename Read, typename Write>
+inline __attribute__((always_inline)) void transform_window(Transform transform, Read read, Write write) {
+  Vector columns[kWindow * kSide];  // a column's results are a line of it
 #pragma GCC unroll 6
   for (long j = 0; j < kWindow; ++j) {
     Vector column[kWindow];
 #pragma GCC unroll 6
-    for (long i = 0; i < kWindow; ++i) column[i] = read(pixels[i * kWindow + j]);
-    evaluate(column, columns + j * kWindow);
+    for (long i = 0; i < kWindow; ++i) column[i] = read(i, j);
+    transform(column, columns + j * kSide);
   }
 #pragma GCC unroll 6
-  for (long i = 0; i < kWindow; ++i) {
-    Vector row[kWindow], points[kWindow];
+  for (long i = 0; i < kSide; ++i) {
+    Vector row[kWindow], results[kSide];
 #pragma GCC unroll 6
-    for (long j = 0; j < kWindow; ++j) row[j] = columns[j * kWindow + i];
-    evaluate(row, points);
+    for (long j = 0; j < kWindow; ++j) row[j] = columns[j * kSide + i];
+    transform(row, results);
 #pragma GCC unroll 6
-    for (long j = 0; j < kWindow; ++j) store(planes + (i * kWindow + j) * plane, points[j]);
+    for (long j = 0; j < kSide; ++j) write(i, j, results[j]);
   }
+}
+
+// One vector of channels of a tile, to 36 planes. `read` takes a pixel's.
+template <typename Read>
+inline __attribute__((always_inline)) void transform_pixels(const float* const* pixels, Read read, float* planes,
+                                                            long plane) {
+  transform_window<kWindow>(
+      [](const Vector* line, Vector* points) { evaluate(line, points); },
+      [=](long i, long j) { return read(pixels[i * kWindow + j]); },
+      [=](long i, long j, Vector value) { store(planes + (i * kWindow + j) * plane, value); });
 }
 
 void transform_input(const Convolution& how, const float* images, const float* zeros, long first, long num_tiles,
@@ -132,11 +141,11 @@ void transform_input(const Convolution& how, const float* images, const float* z
     const float* pixels[kPoints];
     find_pixels<kWindow>(how, Corner(how, first + t), 1, images, channels, zeros, pixels);
     for (long c = 0; c < whole; c += kLanes) {
-      transform_window(pixels, [c](const float* pixel) { return load(pixel + c); }, planes + c, how.in_plane());
+      transform_pixels(pixels, [c](const float* pixel) { return load(pixel + c); }, planes + c, how.in_plane());
     }
     if (whole < channels) {
       const auto read = [=](const float* pixel) { return load_some(pixel + whole, channels - whole); };
-      transform_window(pixels, read, planes + whole, how.in_plane());
+      transform_pixels(pixels, read, planes + whole, how.in_plane());
     }
   }
 }
@@ -185,27 +194,14 @@ void multiply(const Convolution& how, const float* planes, const float* weights,
 template <typename Write>
 inline __attribute__((always_inline)) void transform_product(const float* planes, long plane, Vector bias, bool has_relu,
                                                              float* const* pixels, Write write) {
-  Vector columns[kWindow * kTile];
-#pragma GCC unroll 6
-  for (long j = 0; j < kWindow; ++j) {
-    Vector points[kWindow];
-#pragma GCC unroll 6
-    for (long i = 0; i < kWindow; ++i) points[i] = load(planes + (i * kWindow + j) * plane);
-    interpolate(points, columns + j * kTile);
-  }
   const Vector zero = {};
-#pragma GCC unroll 4
-  for (long i = 0; i < kTile; ++i) {
-    Vector points[kWindow], row[kTile];
-#pragma GCC unroll 6
-    for (long j = 0; j < kWindow; ++j) points[j] = columns[j * kTile + i];
-    interpolate(points, row);
-#pragma GCC unroll 4
-    for (long j = 0; j < kTile; ++j) {
-      const Vector value = row[j] + bias;
-      write(pixels[i * kTile + j], has_relu ? (value < zero ? zero : value) : value);
-    }
-  }
+  transform_window<kTile>(
+      [](const Vector* points, Vector* line) { interpolate(points, line); },
+      [=](long i, long j) { return load(planes + (i * kWindow + j) * plane); },
+      [=](long i, long j, Vector value) {
+        value += bias;
+        write(pixels[i * kTile + j], has_relu ? (value < zero ? zero : value) : value);
+      });
 }
 
 void transform_output(const Convolution& how, const float* planes, const float* bias, bool has_relu, long first,
