@@ -91,14 +91,8 @@ def load_library() -> ctypes.CDLL | None:
     """`winograd.cpp`, compiled for this machine; None where its CPU forbids that, or, as is then said, its compiler."""
     if not cpu_flags() >= NEEDED_CPU_FLAGS:
         return None
-    compiler = cxx()
-    if not compiler:
-        log.warning("convolutions of 3 x 3 take twice as long as they could: there is no C++ compiler (g++)")
-        return None
     try:
-        about = (SOURCE.read_bytes(), compiler, FLAGS, sorted(cpu_flags()))
-        key = hashlib.sha256(repr(about).encode()).hexdigest()
-        library = ctypes.CDLL(str(cached(f"{key}.so", lambda path: _compile_to(path, compiler))))
+        library = ctypes.CDLL(str(_compiled()))
     except (subprocess.CalledProcessError, OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
         log.warning("convolutions of 3 x 3 take twice as long as they could: %s", said or error)
@@ -110,6 +104,15 @@ def load_library() -> ctypes.CDLL | None:
     library.winograd_pack.restype = None
     library.winograd_convolve.argtypes = [*[pointer] * 4, *[size] * 5, ctypes.c_int]
     return library
+
+
+def _compiled() -> Path:
+    compiler = cxx()
+    if not compiler:
+        raise FileNotFoundError("there is no C++ compiler (g++)")
+    about = (SOURCE.read_bytes(), compiler, FLAGS, sorted(cpu_flags()))
+    key = hashlib.sha256(repr(about).encode()).hexdigest()
+    return cached(f"{key}.so", lambda path: _compile_to(path, compiler))
 
 
 def _compile_to(path: Path, compiler: str) -> None:
