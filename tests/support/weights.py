@@ -11,7 +11,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models.resnet import BasicBlock, Bottleneck
 
-# With 1, rounding grows from block to block: timm alone is then up to 3e-5 from float64 in probability, here 1e-6.
+# With 1, rounding grows from block to block: timm alone is then up to 2e-5 from float64 in probability, here 1e-6.
 LAST_OF_A_BLOCK = 0.5
 # Larger ones magnify rounding too.
 GAIN = 1.0
