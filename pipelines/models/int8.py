@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
 from pipelines.cache import cached
 from pipelines.config.sections import QuantizationConfig
@@ -24,12 +24,13 @@ from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import quiet_compiler
 from pipelines.models.fingerprint import fingerprint
 from pipelines.models.normalize import Normalizer
+from pipelines.models.rounding import simplify_rounding
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 16
 # What a program is that is kept: to be changed with whatever changes it.
-RECIPE = "torchao PT2E, default x86 config, from uint8"
+RECIPE = "torchao PT2E, default x86 config, from uint8, rounded once"
 
 
 def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: QuantizationConfig) -> ModelBundle:
@@ -69,6 +70,7 @@ def _quantize_to(path: Path, bundle: ModelBundle, images: NDArray[np.uint8], min
     with torch.no_grad(), quiet_compiler():
         try:
             quantized = _quantize(module, batches[:middle] or batches)
+            simplify_rounding(quantized)
         except Exception as error:  # torch's export fails in as many ways as models are written
             reason = str(error).strip().partition("\n")[0]
             raise RequestError(f"{bundle.name} cannot be quantized: {type(error).__name__}: {reason}") from None
@@ -98,7 +100,7 @@ def _cut(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         yield images[first::num_batches]
 
 
-def _quantize(module: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
+def _quantize(module: nn.Module, batches: list[torch.Tensor]) -> fx.GraphModule:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -106,7 +108,7 @@ def _quantize(module: nn.Module, batches: list[torch.Tensor]) -> nn.Module:
     observed: Any = prepare_pt2e(_export(module, batches[0]).module(), quantizer)
     for batch in batches:
         observed(batch)
-    quantized: nn.Module = convert_pt2e(observed)
+    quantized: fx.GraphModule = convert_pt2e(observed)
     return quantized
 
 
