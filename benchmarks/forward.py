@@ -1,9 +1,10 @@
-"""The forward pass in float32 on one core: timm as it comes and in channels-last, ecaray without and with Winograd.
+"""The forward pass on one core: timm as it comes and in channels-last, ecaray without and with Winograd and in int8.
 
     python -m benchmarks.forward [--models ecaresnet50d_pruned ...] [--rounds 4]
 
-The ways take turns; prints the best round of each, in milliseconds an image, and how many times as fast ecaray is. The
-weights are random. Each model is measured in a process of its own, which keeps freed memory as a replica does.
+The ways take turns; prints the best round of each, in milliseconds an image, and its time beside ecaray in float32.
+The weights are random. Each model is measured in a process of its own, which keeps freed memory as a replica does. In
+int8, normalization included, only on CPUs that have the instructions.
 """
 
 import argparse
@@ -16,16 +17,25 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import timm
 import torch
 
+from pipelines.config.sections import ModelConfig, PreprocessConfig, QuantizationConfig
+from pipelines.cpu import why_no_int8
 from pipelines.inference.plan import CPU_BATCH_SIZE
 from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.models import convolutions
+from pipelines.models.compiled import compile_program
+from pipelines.models.int8 import quantize_bundle
 from pipelines.models.prepare import prepare_for_inference
+from pipelines.models.resolve import resolve_bundle
 
 MODELS = ["ecaresnet50d_pruned", "ecaresnet50d", "ecaresnetlight", "ecaresnet101d_pruned", "ecaresnet101d"]
 WAYS = ["timm", "timm, channels-last", "ecaray without Winograd", "ecaray"]
+if why_no_int8() is None:
+    WAYS.append("ecaray, int8")
+OURS = WAYS.index("ecaray")
 
 
 def main() -> None:
@@ -39,7 +49,7 @@ def main() -> None:
     for model in args.models:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             best = process.submit(measure, model, args.rounds).result()
-        cells = [f"{1000 * seconds:.1f} ms, {seconds / best[-1]:.2f}" for seconds in best]
+        cells = [f"{1000 * seconds:.1f} ms, {seconds / best[OURS]:.2f}" for seconds in best]
         print(f"{model:24}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
 
 
@@ -58,6 +68,8 @@ def measure(name: str, num_rounds: int) -> list[float]:
         (without, in_channels_last),
         (_as_replicas_have_it(module), in_channels_last),
     ]
+    if len(ways) < len(WAYS):
+        ways.append(_in_int8(name))
     best = [float("inf")] * len(ways)
     with torch.inference_mode():
         for _ in range(num_rounds + 1):  # the first one warms up
@@ -72,6 +84,15 @@ def _as_replicas_have_it(module: torch.nn.Module) -> torch.nn.Module:
     model = prepare_for_inference(copy.deepcopy(module)).to(memory_format=torch.channels_last)
     convolutions.pack_convolutions(model)
     return model
+
+
+def _in_int8(name: str) -> tuple[Callable[[torch.Tensor], object], torch.Tensor]:
+    bundle = resolve_bundle(ModelConfig(name=name, weights="random", dtype="int8"), PreprocessConfig())
+    shape = (CPU_BATCH_SIZE, *bundle.transform.input_size, 3)
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    quantized = quantize_bundle(bundle, noise, QuantizationConfig(min_agreement=0))
+    assert isinstance(quantized.module, bytes)
+    return compile_program(quantized.module, shape, num_threads=1), torch.from_numpy(noise)
 
 
 if __name__ == "__main__":

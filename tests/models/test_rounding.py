@@ -42,9 +42,9 @@ class WrittenOver(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Batch x 16 x height x width."""
         activation = self.first(images)
-        read: torch.Tensor = self.last(activation)
-        activation.add_(1)
-        return read.mean((2, 3)) + activation.mean((2, 3))
+        read = self.last(activation).mean((2, 3))
+        written: torch.Tensor = activation.add_(1).mean((2, 3)) + read
+        return written
 
 
 @pytest.fixture
