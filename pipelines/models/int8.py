@@ -1,7 +1,7 @@
 """Post-training static quantization to int8 for CPUs, by torchao's PT2E flow for x86.
 
-https://docs.pytorch.org/ao/stable/pt2e_quantization/pt2e_quant_x86_inductor.html. Convolutions and the classifier
-compute in int8; the ranges of their inputs come from images of the job's own input.
+https://docs.pytorch.org/ao/stable/pt2e_quantization/pt2e_quant_x86_inductor.html. Convolutions and, of most models, the
+classifier compute in int8; the ranges of their inputs come from images of the job's own input.
 """
 
 import hashlib

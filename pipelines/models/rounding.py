@@ -14,7 +14,7 @@ GIVES_TO_FUSED = FUSED | {aten.sigmoid.default, aten.expand_as.default}
 
 
 def simplify_rounding(program: fx.GraphModule) -> None:
-    """Have all readers of an activation read it rounded where one does, and round nothing that stays in registers.
+    """Have all layers that read an activation read it rounded where one does, and round nothing that stays in registers.
 
     In place. Results change by a rounding to 8 bits of what was not rounded before, and the other way round.
 
@@ -39,7 +39,7 @@ def _share_rounded(node: fx.Node) -> None:
     node.append(rounded)
     rounded.append(read)
     for user in list(node.users):
-        if user not in roundings:
+        if user not in roundings and user.op != "output":  # embeddings stay as they are
             user.replace_input_with(node, read)
 
 

@@ -47,6 +47,19 @@ class WrittenOver(nn.Module):
         return written
 
 
+class Returned(nn.Module):
+    """An activation that is a result too, as embeddings are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch x 16 x height x width."""
+        activation = self.first(images).relu()
+        return self.last(activation), activation
+
+
 @pytest.fixture
 def batch() -> torch.Tensor:
     torch.manual_seed(0)
@@ -99,3 +112,10 @@ def test_what_is_written_over_is_left_alone(batch: torch.Tensor) -> None:
     before, after = before_and_after(WrittenOver(), batch)
     with torch.no_grad():
         assert torch.equal(before(batch), after(batch))
+
+
+def test_what_is_returned_is_not_rounded(batch: torch.Tensor) -> None:
+    before, after = before_and_after(Returned(), batch)
+    with torch.no_grad():
+        for theirs, ours in zip(before(batch), after(batch)):
+            assert torch.equal(theirs, ours)
