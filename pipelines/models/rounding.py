@@ -14,7 +14,7 @@ GIVES_TO_FUSED = FUSED | {aten.sigmoid.default, aten.expand_as.default}
 
 
 def simplify_rounding(program: fx.GraphModule) -> None:
-    """Have all layers that read an activation read it rounded where one does, and round nothing that stays in registers.
+    """Have all layers read an activation rounded that one of them reads so, and round nothing that stays in registers.
 
     In place. Results change by a rounding to 8 bits of what was not rounded before, and the other way round.
 
