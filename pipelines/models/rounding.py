@@ -31,10 +31,12 @@ def simplify_rounding(program: fx.GraphModule) -> None:
 
 def _share_rounded(node: fx.Node) -> None:
     roundings = [user for user in node.users if _is_rounding(user)]
-    if not roundings or any(_writes_to(user, node) for user in node.users):
+    if not roundings:
         return
     rounded = roundings[0]
     read = next(iter(rounded.users))
+    if any(_writes_to(user, tensor) for tensor in (node, read) for user in tensor.users):
+        return
     # Before all readers, who may have come earlier than the one that it was made for.
     node.append(rounded)
     rounded.append(read)

@@ -119,3 +119,18 @@ def test_what_is_returned_is_not_rounded(batch: torch.Tensor) -> None:
     with torch.no_grad():
         for theirs, ours in zip(before(batch), after(batch)):
             assert torch.equal(theirs, ours)
+
+
+def test_what_was_rounded_to_be_written_over_is_left_alone(batch: torch.Tensor) -> None:
+    def add_to_rounded(images: torch.Tensor) -> torch.Tensor:
+        activation: torch.Tensor = aten.relu.default(images)
+        how = (1 / 255, 0, 0, 255, torch.uint8)
+        rounded = torch.ops.quantized_decomposed.quantize_per_tensor.default(activation, *how)
+        read = torch.ops.quantized_decomposed.dequantize_per_tensor.default(rounded, *how)
+        total: torch.Tensor = aten.add_.Tensor(read, images)
+        return total + activation.neg()
+
+    before = fx.symbolic_trace(add_to_rounded)
+    after = copy.deepcopy(before)
+    simplify_rounding(after)
+    assert torch.equal(before(batch), after(batch))
