@@ -49,7 +49,7 @@ bench: setup  ## fetching, decoding, the forward pass, labelling and training be
 	# Daft asks for an older pyarrow than the lock's, and works with it.
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps daft==0.7.26
 	$(LIMIT) 1800 $(RUN) -m benchmarks.decode
-	$(LIMIT) 900 $(RUN) -m benchmarks.forward
+	$(LIMIT) 1800 $(RUN) -m benchmarks.forward
 	$(LIMIT) 3600 $(RUN) -m benchmarks.whole_run --programs ray daft timm timm-channels-last timm-compiled ecaray ecaray-fast
 	$(LIMIT) 3600 $(RUN) -m benchmarks.agreement
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
