@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the operators
 from timm.layers import EcaModule
 from torch import fx, nn
 
