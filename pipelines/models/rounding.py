@@ -1,7 +1,7 @@
 """Where a program rounds its activations to 8 bits: as often as it saves memory traffic, and no more.
 
 torchao rounds what an operator reads in int8, for that operator. Whoever else reads the activation reads it in float32,
-four times as large. Of the time of an ECA ResNet that is a third: the gate's mean and the shortcut are such readers.
+four times as large. Of an ECA ResNet's time that is a fifth to a third: the gate and the shortcut are such readers.
 """
 
 import torch
