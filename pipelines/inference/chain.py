@@ -70,10 +70,11 @@ def _fetch_and_decode(task: FetchTask, num_tasks: int, plan: ComputePlan) -> ray
 
 
 def _place_tasks(plan: ComputePlan) -> dict[str, Any]:
-    """Where fetching, decoding and writing run: on any node but those kept from them, while there is another."""
-    if not plan.kept_from_tasks:
+    """Where fetching, decoding and writing run: beside replicas only what the other nodes have no room for."""
+    if not plan.avoided_by_tasks:
         return {}
-    elsewhere = {"ray.io/node-id": f"!in({','.join(plan.kept_from_tasks)})"}
+    elsewhere = {"ray.io/node-id": f"!in({','.join(plan.avoided_by_tasks)})"}
+    # Ray takes the fallback when no node of the first choice is free, not only when there is none.
     return {"label_selector": elsewhere, "fallback_strategy": [{"label_selector": {}}]}
 
 

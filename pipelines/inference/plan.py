@@ -71,7 +71,7 @@ class ComputePlan:
         num_cpus_per_decode_task: set aside for each fetching and decoding task.
         num_cpus_per_write_task: set aside for each writing task.
         resources_per_worker: custom ones, set aside for each replica.
-        kept_from_tasks: ids of the nodes with accelerators, where others can fetch, decode and write.
+        avoided_by_tasks: ids of the nodes with accelerators, where others fetch, decode and write while they have room.
     """
 
     num_workers: int
@@ -83,7 +83,7 @@ class ComputePlan:
     num_cpus_per_decode_task: float
     num_cpus_per_write_task: float
     resources_per_worker: Mapping[str, float]
-    kept_from_tasks: tuple[str, ...]
+    avoided_by_tasks: tuple[str, ...]
 
     @property
     def num_threads(self) -> int:
@@ -97,7 +97,7 @@ def plan_compute(
     """Share the nodes among the stages.
 
     Replicas go where the GPUs, or the custom resources that the config names, are. Everything else goes to the other
-    nodes, where there are any: the CPUs beside a GPU feed it.
+    nodes first, where there are any: the CPUs beside a GPU feed it.
 
     Args:
         config: what the user asked for.
@@ -138,7 +138,7 @@ def plan_compute(
         num_cpus_per_decode_task=_round_down(decode_share),
         num_cpus_per_write_task=_round_down(write_share),
         resources_per_worker=config.resources_per_worker,
-        kept_from_tasks=tuple(node.node_id for node, _ in hosts if node.node_id) if others else (),
+        avoided_by_tasks=tuple(node.node_id for node, _ in hosts if node.node_id) if others else (),
     )
 
 

@@ -114,18 +114,18 @@ def test_replicas_go_where_the_named_resource_is_and_tasks_to_the_other_nodes() 
     plan = plan_compute(INFERENTIA, MIXED)
     assert plan.num_workers == 2  # one for every 4 CPUs, and the resource would allow two
     assert plan.resources_per_worker == {"inferentia": 1}
-    assert plan.kept_from_tasks == ("a", "c")
+    assert plan.avoided_by_tasks == ("a", "c")
     assert (plan.num_cpus_per_decode_task, plan.num_cpus_per_write_task) == (1, 1)
 
 
 def test_tasks_run_beside_the_accelerators_where_there_is_no_other_node() -> None:
-    assert plan_compute(INFERENTIA, [MIXED[0]]).kept_from_tasks == ()
-    assert plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8, {}, "a")] * 2).kept_from_tasks == ()
+    assert plan_compute(INFERENTIA, [MIXED[0]]).avoided_by_tasks == ()
+    assert plan_compute(ComputeConfig(use_gpu=True), [Node(16, 8, {}, "a")] * 2).avoided_by_tasks == ()
 
 
 def test_cpu_nodes_decode_for_gpu_nodes() -> None:
     plan = plan_compute(ComputeConfig(use_gpu=True), [Node(8, 4, {}, "a"), Node(64, 0, {}, "b")])
-    assert (plan.num_workers, plan.kept_from_tasks, plan.num_cpus_per_decode_task) == (4, ("a",), 1)
+    assert (plan.num_workers, plan.avoided_by_tasks, plan.num_cpus_per_decode_task) == (4, ("a",), 1)
 
 
 def test_a_range_of_replicas_is_cut_to_what_fits_unless_more_may_come() -> None:

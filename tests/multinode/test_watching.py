@@ -4,6 +4,7 @@ import json
 import re
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -76,15 +77,16 @@ def test_progress_is_there_while_the_job_runs_and_says_when_it_is_over(watched: 
     assert (last["is_running"], last["num_ok"]) == (False, NUM_PHOTOGRAPHS)
 
 
-def test_replicas_run_on_the_accelerator_and_tasks_on_the_other_hosts(watched: Watched, site: Site) -> None:
+def test_replicas_run_on_the_accelerator_and_tasks_first_on_the_other_hosts(watched: Watched, site: Site) -> None:
     (job,) = [job["job_id"] for job in site.cluster.listed("jobs") if job["submission_id"] == SUBMISSION_ID]
     addresses = {node["node_id"]: node["node_ip"] for node in site.cluster.listed("nodes")}
-    hosts: dict[str, set[str]] = {"FetchTask": set(), "PredictorActor": set(), "PartWriter": set()}
+    hosts = {stage: Counter[str]() for stage in ("FetchTask", "PredictorActor", "PartWriter")}
     for task in site.cluster.listed("tasks", "--filter", f"job_id={job}"):
         for stage in hosts:
             if stage in task["name"] and task["node_id"]:
-                hosts[stage].add(addresses[task["node_id"]])
-    *others, accelerated = [host.address for host in site.workers]
-    assert hosts["PredictorActor"] == {accelerated}
-    assert hosts["FetchTask"]
-    assert hosts["FetchTask"] | hosts["PartWriter"] <= set(others)
+                hosts[stage][addresses[task["node_id"]]] += 1
+    accelerated = site.workers[-1].address
+    assert hosts["PredictorActor"].keys() == {accelerated}
+    # One for which the others have no room at a moment may run there. Left to Ray, a third of the writers do.
+    for stage in ("FetchTask", "PartWriter"):
+        assert hosts[stage][accelerated] < hosts[stage].total() / 4
