@@ -104,7 +104,7 @@ def _holds_result(first: object, second: object) -> bool:
         return False  # sizes are multiplied and added too
     sizes = zip(reversed(first.shape), reversed(second.shape))
     has_shape = second.ndim <= first.ndim and all(theirs in (1, size) for size, theirs in sizes)
-    return has_shape and first.dtype == torch.result_type(first, second)
+    return has_shape and first.dtype == torch.promote_types(first.dtype, second.dtype)
 
 
 def _makes_its_own(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -51,6 +51,14 @@ def test_prepared_and_packed_models_give_what_timms_gives(name: str, images: tor
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["ecaresnet26t", "seresnet18", "mobilenetv3_small_050"])
+@torch.inference_mode()
+def test_the_compiler_takes_a_prepared_model_in_one_piece(name: str, images: torch.Tensor) -> None:
+    prepared = prepare_for_inference(with_random_batch_norms(name))
+    whole = torch.compile(prepared, fullgraph=True, dynamic=False, backend="eager")  # raises where it would be cut
+    assert torch.equal(whole(images[:2]), prepared(images[:2]))
+
+
 @torch.inference_mode()
 def test_gated_and_added_activations_take_no_memory_of_their_own(images: torch.Tensor) -> None:
     prepared = prepare_for_inference(with_random_batch_norms("ecaresnet26t"))
