@@ -49,6 +49,9 @@ def this_machine() -> Node:
     """What this machine's own Ray will offer, known before it starts."""
     gpus = get_accelerator_manager_for_resource("GPU")
     num_gpus = gpus.get_current_node_num_accelerators() if gpus else 0
+    visible = gpus.get_current_process_visible_accelerator_ids() if gpus else None
+    if visible is not None:  # CUDA_VISIBLE_DEVICES is set
+        num_gpus = min(num_gpus, len(visible))
     memory_bytes = get_system_memory() * (1 - DEFAULT_OBJECT_STORE_MEMORY_PROPORTION)
     return Node(get_num_cpus(), num_gpus, memory_bytes=memory_bytes)
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from cluster.local import RayHead, free_ports
+from pipelines import nodes
 from pipelines.nodes import this_machine
 from tests.conftest import NUM_PHOTOGRAPHS
 from tests.support.infer import REPOSITORY, run_command, summary_of
@@ -39,6 +41,18 @@ def ask(address: str, home: Path, question: str) -> str:
 
 def test_this_machine_has_its_cores() -> None:
     assert this_machine().num_cpus >= 1
+
+
+@pytest.mark.parametrize(("visible", "num_gpus"), [(None, 8), ("3", 1), ("0,5", 2), ("", 0)])
+def test_this_machine_offers_the_gpus_that_may_be_seen(
+    visible: str | None, num_gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 8))
+    monkeypatch.setattr(nodes, "get_accelerator_manager_for_resource", lambda _: NvidiaGPUAcceleratorManager)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert this_machine().num_gpus == num_gpus
 
 
 def test_a_cluster_without_an_autoscaler_cannot_grow(ray_server: RayHead) -> None:
