@@ -19,6 +19,9 @@ from pipelines.images.transform import EvalTransform
 
 log = logging.getLogger(__name__)
 
+# Between decoders, of values up to 255: they round chroma and its upsampling in their own ways.
+MAX_MEAN_DIFFERENCE = 4
+
 
 class DeviceDecoder:
     """Decodes batches on one device; what its decoder refuses is done as `fast` does it, on the CPU.
@@ -29,16 +32,13 @@ class DeviceDecoder:
         device: where.
 
     Raises:
-        RunError: it decodes no JPEG, or this torchvision does not have it do so.
+        RunError: it decodes no JPEG, or to other pixels, or this torchvision does not have it do so.
     """
 
     def __init__(self, transform: EvalTransform, max_pixels: int, device: torch.device) -> None:
         self._transform, self._max_pixels, self._device = transform, max_pixels, device
         self._has_refused = False
-        try:
-            self._decode([simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))])
-        except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word
-            raise RunError(f"preprocess.mode=cuda: {device} decodes no JPEG: {error}") from error
+        self._try_out()
 
     def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
         """Files that `size_for_device` has a size for, to height x width x 3 uint8 on the device, or to the reason."""
@@ -52,6 +52,21 @@ class DeviceDecoder:
             return [self._decode_alone(contents[0])]
         half = len(contents) // 2
         return [*self(contents[:half]), *self(contents[half:])]
+
+    def _try_out(self) -> None:
+        """Decode two pictures of the kinds to come, in colour with halved chroma and in grey, and look at them."""
+        ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256))
+        colour = np.stack([ramp, ramp.T, ramp[::-1]], axis=2)
+        encoded = [simplejpeg.encode_jpeg(colour, colorsubsampling="420")]
+        encoded.append(simplejpeg.encode_jpeg(np.ascontiguousarray(ramp[..., None]), colorspace="GRAY"))
+        try:
+            decoded = self._decode(encoded)
+        except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word
+            raise RunError(f"preprocess.mode=cuda: {self._device} decodes no JPEG: {error}") from error
+        for content, found in zip(encoded, decoded):
+            difference = found.permute(1, 2, 0).cpu().numpy().astype(int) - simplejpeg.decode_jpeg(content)
+            if np.abs(difference).mean() > MAX_MEAN_DIFFERENCE:
+                raise RunError(f"preprocess.mode=cuda: {self._device} decodes JPEGs to other pixels than a CPU")
 
     def _decode_alone(self, content: bytes) -> torch.Tensor | ItemError:
         """Once more, with the memory that torch keeps for later and nvJPEG cannot ask it for; or by the CPU."""

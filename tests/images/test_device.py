@@ -211,3 +211,14 @@ def test_a_device_that_decodes_nothing_is_said_at_the_start(monkeypatch: pytest.
     monkeypatch.setattr(device, "decode_jpeg", refuse)
     with pytest.raises(RunError, match="cpu decodes no JPEG: torchvision was built"):
         DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
+
+
+def test_a_device_that_decodes_to_other_pixels_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave_out_the_grey_one(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        first, second = decode_jpeg(encoded, **kwargs)
+        return [first, torch.zeros_like(second)]
+
+    decode_jpeg = getattr(device, "decode_jpeg")  # noqa: B009 - not of its public names
+    monkeypatch.setattr(device, "decode_jpeg", leave_out_the_grey_one)
+    with pytest.raises(RunError, match="cpu decodes JPEGs to other pixels"):
+        DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
