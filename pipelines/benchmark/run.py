@@ -181,13 +181,13 @@ def _measure_forward(setup: Setup, held_bundle: "ray.ObjectRef[bytes]") -> "ray.
 def _on_replica(setup: Setup, measure: Callable[..., Cost], *args: object) -> "ray.ObjectRef[Cost]":
     """Measure in a process with a replica's resources and environment."""
     plan = setup.plan
-    task = ray.remote(measure).options(
-        num_cpus=plan.num_cpus_per_worker,
-        num_gpus=plan.num_gpus_per_worker or None,
+    # The GPU is given here and not by `options`: so its process, and what that holds of its memory, ends with the task.
+    task: Any = ray.remote(num_cpus=plan.num_cpus_per_worker, num_gpus=plan.num_gpus_per_worker)(measure)
+    options = task.options(
         resources=dict(plan.resources_per_worker) or None,
         runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
     )
-    reference: ray.ObjectRef[Cost] = task.remote(*args)
+    reference: ray.ObjectRef[Cost] = options.remote(*args)
     return reference
 
 
