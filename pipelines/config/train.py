@@ -170,7 +170,8 @@ class OptimConfig(Section):
     Default: none."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of forward and backward pass (autocast; float16 with a scaled gradient). Default: float32."""
+    """Precision of forward and backward pass (autocast; float16 with a scaled gradient). On GPUs float32's convolutions
+    take TF32, torch's default. Default: float32."""
 
     compile: bool = False
     """Whether the model is compiled by torch. Default: false."""

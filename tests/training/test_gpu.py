@@ -43,6 +43,7 @@ def test_compiled_it_learns_the_same() -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in full precision, to be compared
     # gloo: two workers may share a GPU, which NCCL refuses.
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     sections: dict[str, Any] = {"model": {"sync_batch_norm": True}, "scaling": {"use_gpu": True, "num_workers": 2}}
@@ -51,7 +52,10 @@ def _worker(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_with_synchronized_batch_norm_two_workers_learn_what_one_does(tmp_path: Path) -> None:
+def test_with_synchronized_batch_norm_two_workers_learn_what_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     expected = losses(Learner(config(), TASK, module(), GPU), 20)
     spawn(_worker, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
