@@ -23,6 +23,7 @@ ErrorKind = Literal[
     "corrupt",  # an image whose content contradicts itself
     "too_many_pixels",  # larger than preprocess.max_pixels
     "unsupported",  # a known format in a variant that the decoder does not know
+    "not_finite",  # the model answers with infinities, as in float16, or with no numbers
 ]
 """The closed set of `error_kind` in `failed-*.parquet`."""
 

@@ -52,7 +52,7 @@ def timed(stage: str) -> Iterator[None]:
 
 
 def show_gpu_memory(num_bytes: int) -> None:
-    """Tell the most that this process ever held of its GPU's memory."""
+    """Tell how much of its GPU's memory is taken, by the decoder and the driver too."""
     if _is_worker():
         _gpu_memory().set(num_bytes)
 
@@ -74,4 +74,4 @@ def _counter(name: str) -> "Counter":
 def _gpu_memory() -> "Gauge":
     from ray.util.metrics import Gauge
 
-    return Gauge(GPU_MEMORY, description="The most bytes of GPU memory that a replica held.")
+    return Gauge(GPU_MEMORY, description="Bytes taken of a replica's GPU's memory.")

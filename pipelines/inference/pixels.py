@@ -49,7 +49,7 @@ class PixelLoader:
         errors: dict[int, ItemError] = {}
         with self._turn, metrics.timed("decode"):
             pixels = with_freed_memory(lambda: self._beside(lambda: self._load(good, errors)))
-        return _with_errors(batch, {good["id"][position].as_py(): error for position, error in errors.items()}), pixels
+        return with_errors(batch, {good["id"][position].as_py(): error for position, error in errors.items()}), pixels
 
     def _load(self, good: pa.Table, errors: dict[int, ItemError]) -> torch.Tensor:
         """The pixels of these rows; the position of each that has none, and why, is what `errors` then holds."""
@@ -77,7 +77,7 @@ def cut_by_pixels(num_pixels: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
     return (np.flatnonzero(groups == group) for group in np.unique(groups))
 
 
-def _with_errors(batch: pa.Table, errors: dict[int, ItemError]) -> pa.Table:
+def with_errors(batch: pa.Table, errors: dict[int, ItemError]) -> pa.Table:
     """The batch, with an error in the rows of these ids."""
     if not errors:
         return batch

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import metrics
-from pipelines.inference.pixels import PixelLoader
+from pipelines.errors import ItemError
+from pipelines.inference.pixels import PixelLoader, with_errors
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
@@ -20,7 +21,7 @@ from pipelines.models.compiled import Forward, compile_program
 from pipelines.models.convolutions import pack_convolutions
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import Beside, Download
+from pipelines.models.transfer import Beside, Download, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Predictor:
         self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, Beside(self.device))
         self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
+        self.dtype = bundle.dtype
         self.forward = self._load_forward(bundle)
 
     def _load_forward(self, bundle: ModelBundle) -> Forward:
@@ -62,13 +64,16 @@ class Predictor:
         dtype: torch.dtype = getattr(torch, bundle.dtype)
         layout = memory_format_for(bundle.name, self.device)
         model = module.to(self.device, dtype).to(memory_format=layout)
-        if self.options.compile:
-            # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
-            model.compile(dynamic=False)
-        elif self.device.type == "cpu":
+        if self.device.type == "cpu" and not self.options.compile:
             pack_convolutions(model)
         normalize = Normalizer(bundle.transform.mean, bundle.transform.std).to(self.device)
-        return lambda images: model(normalize(images).to(dtype).contiguous(memory_format=layout))
+
+        def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, features = model(normalize(images).to(dtype).contiguous(memory_format=layout))
+            return logits, features
+
+        # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
+        return torch.compile(forward, dynamic=False) if self.options.compile else forward
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
@@ -76,8 +81,9 @@ class Predictor:
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
         if self.options.use_gpu:
-            metrics.show_gpu_memory(torch.cuda.max_memory_allocated())
-        return self._join(batch, results)
+            free, total = torch.cuda.mem_get_info()
+            metrics.show_gpu_memory(total - free)
+        return self._join(*self._without_broken(batch, results))
 
     def _predict_images(self, images: torch.Tensor) -> pa.Table:
         """Batch by batch; where the GPU's memory does not hold one, in smaller ones from then on."""
@@ -89,8 +95,8 @@ class Predictor:
                 chunks.append(self._predict_batch(images[start : start + batch_size], batch_size))
                 start += batch_size
                 continue
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
+            except RuntimeError as error:
+                if batch_size == 1 or not is_out_of_memory(error):
                     raise
             torch.cuda.empty_cache()  # here, where the error and what it holds are gone
             self.batch_size = batch_size // 2
@@ -133,6 +139,19 @@ class Predictor:
             "prob": pa.ListArray.from_arrays(offsets, pa.array(prob.reshape(-1))),
             "label": pa.ListArray.from_arrays(offsets, self.label_names.take(flat)),
         }
+
+    def _without_broken(self, batch: pa.Table, results: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """The batch with an error in each row whose result is not finite, and the results without these rows."""
+        is_finite = np.ones(len(results), bool)
+        for name in ("prob", "embedding"):
+            if len(results) and name in results.column_names:
+                values = results[name].combine_chunks().flatten().to_numpy()
+                is_finite &= np.isfinite(values.reshape(len(results), -1)).all(axis=1)
+        if is_finite.all():
+            return batch, results
+        ids = batch["id"].filter(pc.is_null(batch["error_kind"])).filter(pa.array(~is_finite)).to_pylist()
+        error = ItemError("not_finite", f"the model's results are not finite in {self.dtype}")
+        return with_errors(batch, dict.fromkeys(ids, error)), results.filter(pa.array(is_finite))
 
     def _empty_results(self) -> pa.Table:
         names = [name for name in self.schema.names if name not in IMAGES.names]

@@ -36,6 +36,12 @@ class Beside:
         return self(lambda: tensor.pin_memory().to(self.device, non_blocking=True))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that a GPU's memory is full; cuDNN and cuBLAS say it in words of their own."""
+    in_other_words = ("unable to find an engine", "ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(words in str(error) for words in in_other_words)
+
+
 def with_freed_memory(work: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What the work makes; where a GPU's memory is full, once more without what torch keeps of it for later."""
     try:
@@ -57,7 +63,8 @@ class Download:
         self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
         self._is_there: Any = None
         if any(tensor.is_cuda for tensor in tensors):
-            self._is_there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: to wait is to sleep. Otherwise each thread of a replica keeps a core busy meanwhile.
+            self._is_there = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._is_there.record()
 
     def wait(self) -> list[NDArray[Any]]:

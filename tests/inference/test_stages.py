@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -85,8 +86,20 @@ def test_batches_predicted_at_the_same_time_give_the_same_rows(
             assert other.equals(predictions)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+)
 def test_a_batch_that_the_memory_does_not_hold_is_halved(
-    bundle: ModelBundle, images: pa.Table, predictions: pa.Table, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError,
+    bundle: ModelBundle,
+    images: pa.Table,
+    predictions: pa.Table,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     predictor = Predictor(bundle, OPTIONS)
     model, sizes = predictor.forward, []
@@ -94,7 +107,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
     def small_memory(batch: torch.Tensor) -> Any:
         sizes.append(len(batch))
         if len(batch) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         return model(batch)
 
     monkeypatch.setattr(predictor, "forward", small_memory)
@@ -105,8 +118,29 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
     assert found["index"].equals(predictions["index"])
     monkeypatch.setattr(predictor, "batch_size", 1)
     monkeypatch.setattr(predictor, "forward", lambda batch: small_memory(torch.cat([batch] * 3)))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         predictor(images)
+
+
+def test_an_image_that_the_model_makes_no_numbers_of_is_a_failed_row(
+    bundle: ModelBundle, images: pa.Table, predictions: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(bundle, OPTIONS)
+    model = predictor.forward
+
+    def overflowing(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, features = (result.clone() for result in model(batch))
+        logits[1, 7], features[2, 3] = torch.inf, torch.nan
+        return logits, features
+
+    monkeypatch.setattr(predictor, "forward", overflowing)
+    found = predictor(images.slice(0, 8))  # the fifth failed before
+    expected = [None, "not_finite", "not_finite", None, "not_found", None, None, None]
+    assert found["error_kind"].to_pylist() == expected
+    assert found["error_message"][1].as_py() == "the model's results are not finite in float32"
+    good = pc.is_null(found["error_kind"])
+    for name in ("id", "index", "prob", "label", "embedding"):
+        assert found[name].filter(good).to_pylist() == predictions[name].slice(0, 8).filter(good).to_pylist(), name
 
 
 def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle, predictions: pa.Table) -> None:
