@@ -25,8 +25,8 @@ from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
 from tests.conftest import NUM_PHOTOGRAPHS
 from tests.support.broken import broken_files, strange_files
 from tests.support.infer import infer, read_kind
-from tests.support.photographs import SIZES
-from tests.support.weights import load_images
+from tests.support.photographs import KINDS, SIZES, write_photographs
+from tests.support.weights import load_images, save_telling_weights
 
 MODEL = "ecaresnet50d_pruned"
 INPUT = "s3://images/run"
@@ -65,12 +65,12 @@ def timms_answer(name: str, weights: Path, photographs: Path) -> tuple[torch.Ten
     model: Any = timm.create_model(name, checkpoint_path=str(weights)).eval()
     with torch.inference_mode():
         features = model.forward_features(load_images(model, photographs))
-        return model(load_images(model, photographs)).softmax(-1), model.forward_head(features, pre_logits=True)
+        return model.forward_head(features).softmax(-1), model.forward_head(features, pre_logits=True)
 
 
 def assert_equals_timm(rows: pa.Table, name: str, weights: Path, photographs: Path) -> None:
     prob, embedding = timms_answer(name, weights, photographs)
-    assert len(prob.argmax(-1).unique()) > 0.6 * NUM_PHOTOGRAPHS, "these weights do not tell the photographs apart"
+    assert len(prob.argmax(-1).unique()) > 0.6 * len(prob), "these weights do not tell the photographs apart"
     expected = prob.topk(5)
     paths = [uri.rpartition("/")[2] for uri in rows["uri"].to_pylist()]
     assert paths == sorted(path.name for path in photographs.iterdir())
@@ -247,10 +247,11 @@ def test_files_appear_while_the_run_goes_on(summary: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(MODEL_CARDS) - {MODEL}))
-def test_the_other_models_equal_timms_too(
-    name: str, ray_server: RayHead, photographs: Path, telling_weights: Callable[[str], Path], tmp_path: Path
-) -> None:
-    weights = telling_weights(name)
+def test_the_other_models_equal_timms_too(name: str, ray_server: RayHead, tmp_path: Path) -> None:
+    photographs, weights = tmp_path / "photographs", tmp_path / "telling.safetensors"
+    photographs.mkdir()
+    write_photographs(photographs, len(KINDS))  # one of each: large models take their time
+    save_telling_weights(name, photographs, weights)
     model = {"name": name, "weights": str(weights)}
     infer(ray_server, input={"uri": str(photographs)}, output={"uri": str(tmp_path / "out")}, model=model)
     found = read_kind(str(tmp_path / "out"), "part")
