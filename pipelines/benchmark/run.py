@@ -183,11 +183,9 @@ def _on_replica(setup: Setup, measure: Callable[..., Cost], *args: object) -> "r
     plan = setup.plan
     # The GPU is given here and not by `options`: so its process, and what that holds of its memory, ends with the task.
     task: Any = ray.remote(num_cpus=plan.num_cpus_per_worker, num_gpus=plan.num_gpus_per_worker)(measure)
-    options = task.options(
-        resources=dict(plan.resources_per_worker) or None,
-        runtime_env={"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY},
-    )
-    reference: ray.ObjectRef[Cost] = options.remote(*args)
+    resources = dict(plan.resources_per_worker) or None
+    runtime_env = {"env_vars": {} if plan.num_gpus_per_worker else KEEP_FREED_MEMORY}
+    reference: ray.ObjectRef[Cost] = task.options(resources=resources, runtime_env=runtime_env).remote(*args)
     return reference
 
 

@@ -57,8 +57,11 @@ class DeviceDecoder:
         """Decode two pictures of the kinds to come, in colour with halved chroma and in grey, and look at them."""
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256))
         colour = np.stack([ramp, ramp.T, ramp[::-1]], axis=2)
-        encoded = [simplejpeg.encode_jpeg(colour, colorsubsampling="420")]
-        encoded.append(simplejpeg.encode_jpeg(np.ascontiguousarray(ramp[..., None]), colorspace="GRAY"))
+        grey = np.ascontiguousarray(ramp[..., None])
+        encoded = [
+            simplejpeg.encode_jpeg(colour, colorsubsampling="420"),
+            simplejpeg.encode_jpeg(grey, colorspace="GRAY"),
+        ]
         try:
             decoded = self._decode(encoded)
         except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word

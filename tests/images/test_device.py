@@ -28,9 +28,10 @@ from pipelines.inference.predict import Predictor
 from pipelines.inference.replica import PredictOptions
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
+from tests.images.test_fast import IMAGENET
+from tests.support.embeddings import cosines
 
 MAX_PIXELS = 10**8
-IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CPU = torch.device("cpu")
 
 
@@ -112,9 +113,7 @@ def test_replicas_that_decode_give_nearly_the_same_rows(bundle: ModelBundle, fil
     assert there.schema.equals(here.schema)
     for name in ("id", "uri", "width", "height", "error_kind"):
         assert there[name].to_pylist() == here[name].to_pylist(), name
-    ours, exact = (np.stack([row for row in rows["embedding"].to_pylist() if row]) for rows in (there, here))
-    cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
-    assert np.median(cosine) > 0.999
+    assert np.median(cosines(there, here)) > 0.999
 
 
 def test_large_images_are_decoded_a_few_at_a_time(

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from cluster.photographs import crops, encode
 from pipelines.config.sections import ModelConfig, PreprocessConfig
@@ -25,6 +24,8 @@ from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.predict import Predictor
 from pipelines.inference.replica import PredictOptions
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
+from tests.images.test_fast import IMAGENET
+from tests.support.embeddings import cosines
 
 pytestmark = pytest.mark.gpu
 BATCH_SIZE = 16
@@ -79,13 +80,6 @@ def test_lower_precision_and_compiled_code_stay_near(
     assert np.median(cosines(many[0], expected)) > 0.999
 
 
-def cosines(rows: pa.Table, others: pa.Table) -> NDArray[np.float64]:
-    """Of the embeddings of two tables, row by row."""
-    ours, theirs = (np.stack(table["embedding"].to_numpy()).astype(np.float64) for table in (rows, others))
-    found: NDArray[np.float64] = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-    return found
-
-
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -98,14 +92,13 @@ def cosines(rows: pa.Table, others: pa.Table) -> NDArray[np.float64]:
     ids=str,
 )
 def test_a_gpu_decodes_each_kind_of_jpeg_as_a_cpu_does(mode: str, options: dict[str, Any]) -> None:
-    transform = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     contents = []
     for position, (_, crop) in enumerate(crops(300, size=(500, 375))):
         image = crop.resize((crop.width - position % 17, crop.height - position % 13))  # odd sides too
         contents.append(encode(image.convert(mode), **options))
-    assert all(size_for_device(content, transform, 10**8) for content in contents)
-    there = DeviceDecoder(transform, 10**8, torch.device("cuda"))(contents)
-    here = DeviceDecoder(transform, 10**8, torch.device("cpu"))(contents)
+    assert all(size_for_device(content, IMAGENET, 10**8) for content in contents)
+    there = DeviceDecoder(IMAGENET, 10**8, torch.device("cuda"))(contents)
+    here = DeviceDecoder(IMAGENET, 10**8, torch.device("cpu"))(contents)
     for found, expected in zip(there, here, strict=True):
         assert isinstance(found, torch.Tensor)
         assert isinstance(expected, torch.Tensor)

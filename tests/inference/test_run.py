@@ -24,6 +24,7 @@ from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
 from tests.conftest import NUM_PHOTOGRAPHS
 from tests.support.broken import broken_files, strange_files
+from tests.support.embeddings import cosines
 from tests.support.infer import infer, read_kind
 from tests.support.photographs import KINDS, SIZES, write_photographs
 from tests.support.weights import load_images, save_telling_weights
@@ -273,9 +274,7 @@ def test_int8_gives_nearly_the_rows_of_float32(
     }
     assert infer(ray_server, **request)["num_ok"] == NUM_PHOTOGRAPHS
     found = read_kind(str(tmp_path / "out"), "part")
-    ours, theirs = (np.array(table["embedding"].to_pylist()) for table in (found, rows))
-    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert np.median(cosines) > 0.95
+    assert np.median(cosines(found, rows)) > 0.95
     assert infer(ray_server, **request)["num_resumed"] == NUM_PHOTOGRAPHS + 2
     request["model"] = sections["model"]
     with pytest.raises(RequestError, match="fingerprint was"):
@@ -290,9 +289,7 @@ def test_fast_gives_nearly_the_rows_of_exact(
     infer(ray_server, **where, **sections, preprocess={"mode": "fast"})
     found = read_kind(str(tmp_path / "out"), "part")
     assert found["width"].to_pylist() == rows["width"].to_pylist()
-    ours, theirs = (np.array(table["embedding"].to_pylist()) for table in (found, rows))
-    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
-    assert np.median(cosines) > 0.999
+    assert np.median(cosines(found, rows)) > 0.999
 
 
 @pytest.mark.slow

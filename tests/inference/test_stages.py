@@ -27,6 +27,7 @@ from pipelines.inference.schema import IMAGES, parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
+from tests.support.embeddings import cosines
 
 BATCH_SIZE = 8
 OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False)
@@ -168,10 +169,7 @@ def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table
 def test_lower_precision_stays_near(config: ModelConfig, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
     in_dtype = resolve_bundle(config.model_copy(update={"dtype": dtype}), PreprocessConfig())
     lower = Predictor(prepare_bundle(in_dtype), OPTIONS)(images)
-    ours = np.array([row for row in lower["embedding"].to_pylist() if row])
-    exact = np.array([row for row in predictions["embedding"].to_pylist() if row])
-    cosine = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
-    assert cosine.min() > 0.98
+    assert cosines(lower, predictions).min() > 0.98
 
 
 def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tmp_path: Path) -> None:
