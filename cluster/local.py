@@ -115,12 +115,15 @@ class RayHead:
 
 
 @contextlib.contextmanager
-def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None = None) -> Iterator[RayHead]:
+def ray_head(
+    num_cpus: int | None = None, environment: Mapping[str, str] | None = None, num_gpus: int | None = None
+) -> Iterator[RayHead]:
     """Run `ray start --head` with its job server for the length of a `with` block.
 
     Args:
         num_cpus: what it offers; the machine's by default.
         environment: variables for it and its workers, such as the object store's.
+        num_gpus: GPUs that it offers, whether they exist or not; the machine's by default.
 
     Raises:
         RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
@@ -132,6 +135,7 @@ def ray_head(num_cpus: int | None = None, environment: Mapping[str, str] | None 
     command = [_program("ray"), "start", "--head", "--block", "--include-dashboard=true", f"--temp-dir={home}/ray"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
+    command += [] if num_gpus is None else [f"--num-gpus={num_gpus}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Jobs begin with `python`: on a node, that is the one this package is installed for.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

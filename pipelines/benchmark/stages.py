@@ -97,6 +97,7 @@ def measure_device_decode(
 
     from pipelines.images.device import DeviceDecoder
     from pipelines.inference.pixels import cut_by_pixels
+    from pipelines.models.device import replica_device
 
     contents = _fetch_some(object_uris, options.batch_size, decode.max_bytes)
     sizes = [size_for_device(content, decode.transform, decode.max_pixels) for content in contents]
@@ -104,14 +105,13 @@ def measure_device_decode(
     if not jpegs:
         return None
     groups = [[jpegs[position][0] for position in group] for group in cut_by_pixels(np.array([n for _, n in jpegs]))]
-    decode_group = DeviceDecoder(
-        decode.transform, decode.max_pixels, torch.device("cuda" if options.use_gpu else "cpu")
-    )
+    device = replica_device(options.use_gpu)
+    decode_group = DeviceDecoder(decode.transform, decode.max_pixels, device)
 
     def decode_all(_: None) -> int:
         for group in groups:
             decode_group(group)
-        if options.use_gpu:
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return len(contents)
 

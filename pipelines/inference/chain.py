@@ -85,7 +85,8 @@ def _predict(
     predicted: ray.data.Dataset = images.map_batches(
         PredictorActor,
         batch_format="pyarrow",
-        batch_size=None,
+        # With num_gpus, Ray Data insists on a batch size. It slices the tasks' blocks without copying them.
+        batch_size=plan.batch_size if plan.num_gpus_per_worker else None,
         fn_constructor_args=(bundle, options),
         compute=ray.data.ActorPoolStrategy(
             min_size=plan.min_workers,

@@ -19,6 +19,7 @@ from pipelines.inference.schema import IMAGES, predictions_schema
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.compiled import Forward, compile_program
 from pipelines.models.convolutions import pack_convolutions
+from pipelines.models.device import replica_device
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
 from pipelines.models.transfer import Beside, Download, is_out_of_memory
@@ -47,11 +48,11 @@ class Predictor:
         torch.backends.cudnn.allow_tf32 = False  # who asks for float32 gets it
         self.options = options
         self.batch_size = options.batch_size
-        self.device = torch.device("cuda" if options.use_gpu else "cpu")
+        self.device = replica_device(options.use_gpu)
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self._beside = Beside(self.device)
         self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, Beside(self.device))
-        self._turn = threading.Lock() if options.use_gpu else contextlib.nullcontext()
+        self._turn = threading.Lock() if self.device.type == "cuda" else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.dtype = bundle.dtype
         self.forward = self._load_forward(bundle)
@@ -80,7 +81,7 @@ class Predictor:
         batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
-        if self.options.use_gpu:
+        if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info()
             metrics.show_gpu_memory(total - free)
         return self._join(*self._without_broken(batch, results))
