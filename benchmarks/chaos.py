@@ -26,7 +26,7 @@ from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local import ObjectStore, object_store, ray_head, ray_node
 from cluster.photographs import crops, encode
 from cluster.processes import descendants, kill_tree
-from pipelines.inference.commit import list_files
+from pipelines.inference.files import list_files
 from pipelines.storage import uris
 from pipelines.storage.bulk import read_object, store_object
 

@@ -23,7 +23,7 @@ from cluster.local import object_store
 from cluster.photographs import crops, encode
 from cluster.processes import descendants, memory_bytes
 from pipelines import run_record
-from pipelines.inference.commit import list_files
+from pipelines.inference.files import list_files
 from pipelines.inference.schema import parts_schema
 from pipelines.inference.write import PartWriter
 from pipelines.storage.bulk import store_object

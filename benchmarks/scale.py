@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cluster.local import object_store
 from cluster.photographs import crops, encode
 from cluster.processes import descendants, memory_bytes
-from pipelines.inference.commit import list_files
+from pipelines.inference.files import list_files
 from pipelines.storage.bulk import store_object
 
 INPUT_URI, OUTPUT_URI = "s3://images/many", "s3://results/many"

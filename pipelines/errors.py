@@ -7,6 +7,10 @@ class RequestError(ValueError):
     """What was asked for is wrong: bad config, missing input, weights not found. Exit status 2."""
 
 
+class DamagedFileError(RequestError):
+    """A file of an output is not what a job wrote there."""
+
+
 class RunError(RuntimeError):
     """The request was right, but the run failed. Exit status 1."""
 

@@ -4,12 +4,17 @@ And `_progress.json` every few seconds, for programs that watch.
 """
 
 import datetime
+import hashlib
 import json
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
+from pipelines.storage.documents import Document, parse_document
 from pipelines.storage.filesystem import in_plain_words, list_names, read_bytes, remove, write_bytes
 
 log = logging.getLogger(__name__)
@@ -17,15 +22,32 @@ log = logging.getLogger(__name__)
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
 PROGRESS_FILE = "_progress.json"
+ADVICE = "restore it from a copy, or write to a new output"
+# Of the identity; the names themselves are in `label_names`.
+LABEL_NAMES_KEY = "label_names_sha256"
 # Of a value in a refusal, in characters: a fingerprint, but not hundreds of ids.
 MAX_SHOWN = 100
 
 
+class RunRecord(Document):
+    """What `_run.json` holds of every job.
+
+    Attributes:
+        identity: what another run must share to go on in the same output.
+        config: the resolved config.
+        summary: of a run that ended.
+    """
+
+    identity: dict[str, Any]
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] | None = None
+
+
 def find_run(output_uri: str) -> dict[str, Any] | None:
-    """The `_run.json` of an output; None where no run began.
+    """Return the `_run.json` of an output; None where no run began.
 
     Raises:
-        RequestError: there is something, but no job of ours wrote it.
+        RequestError: there is something, but no job of ours wrote it, or it is damaged.
     """
     with in_plain_words("read", output_uri):
         names = list_names(output_uri)
@@ -37,24 +59,63 @@ def find_run(output_uri: str) -> dict[str, Any] | None:
                 )
             return None
         content = read_bytes(uris.join(output_uri, RUN_FILE))
-    try:
-        found: dict[str, Any] = json.loads(content)
-        found["identity"].keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RequestError(f"{uris.join(output_uri, RUN_FILE)} is damaged: it is not what a job wrote there") from None
+    parse_document(uris.join(output_uri, RUN_FILE), content, RunRecord, ADVICE)
+    found: dict[str, Any] = json.loads(content)
     return found
 
 
+def identity_of(config: BaseModel, free: Collection[str], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two runs must share to work on one output.
+
+    Every key of the config belongs to it, except for those that change neither a result nor its meaning, and those
+    whose meaning is resolved first: the path of the weights may change, their content may not.
+
+    Args:
+        config: of the run.
+        free: keys (`model.weights`) and sections (`compute`) that may differ.
+        resolved: more keys, with their values.
+    """
+    flat = _flat(config.model_dump(mode="json"))
+    kept = {key: value for key, value in flat.items() if not _is_below(key, free)}
+    return kept | dict(resolved)
+
+
+def label_names_digest(label_names: Sequence[str]) -> str:
+    """Return the SHA-256 of label names, in their order."""
+    return hashlib.sha256(json.dumps(list(label_names)).encode()).hexdigest()
+
+
+def _is_below(key: str, sections: Collection[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse to mix rows of two kinds in one output.
+    """Refuse to mix results of two kinds in one output.
 
     A table of what differs goes to the log.
+
+    Args:
+        output_uri: the output.
+        found: its `_run.json`. One that an earlier version wrote may lack keys of the identity: they are taken from its
+            config, and keys that it did not know are not compared.
+        identity: of this run.
 
     Raises:
         RequestError: names what differs, with both values.
     """
-    keys = sorted(found["identity"].keys() | identity.keys())
-    pairs = [(key, found["identity"].get(key), identity.get(key)) for key in keys]
+    recorded = _flat(found.get("config", {}))
+    if "label_names" in found:
+        recorded[LABEL_NAMES_KEY] = label_names_digest(found["label_names"])
+    before = {key: recorded[key] for key in identity if key in recorded} | found["identity"]
+    keys = sorted(key for key in before.keys() | identity.keys() if key in before)
+    pairs = [(key, before[key], identity.get(key)) for key in keys]
     differing = [(key, _brief(old), _brief(new)) for key, old, new in pairs if old != new]
     if differing:
         log.info("%s", _as_table([("", "was", "is"), *differing]))
@@ -98,7 +159,9 @@ def write_run(output_uri: str, run: dict[str, Any]) -> None:
         RequestError: it cannot.
     """
     with in_plain_words("write to", output_uri):
-        write_bytes(uris.join(output_uri, RUN_FILE), json.dumps(run, indent=2).encode())
+        write_bytes(
+            uris.join(output_uri, RUN_FILE), json.dumps({"format": RunRecord.newest_format} | run, indent=2).encode()
+        )
 
 
 def write_progress(output_uri: str, figures: dict[str, Any]) -> None:

@@ -1,30 +1,29 @@
 """Compaction: many small committed files become few that are large enough to be read well, before `_SUCCESS`.
 
-Whenever it is broken off, nothing is lost and nothing stays doubled: `_compaction.json` names each new file and those
-whose rows it takes, and a new file is written whole before the first of the others goes. What was left half done,
-`settle_compaction` ends.
+Wherever it is interrupted, nothing is lost and nothing stays doubled: the commit log names each new file and those
+whose rows it takes, a new file is written whole before the first of the others is removed, and from then on only the
+new one counts.
 """
 
-import json
 import logging
-import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
 from pipelines.errors import RunError, root_cause
+from pipelines.inference.commit_log import CommitLog, Merge
+from pipelines.inference.files import merged_name
 from pipelines.inference.write import digest_of, write_table
 from pipelines.storage import uris
-from pipelines.storage.bulk import read_columns, read_object
-from pipelines.storage.filesystem import list_names, read_bytes, remove, write_bytes
-from pipelines.storage.lease import Lease
+from pipelines.storage.bulk import read_object
+from pipelines.storage.filesystem import remove
+from pipelines.storage.lease import Fence, Lease
 
 log = logging.getLogger(__name__)
 
-JOURNAL = "_compaction.json"
 # Larger files are left alone. A group of smaller ones is full at the second size, and so below 192 MiB; what is left
 # over, less than the first size, joins the last group, which stays below 256 MiB. An output that is small as a whole
 # stays as it is.
@@ -42,36 +41,29 @@ class Group:
     """Files that become one.
 
     Attributes:
-        target: name of the new file.
-        sources: names of those whose rows it takes.
+        merge: their names, and the name of the new file.
         num_bytes: of the sources.
     """
 
-    target: str
-    sources: list[str]
+    merge: Merge
     num_bytes: int
 
 
-def plan_compaction(sizes: Mapping[str, int]) -> list[Group]:
+def plan_compaction(sizes: Mapping[str, int], epoch: int) -> list[Group]:
     """Group small files, neighbours by id.
 
     Args:
         sizes: bytes of each Parquet file of an output, by name.
+        epoch: of the run's lease, so that no new file has the name of an old one.
     """
     names = sorted(sizes)
-    mark = uuid.uuid4().hex[:8]  # so that no new file has the name of an old one
     parts = [name for name in names if name.startswith("part-") and sizes[name] < MIN_BYTES]
     failed = [name for name in names if name.startswith("failed-")]
     return [
-        Group(_target(group[0], mark), group, sum(sizes[name] for name in group))
+        Group(Merge(target=merged_name(group[0], epoch), sources=group), sum(sizes[name] for name in group))
         for group in (*_group_parts(parts, sizes), *_group_failed(failed))
         if len(group) > 1
     ]
-
-
-def _target(first_source: str, mark: str) -> str:
-    kind, number = first_source.removesuffix(".parquet").split("-")[:2]
-    return f"{kind}-{number}-{mark}.parquet"
 
 
 def _group_parts(names: list[str], sizes: Mapping[str, int]) -> list[list[str]]:
@@ -97,22 +89,22 @@ def _group_failed(names: list[str]) -> Iterator[list[str]]:
             yield group
 
 
-def compact(output_uri: str, groups: list[Group], lease: Lease) -> dict[str, str]:
-    """Make the groups' files, each in a task of Ray's; returns the SHA-256 of each, by its name.
+def compact(groups: list[Group], commit_log: CommitLog, lease: Lease) -> dict[str, str]:
+    """Make the groups' files, each in a Ray task; returns the SHA-256 of each, by its name.
 
     Raises:
         RunError: one could not be made, or the lease was lost. The same command goes on from there.
     """
-    num_sources = sum(len(group.sources) for group in groups)
+    num_sources = sum(len(group.merge.sources) for group in groups)
     log.info("making %d files of %d small ones", len(groups), num_sources)
-    write_bytes(uris.join(output_uri, JOURNAL), json.dumps([asdict(group) for group in groups]).encode())
-    task = ray.remote(num_cpus=1)(compact_group)
+    commit_log.merge([group.merge for group in groups])
+    task = ray.remote(num_cpus=1)(merge_files)
     most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) / 2
     pending = [
         task.options(
             memory=int(min(MEMORY_PER_BYTE * group.num_bytes, most)),  # what no node has would be waited for for ever
-            name=f"compact {group.target}",
-        ).remote(output_uri, group)
+            name=f"compact {group.merge.target}",
+        ).remote(commit_log.fence, group.merge)
         for group in groups
     ]
     digests: dict[str, str] = {}
@@ -125,52 +117,30 @@ def compact(output_uri: str, groups: list[Group], lease: Lease) -> dict[str, str
                 log.info("%d of %d files are made", len(digests), len(groups))
     except ray.exceptions.RayError as error:
         raise RunError(f"{root_cause(error)}; nothing is lost, and the same command goes on from there") from error
-    remove(uris.join(output_uri, JOURNAL))
     return digests
 
 
-def compact_group(output_uri: str, group: Group) -> tuple[str, str]:
-    """Make one file, whatever an earlier attempt left; returns its name and its SHA-256."""
+def merge_files(fence: Fence, merge: Merge) -> tuple[str, str]:
+    """Make one file of several, then remove these; returns its name and its SHA-256.
+
+    An earlier attempt of the same task may have come any part of the way.
+    """
+    output_uri = fence.output_uri
     try:
-        digest = digest_of(read_object(uris.join(output_uri, group.target)))
+        digest = digest_of(read_object(uris.join(output_uri, merge.target)))
     except FileNotFoundError:
-        contents = [pa.BufferReader(read_object(uris.join(output_uri, name))) for name in group.sources]
+        contents = [pa.BufferReader(read_object(uris.join(output_uri, name))) for name in merge.sources]
         tables = [pq.read_table(content) for content in contents]
         schema = tables[0].schema
         table = pa.concat_tables([table.cast(_wide(schema)) for table in tables])
-        digest = write_table(output_uri, group.target, table, schema).digest
-    _remove_sources(output_uri, group)
-    return group.target, digest
-
-
-def settle_compaction(output_uri: str) -> None:
-    """End what a compaction that broke off left: where a new file is there, those whose rows it took go."""
-    names = list_names(output_uri)
-    if JOURNAL not in names:
-        return
-    for entry in json.loads(read_bytes(uris.join(output_uri, JOURNAL))):
-        group = Group(**entry)
-        if group.target in names and _is_whole(output_uri, group.target):
-            _remove_sources(output_uri, group)
-    remove(uris.join(output_uri, JOURNAL))
-
-
-def _is_whole(output_uri: str, name: str) -> bool:
-    """Whether a file has its end; where a store shows files half written, one that has not goes."""
-    try:
-        read_columns(uris.join(output_uri, name), ["id"])
-    except pa.ArrowInvalid:
+        digest = write_table(output_uri, merge.target, table, schema, fence).digest
+    for name in merge.sources:
+        fence.check()
         remove(uris.join(output_uri, name))
-        return False
-    return True
+    return merge.target, digest
 
 
 def _wide(schema: pa.Schema) -> pa.Schema:
     """With strings that may take more than 2 GiB together."""
     wide = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.list_(pa.large_string())}
     return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
-
-
-def _remove_sources(output_uri: str, group: Group) -> None:
-    for name in group.sources:
-        remove(uris.join(output_uri, name))

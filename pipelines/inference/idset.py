@@ -27,6 +27,10 @@ class IdSet:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} among {self.size}")
         np.bitwise_or.at(self._bits, ids >> 3, np.uint8(0x80) >> (ids & 7).astype(np.uint8))
 
+    def overlaps(self, ids: NDArray[np.int64]) -> bool:
+        """Return whether one of the ids is in the set."""
+        return bool((self._bits[ids >> 3] & (np.uint8(0x80) >> (ids & 7).astype(np.uint8))).any())
+
     def missing(self, start: int, stop: int) -> NDArray[np.int64]:
         """The ids from `start` to `stop` - 1 that are not in it, in order."""
         first = start // 8

@@ -1,5 +1,6 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -11,8 +12,9 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.calibration import Sample, every_nth, read_sample
-from pipelines.inference.commit import Done, find_done
+from pipelines.inference.commit import Done, find_done, is_as_recorded
 from pipelines.inference.fetch_decode import FetchAndDecode
+from pipelines.inference.files import list_files
 from pipelines.inference.plan import ComputePlan
 from pipelines.inference.replica import PredictOptions
 from pipelines.models.bundle import ModelFacts
@@ -23,7 +25,19 @@ from pipelines.storage.lease import Lease
 from pipelines.storage.listing import Listing, list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
 
+log = logging.getLogger(__name__)
+
 SAMPLED_IDS = "model.quantization.sampled_ids"
+# What may differ between two runs on one output: where and how fast it is computed, and what the fingerprint holds.
+FREE = (
+    "output",
+    "compute",
+    "failure",
+    "model",
+    "preprocess.mode",
+    "preprocess.image_size",
+    "preprocess.use_test_size",
+)
 RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {
     "none": (),
     "transient": TRANSIENT_KINDS,
@@ -42,6 +56,7 @@ class Request:
         topk: classes per row.
         identity: what another run must share to go on in the same output.
         done: what the output holds already.
+        is_finished: whether it holds everything, and nothing is to be retried or mended.
     """
 
     config: InferConfig
@@ -50,6 +65,7 @@ class Request:
     topk: int
     identity: dict[str, Any]
     done: Done
+    is_finished: bool
 
     @property
     def num_todo(self) -> int:
@@ -92,6 +108,11 @@ def find_places(config: InferConfig) -> Places:
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
     found = run_record.find_run(output_uri) if is_there(output_uri) else None
     manifest = find_manifest(output_uri) if found else None
+    if found and manifest is None and (files := list_files(output_uri)):
+        raise RequestError(
+            f"{output_uri} holds {files[0]} but no _manifest/manifest.json, without which its ids mean nothing: "
+            "restore the manifest from a copy, or write to a new output"
+        )
     if manifest is None and not is_there(input_uri):
         raise RequestError(f"no input: nothing lies under {input_uri}")
     return Places(config, found, manifest, manifest is not None and run_record.is_complete(output_uri))
@@ -117,19 +138,24 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     if model.dtype == "int8":
         images, sampled_ids = _sample(config, model, manifest, listing, _sampled_ids(found))
         model = process.quantized_facts(images)
-    identity = _identify(config, model, topk, sampled_ids)
+    identity = identify(config, model, topk, sampled_ids)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
     with in_plain_words("write to", output_uri):
         lease.take()
     run_record.refuse_if_changed(output_uri, found)
-    run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
+    if not places.is_complete:
+        run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
+    epoch = lease.fence.epoch
     if listing is not None:
-        manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing)
+        manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing, epoch)
     assert manifest is not None
     with in_plain_words("read", output_uri):
-        done = find_done(output_uri, manifest.num_inputs, RETRIED_KINDS[config.failure.retry])
-    return Request(config, model, manifest, topk, identity, done)
+        done = find_done(output_uri, manifest.num_inputs, epoch, RETRIED_KINDS[config.failure.retry])
+        is_finished = places.is_complete and is_as_recorded(output_uri, done)
+    if places.is_complete and not is_finished and config.failure.retry == "none":
+        log.info("%s is finished, but its files are not those of its record: mending it", output_uri)
+    return Request(config, model, manifest, topk, identity, done, is_finished)
 
 
 def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
@@ -181,7 +207,7 @@ def sample_of_manifest(
     """
     chosen = every_nth(manifest.num_inputs, config.model.quantization.num_images)
     ids = chosen if pinned_ids is None else np.array(pinned_ids, np.int64)
-    rows = read_manifest_rows(config.output.uri, ids, manifest.rows_per_file)
+    rows = read_manifest_rows(config.output.uri, ids, manifest)
     return read_sample(rows, make_decode(config, model), is_pinned=pinned_ids is not None)
 
 
@@ -198,17 +224,16 @@ def make_options(config: InferConfig, plan: ComputePlan, topk: int) -> PredictOp
     return PredictOptions(plan.batch_size, topk, config.outputs.embedding, use_gpu, num_threads, compile, max_pixels)
 
 
-def _identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:
-    """What has to be the same for two runs to share an output."""
+def identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:
+    """Return what has to be the same for two runs to share an output."""
     sampled = {} if sampled_ids is None else {SAMPLED_IDS: sampled_ids}
-    return sampled | {
-        "input.uri": config.input.uri,
-        "input.exclude": config.input.exclude,
+    resolved = {
         "model.name": model.name,
         "fingerprint": model.fingerprint,
+        run_record.LABEL_NAMES_KEY: run_record.label_names_digest(model.label_names),
         "outputs.topk": topk,
-        "outputs.embedding": config.outputs.embedding,
     }
+    return run_record.identity_of(config, FREE, resolved | sampled)
 
 
 def describe_run(

@@ -15,12 +15,22 @@ from pipelines import run_record
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError, root_cause
 from pipelines.inference.calibration import refuse_if_unable
-from pipelines.inference.commit import drop_retried, list_sizes, remove_strays, write_digests
+from pipelines.inference.commit import complete_digests, write_digests
+from pipelines.inference.commit_log import CommitLog, withdraw_late_files
 from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
+from pipelines.inference.files import list_sizes
 from pipelines.inference.plan import ComputePlan, plan_compute
 from pipelines.inference.progress import Progress
-from pipelines.inference.request import Request, describe_run, find_places, make_decode, make_options, resolve_request
+from pipelines.inference.request import (
+    Places,
+    Request,
+    describe_run,
+    find_places,
+    make_decode,
+    make_options,
+    resolve_request,
+)
 from pipelines.inference.source import MissingSource, cut_into_tasks, rows_per_task
 from pipelines.inference.write import make_writer
 from pipelines.models.process import ModelProcess
@@ -46,36 +56,47 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     places = find_places(config)
-    may_be_done = places.is_complete and config.failure.retry == "none"
     with Lease(places.config.output.uri) as lease:
-        with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
-            # Ray Data takes half a second to import: here, Ray starts meanwhile.
-            from pipelines.inference.chain import describe
-            from pipelines.inference.cluster import plan_for_cluster
+        try:
+            return _run_with_lease(places, model, plan, lease, started)
+        finally:
+            if lease.is_lost:
+                withdraw_late_files(lease.fence)
 
-            request = resolve_request(places, model, lease)
-            limit = _limit_failures(request)
-            publish = functools.partial(run_record.write_progress, request.config.output.uri)
-            progress = Progress(request.manifest.num_inputs, request.num_done, publish)
-            digests: dict[str, str] = {}
-            if request.num_todo:
-                limit.check()
-                wait_for_ray()
-                plan = plan or plan_for_cluster(config.compute, is_compiled)
-                log.info("%s", describe(request.num_todo, request.model, plan))
-                with progress:
-                    digests = _execute(request, model.pickled_bundle(), plan, progress, limit, lease)
-            else:
-                log.info("nothing to do: %s holds all %d images", request.config.output.uri, request.num_done)
-            is_finished = places.is_complete and not request.num_todo
-            if not is_finished:
-                _refuse_if_incomplete(request, progress)
-                limit.check()
-                digests |= _tidy(request, digests.keys(), wait_for_ray, lease)
-        summary = _summarize(request, progress, limit, started)
-        if not is_finished:
-            lease.check()
-            _commit(request, digests, summary)
+
+def _run_with_lease(
+    places: Places, model: ModelProcess, plan: ComputePlan | None, lease: Lease, started: float
+) -> dict[str, Any]:
+    may_be_done = places.is_complete and places.config.failure.retry == "none"
+    with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
+        # Ray Data takes half a second to import: here, Ray starts meanwhile.
+        from pipelines.inference.chain import describe
+        from pipelines.inference.cluster import plan_for_cluster
+
+        request = resolve_request(places, model, lease)
+        config = request.config
+        limit = _limit_failures(request)
+        publish = functools.partial(run_record.write_progress, config.output.uri)
+        progress = Progress(request.manifest.num_inputs, request.num_done, publish)
+        if request.is_finished:
+            log.info("nothing to do: %s holds all %d images", config.output.uri, request.num_done)
+            return _summarize(request, progress, limit, started)
+        limit.check()
+        if request.num_todo:
+            wait_for_ray()
+            plan = plan or plan_for_cluster(config.compute, config.model.dtype == "int8")
+            log.info("%s", describe(request.num_todo, request.model, plan))
+        commit_log = _begin(request, lease)
+        digests: dict[str, str] = {}
+        if request.num_todo:
+            assert plan is not None
+            with progress:
+                digests = _execute(request, model.pickled_bundle(), plan, progress, limit, lease)
+        _refuse_if_incomplete(request, progress)
+        limit.check()
+        digests |= _tidy(request, digests.keys(), wait_for_ray, commit_log, lease)
+    summary = _summarize(request, progress, limit, started)
+    _commit(request, digests, summary, commit_log, lease)
     if limit.num_failed:
         log.info("%d images failed: %s", limit.num_failed, limit.commonest())
     return summary
@@ -86,6 +107,17 @@ def _limit_failures(request: Request) -> FailureLimit:
     return FailureLimit(max_fraction, num_inputs, request.num_done, request.done.failures)
 
 
+def _begin(request: Request, lease: Lease) -> CommitLog:
+    """Publish which files count, and remove the others; from here on, workers may write."""
+    output_uri = request.config.output.uri
+    commit_log = CommitLog(lease.fence)
+    with in_plain_words("write to", output_uri):
+        lease.fence.check()
+        run_record.mark_incomplete(output_uri)
+        commit_log.begin(request.done.names, request.done.removed)
+    return commit_log
+
+
 def _execute(
     request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit, lease: Lease
 ) -> dict[str, str]:
@@ -93,13 +125,12 @@ def _execute(
     from pipelines.inference.chain import rows_per_file, stream, writing
 
     config = request.config
-    drop_retried(config.output.uri, request.done.retried)
     decode = make_decode(config, request.model)
     options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, plan.num_threads, config.output.commit_rows)
     starts = cut_into_tasks(request.num_todo, num_rows, plan.batch_size, plan.num_threads)
     missing = MissingSource(config.output.uri, request.manifest, request.done.ids, starts)
-    writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding)
+    writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding, lease.fence)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}
     try:
@@ -121,23 +152,42 @@ def _refuse_if_incomplete(request: Request, progress: Progress) -> None:
         raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
 
 
-def _tidy(request: Request, written: Collection[str], wait_for_ray: Callable[[], None], lease: Lease) -> dict[str, str]:
+def _tidy(
+    request: Request, written: Collection[str], wait_for_ray: Callable[[], None], commit_log: CommitLog, lease: Lease
+) -> dict[str, str]:
     """Leave each row in one file, and files of a good size; returns the SHA-256 of those made for it, by name."""
     output_uri = request.config.output.uri
-    lease.check()
     known = {*request.done.names, *written}
-    with in_plain_words("write to", output_uri, RunError):
-        remove_strays(output_uri, known)
-        sizes = list_sizes(output_uri)
+    lease.wait_for_stragglers()
+    lease.check()
+    sizes = _remove_strays(output_uri, known, commit_log)
     if gone := known - sizes.keys():
         raise RunError(
             f"{len(gone)} files of {output_uri} are gone, {min(gone)} among them; run the same command again"
         )
-    groups = plan_compaction(sizes)
+    groups = plan_compaction(sizes, lease.fence.epoch)
     if not groups:
         return {}
     wait_for_ray()
-    return compact(output_uri, groups, lease)
+    merged = compact(groups, commit_log, lease)
+    replaced = {name for group in groups for name in group.merge.sources}
+    _remove_strays(output_uri, known - replaced | merged.keys(), commit_log)
+    return merged
+
+
+def _remove_strays(output_uri: str, known: Collection[str], commit_log: CommitLog) -> dict[str, int]:
+    """Remove files that no one counts: of writes whose node or driver died before they were reported.
+
+    Returns:
+        The bytes of the files that stay, by name.
+    """
+    with in_plain_words("write to", output_uri, RunError):
+        sizes = list_sizes(output_uri)
+        strays = sizes.keys() - known
+        for name in sorted(strays):
+            log.info("%s is left from an interrupted attempt: removing it", name)
+        commit_log.remove(strays)
+    return {name: size for name, size in sizes.items() if name not in strays}
 
 
 def _summarize(request: Request, progress: Progress, limit: FailureLimit, started: float) -> dict[str, Any]:
@@ -157,11 +207,21 @@ def _summarize(request: Request, progress: Progress, limit: FailureLimit, starte
     }
 
 
-def _commit(request: Request, digests: dict[str, str], summary: dict[str, Any]) -> None:
-    """Write `_files.json` and `_run.json`, then `_SUCCESS`."""
+def _commit(
+    request: Request, digests: dict[str, str], summary: dict[str, Any], commit_log: CommitLog, lease: Lease
+) -> None:
+    """Write `_files.json`, `_run.json` and the end of the commit log, then `_SUCCESS`."""
     output_uri = request.config.output.uri
     described = describe_run(request.config, request.model, request.identity, {"summary": summary})
     with in_plain_words("write to", output_uri, RunError):
-        write_digests(output_uri, digests)
-        run_record.write_run(output_uri, described)
-        run_record.mark_complete(output_uri)
+        digests = complete_digests(output_uri, digests)
+        steps: tuple[Callable[[], None], ...] = (
+            functools.partial(write_digests, output_uri, digests),
+            functools.partial(run_record.write_run, output_uri, described),
+            functools.partial(commit_log.finish, digests),
+            functools.partial(run_record.mark_complete, output_uri),
+        )
+        for step in steps:
+            lease.check()
+            lease.fence.check(max_age_s=0)
+            step()

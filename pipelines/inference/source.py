@@ -110,7 +110,7 @@ class MissingSource:
 
     def __init__(self, output_uri: str, manifest: ManifestInfo, done: IdSet, starts: NDArray[np.int64]) -> None:
         self._output_uri = output_uri
-        self._rows_per_file = manifest.rows_per_file
+        self._manifest = manifest
         self._done = done
         self._starts: NDArray[np.int64] = np.append(done.missing_at(starts[:-1]), done.size)
 
@@ -122,7 +122,7 @@ class MissingSource:
     def rows_of(self, task: int) -> pa.Table:
         """`id` and `uri` of one task."""
         start, stop = self._starts[task : task + 2].tolist()
-        return read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._rows_per_file)
+        return read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._manifest)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""Write: predictions to Parquet files, each whole or not there. Rows N:1, a receipt for each batch.
-
-A file is named for the smallest id in it. Ids are unique, so no two batches share a name, and a batch that Ray runs
-again overwrites its own file.
-"""
+"""Write: predictions to Parquet files, each whole or not there. Rows N:1, a receipt for each batch."""
 
 import hashlib
 import io
@@ -15,10 +11,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import metrics
+from pipelines.inference.commit_log import withdraw_if_over
+from pipelines.inference.files import Kind, file_name
 from pipelines.inference.schema import FAILED, RECEIPTS, parts_schema
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
+from pipelines.storage.lease import Fence
 
 # With an embedding, 8 KB a row: what a reader that wants a few rows has to read.
 ROWS_PER_GROUP = 16_384
@@ -32,11 +31,13 @@ class PartWriter:
         output_uri: where the files go.
         parts_schema: of the good rows.
         metadata: key-value metadata of each file.
+        fence: of the run's lease; None for files that no lease protects.
     """
 
     output_uri: str
     parts_schema: pa.Schema
     metadata: dict[str, str]
+    fence: Fence | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One batch to `part-*.parquet` and, where images failed, `failed-*.parquet`; returns `RECEIPTS`."""
@@ -44,7 +45,7 @@ class PartWriter:
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
         failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
         with metrics.timed("write"):
-            tables = (("part", good), ("failed", failed))
+            tables: tuple[tuple[Kind, pa.Table], ...] = (("part", good), ("failed", failed))
             written = [self._write(kind, table) for kind, table in tables if table.num_rows]
         num_retries = pc.sum(batch["num_retries"]).as_py() + sum(file.num_retries for file in written)
         metrics.count("ecaray_images", good.num_rows, status="ok")
@@ -53,12 +54,14 @@ class PartWriter:
         names, digests = [file.name for file in written], [file.digest for file in written]
         return pa.table([[good.num_rows], [reasons_of(failed)], [names], [digests], [num_retries]], schema=RECEIPTS)
 
-    def _write(self, kind: str, table: pa.Table) -> "Written":
-        name = f"{kind}-{pc.min(table['id']).as_py():012d}.parquet"
-        return write_table(self.output_uri, name, table, table.schema.with_metadata(self.metadata))
+    def _write(self, kind: Kind, table: pa.Table) -> "Written":
+        name = file_name(kind, pc.min(table["id"]).as_py(), self.fence.epoch if self.fence else 0)
+        return write_table(self.output_uri, name, table, table.schema.with_metadata(self.metadata), self.fence)
 
 
-def make_writer(output_uri: str, model: ModelFacts, topk: int, embedding: bool) -> PartWriter:
+def make_writer(
+    output_uri: str, model: ModelFacts, topk: int, embedding: bool, fence: Fence | None = None
+) -> PartWriter:
     """The writer of a run: its files name their model.
 
     Args:
@@ -66,6 +69,7 @@ def make_writer(output_uri: str, model: ModelFacts, topk: int, embedding: bool) 
         model: what gave the rows.
         topk: classes per row.
         embedding: whether rows hold the pooled features.
+        fence: of the run's lease; None for files that no lease protects.
     """
     return PartWriter(
         output_uri=output_uri,
@@ -76,6 +80,7 @@ def make_writer(output_uri: str, model: ModelFacts, topk: int, embedding: bool) 
             "transform": json.dumps(asdict(model.transform)),
             "label_names": json.dumps(model.label_names),
         },
+        fence=fence,
     )
 
 
@@ -87,7 +92,7 @@ class Written(NamedTuple):
     num_retries: int
 
 
-def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema) -> Written:
+def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema, fence: Fence | None = None) -> Written:
     """Write a Parquet file, sorted by id.
 
     Args:
@@ -95,6 +100,11 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema) 
         name: of the file.
         table: its rows, of types that can be cast to those of the schema.
         schema: of the file, with its metadata.
+        fence: of the run's lease; None for a file that no lease protects.
+
+    Raises:
+        LeaseLostError: the lease is over. The file is not written, or is removed again unless the run that has the
+            lease now counts it.
     """
     table = table.sort_by("id")
     buffer = io.BytesIO()
@@ -104,8 +114,11 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema) 
         for start in range(0, table.num_rows, ROWS_PER_GROUP):
             writer.write_table(table.slice(start, ROWS_PER_GROUP).cast(schema))
     metrics.count("ecaray_written_bytes", buffer.tell())
-    num_retries = store_object(uris.join(output_uri, name), buffer.getvalue())
-    return Written(name, digest_of(buffer.getvalue()), num_retries)
+    uri, content = uris.join(output_uri, name), buffer.getvalue()
+    num_retries = store_object(uri, content, check=fence.check if fence else None)
+    if fence:
+        withdraw_if_over(fence, [name])
+    return Written(name, digest_of(content), num_retries)
 
 
 def digest_of(content: bytes) -> str:

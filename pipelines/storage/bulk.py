@@ -9,7 +9,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from pipelines.errors import ItemError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import open_filesystem, read_bytes, write_bytes
+from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes, write_bytes
 from pipelines.storage.retry import MAX_IN_FLIGHT, Retries, in_words
 
 if TYPE_CHECKING:
@@ -86,16 +86,37 @@ def read_object(uri: str) -> bytes:
     return read_bytes(uri)
 
 
-def store_object(uri: str, content: bytes) -> int:
-    """Write the whole object, so that no reader ever sees a part of it; returns the attempts before the last one."""
+def store_object(uri: str, content: bytes, check: Callable[[], None] | None = None) -> int:
+    """Write the whole object, so that no reader ever sees a part of it; returns the attempts before the last one.
+
+    Args:
+        uri: of the object.
+        content: its bytes.
+        check: raises where the object must not be written any more; called right before each attempt.
+    """
     if uris.protocol_of(uri) == "s3":
         bucket, key = uris.split_bucket(uri)
         if is_obstore_path(key):
             retries = Retries()
-            retries.send(lambda: obstore.put(s3_store(bucket, is_written=True), key, content))
+            retries.send(functools.partial(_put, s3_store(bucket, is_written=True), key, content, check))
             return retries.num
-    write_bytes(uri, content)
+    write_bytes(uri, content, check)
     return 0
+
+
+def _put(store: "S3Store", key: str, content: bytes, check: Callable[[], None] | None) -> None:
+    if check is not None:
+        check()
+    obstore.put(store, key, content)
+
+
+def list_keys(folder_uri: str) -> list[str]:
+    """Return the names of the objects directly below a folder; none where it does not exist."""
+    bucket, key = uris.split_bucket(folder_uri)
+    if uris.protocol_of(folder_uri) == "s3" and is_obstore_path(key):
+        found = Retries().send(lambda: obstore.list_with_delimiter(s3_store(bucket), key))
+        return [entry["path"].rpartition("/")[2] for entry in found["objects"]]
+    return list_names(folder_uri)
 
 
 def read_columns(uri: str, columns: list[str]) -> pa.Table:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fsspec
@@ -70,13 +70,20 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
-def write_bytes(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = None) -> None:
     """Write the whole object, so that no reader ever sees a part of it.
 
     An upload to an object store appears whole; a local file is written aside, then renamed.
+
+    Args:
+        uri: of the object.
+        content: its bytes.
+        check: raises where the object must not be written any more; called right before it appears.
     """
     filesystem, path = open_filesystem(uri)
     if not uris.is_local(uri):
+        if check is not None:
+            check()
         filesystem.pipe_file(path, content)
         return
     folder, name = os.path.split(path)
@@ -87,6 +94,8 @@ def write_bytes(uri: str, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check()
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import TRANSIENT_KINDS, RunError
-from pipelines.inference.commit import drop_retried, find_done, remove_strays
+from pipelines.inference.commit import find_done
+from pipelines.inference.commit_log import CommitLog
 from pipelines.inference.failures import MAX_REASONS, FailureLimit
 from pipelines.inference.schema import FAILED
+from pipelines.storage.lease import Lease
 
 
 def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
@@ -52,25 +54,19 @@ def test_reasons_are_bounded_however_many_there_are() -> None:
     assert limit.commonest().startswith("20000 x storage_error: other reasons; 1 x ")
 
 
-def test_files_of_broken_attempts_go_and_those_of_others_stay(tmp_path: Path) -> None:
-    for name in ("part-0.parquet", "part-1.parquet", "failed-7.parquet", "joined.parquet", "_SUCCESS"):
-        (tmp_path / name).touch()
-    remove_strays(str(tmp_path), {"part-0.parquet"})
-    assert {path.name for path in tmp_path.iterdir()} == {"part-0.parquet", "joined.parquet", "_SUCCESS"}
-
-
-def test_files_that_hold_a_retried_kind_go_whole(tmp_path: Path) -> None:
+def test_files_that_hold_a_retried_kind_are_removed_whole(tmp_path: Path) -> None:
     def write(name: str, rows: list[tuple[int, str]]) -> None:
         columns = [[index for index, _ in rows], ["u"] * len(rows), [kind for _, kind in rows], ["m"] * len(rows)]
         pq.write_table(pa.table(columns, schema=FAILED), tmp_path / name)
 
     write("failed-0.parquet", [(0, "timeout"), (3, "empty")])
     write("failed-1.parquet", [(1, "empty")])
-    (tmp_path / "_SUCCESS").touch()
-    assert not find_done(str(tmp_path), 4, ("storage_error",)).retried
-    done = find_done(str(tmp_path), 4, TRANSIENT_KINDS)
-    assert done.ids.missing(0, 4).tolist() == [0, 2, 3]
-    assert (*done.names, *done.retried) == ("failed-1.parquet", "failed-0.parquet")
-    assert done.failures == Counter({"empty: m": 1})
-    drop_retried(str(tmp_path), done.retried)
-    assert {path.name for path in tmp_path.iterdir()} == {"failed-1.parquet"}
+    with Lease(str(tmp_path)) as lease:
+        lease.take()
+        assert not find_done(str(tmp_path), 4, 1, ("storage_error",)).removed
+        done = find_done(str(tmp_path), 4, 1, TRANSIENT_KINDS)
+        assert done.ids.missing(0, 4).tolist() == [0, 2, 3]
+        assert (*done.names, *done.removed) == ("failed-1.parquet", "failed-0.parquet")
+        assert done.failures == Counter({"empty: m": 1})
+        CommitLog(lease.fence).begin(done.names, done.removed)
+    assert {path.name for path in tmp_path.glob("*.parquet")} == {"failed-1.parquet"}

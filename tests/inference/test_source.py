@@ -36,6 +36,14 @@ def test_an_idset_is_a_set(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ids.missing_at(np.arange(0, len(missing), step)).tolist() == missing[::step].tolist()
 
 
+def test_an_idset_knows_whether_ids_overlap() -> None:
+    ids = IdSet(13)
+    ids.add(np.array([0, 9]))
+    assert ids.overlaps(np.array([3, 9]))
+    assert not ids.overlaps(np.array([1, 8, 12]))
+    assert not ids.overlaps(np.array([], np.int64))
+
+
 def test_an_idset_refuses_what_no_manifest_has() -> None:
     for ids in ([-1], [3, 10]):
         with pytest.raises(ValueError, match="among 10"):
@@ -61,7 +69,9 @@ def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
     done = IdSet(100)
     done.add(np.arange(100))
     starts = cut_into_tasks(0, 16, 16, num_threads=2)
-    assert MissingSource(str(tmp_path), manifest.ManifestInfo("", [], 100, 0, 1, 100), done, starts).num_tasks == 0
+    listing = Listing(LISTING_SCHEMA.empty_table(), 0)
+    written = manifest.write_manifest(str(tmp_path), "/images", [], listing)
+    assert MissingSource(str(tmp_path), written, done, starts).num_tasks == 0
 
 
 def test_a_table_is_cut_into_tasks() -> None:
