@@ -44,6 +44,10 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
     from pipelines.models.resolve import prepare_bundle, resolve_bundle
 
     config = InferConfig.model_validate(record["config"])
+    # The record holds every key, and cannot tell the default name from one that was given. The name that the run
+    # settled on is right either way.
+    named = config.model.model_copy(update={"name": record["identity"]["model.name"]})
+    config = config.model_copy(update={"model": named})
     try:
         bundle = resolve_bundle(config.model, config.preprocess)
         if bundle.dtype == "int8":

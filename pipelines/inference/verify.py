@@ -1,9 +1,10 @@
-"""Check an output: that its files are those that were written, that they hold each input once, that a sample is right.
+"""Check an output: its files are those that were written, they hold each input once, and a sample is right.
 
 No part of it needs Ray, and only the sample needs the model. Files are read in parallel, and no reader holds more than
 one of them.
 """
 
+import json
 import logging
 import math
 from collections import Counter
@@ -17,16 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines import run_record
 from pipelines.config.verify import VerifyConfig
-from pipelines.errors import RequestError, RunError
-from pipelines.inference.commit import read_digests
+from pipelines.errors import DamagedFileError, RequestError, RunError
+from pipelines.inference.commit import FILES_FILE, read_digests
 from pipelines.inference.rescore import rescore
 from pipelines.inference.schema import FAILED, parts_schema
 from pipelines.inference.write import digest_of
 from pipelines.storage import uris
-from pipelines.storage.filesystem import is_there, list_names, read_bytes
+from pipelines.storage.documents import Document, read_document
+from pipelines.storage.filesystem import in_plain_words, is_there, read_bytes
+from pipelines.storage.listing import list_objects
 from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,43 @@ MAX_NAMED_IDS = 5
 NUM_READERS = 2
 
 
+class _Identity(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    fingerprint: str
+    topk: int = Field(alias="outputs.topk", ge=0)
+    embedding: bool = Field(alias="outputs.embedding")
+
+
+class _Summary(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+    num_inputs: int
+    num_ok: int
+    num_failed: int
+    num_files: int
+
+
+class InferRecord(Document):
+    """What `_run.json` holds of a finished `infer`.
+
+    Attributes:
+        identity: what decides the rows.
+        fingerprint: of the model; in the metadata of each file.
+        transform: the eval transform; in the metadata of each file.
+        num_features: length of an embedding.
+        label_names: one a class; in the metadata of each file.
+        summary: the counts.
+    """
+
+    identity: _Identity
+    fingerprint: str
+    transform: dict[str, Any]
+    num_features: int
+    label_names: list[str]
+    summary: _Summary
+
+
 @dataclass(frozen=True)
 class Expected:
     """What an output has to be.
@@ -43,7 +84,7 @@ class Expected:
     Attributes:
         output_uri: where it is.
         schemas: of the files, by their kind.
-        fingerprint: in each file.
+        metadata: of each file.
         digests: SHA-256 of each file, by its name.
         manifest: of the output.
         input_uris: by id.
@@ -52,7 +93,7 @@ class Expected:
 
     output_uri: str
     schemas: dict[str, pa.Schema]
-    fingerprint: str
+    metadata: dict[bytes, bytes]
     digests: dict[str, str]
     manifest: ManifestInfo
     input_uris: pa.ChunkedArray
@@ -85,13 +126,11 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """
     output_uri = uris.normalize(config.output.uri)
     try:
-        record = _record(output_uri)
+        raw, record = _record(output_uri)
         expected = _expected(output_uri, record, config.sample.num_rows)
-    except RequestError:
-        raise
-    except (ValueError, FileNotFoundError) as error:
-        raise RunError(f"{output_uri}: what the run says of itself is damaged: {error}") from None
-    names = [name for name in list_names(expected.output_uri) if name.endswith(".parquet")]
+    except DamagedFileError as error:
+        raise RunError(str(error)) from None
+    names = _parquet_below(output_uri)
     problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
     counts = np.zeros(len(expected.input_uris), np.int32)
     num_rows: Counter[str] = Counter()
@@ -103,21 +142,32 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             num_rows[report.name.partition("-")[0]] += len(report.ids)
             samples += [report.sample] if report.sample is not None else []
     problems += _problems_of_counts(counts)
-    sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
-    if sample is not None:
-        problems += rescore(record, expected.manifest, sample)
-    for problem in problems:
-        log.info("%s", problem)
-    if problems:
-        raise RunError(f"{expected.output_uri}: {len(problems)} problems, the first: {problems[0]}")
-    return {
+    found = {
         "num_inputs": len(counts),
         "num_ok": num_rows["part"],
         "num_failed": num_rows["failed"],
         "num_files": len(names),
-        "num_sampled": 0 if sample is None else sample.num_rows,
-        "output_uri": expected.output_uri,
     }
+    problems += _problems_of_record(record, found)
+    sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
+    if sample is not None:
+        problems += rescore(raw, expected.manifest, sample)
+    for problem in problems:
+        log.info("%s", problem)
+    if problems:
+        raise RunError(f"{output_uri}: {len(problems)} problems, the first: {problems[0]}")
+    return found | {"num_sampled": 0 if sample is None else sample.num_rows, "output_uri": output_uri}
+
+
+def _parquet_below(output_uri: str) -> list[str]:
+    """Return the paths below an output of what readers of a folder would take for Parquet files of results.
+
+    pandas and Arrow also read subfolders, and leave out what begins with `_` or `.`; others read any case.
+    """
+    with in_plain_words("list", output_uri, RunError):
+        listing = list_objects(output_uri, ["_*", ".*"])
+    paths = [uri.removeprefix(output_uri).lstrip("/") for uri in listing.table["uri"].to_pylist()]
+    return [path for path in paths if path.lower().endswith(".parquet")]
 
 
 def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
@@ -127,29 +177,45 @@ def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
     return rows.take(np.sort(np.random.default_rng(0).choice(rows.num_rows, count, replace=False)))
 
 
-def _record(output_uri: str) -> dict[str, Any]:
-    record = run_record.find_run(output_uri) if is_there(output_uri) else None
-    if record is None or not run_record.is_complete(output_uri):
+def _record(output_uri: str) -> tuple[dict[str, Any], InferRecord]:
+    found = run_record.find_run(output_uri) if is_there(output_uri) else None
+    if found is None or not run_record.is_complete(output_uri):
         raise RequestError(f"{output_uri} holds no output of a finished infer")
-    return record
+    uri = uris.join(output_uri, run_record.RUN_FILE)
+    return found, read_document(uri, InferRecord, run_record.ADVICE)
 
 
-def _expected(output_uri: str, record: dict[str, Any], num_sampled: int) -> Expected:
+def _expected(output_uri: str, record: InferRecord, num_sampled: int) -> Expected:
     manifest, digests = find_manifest(output_uri), read_digests(output_uri)
     if manifest is None or digests is None:
-        raise RequestError(f"{output_uri} holds no output of a finished infer")
-    identity = record["identity"]
-    num_features = record["num_features"] if identity["outputs.embedding"] else 0
+        missing = "_manifest/manifest.json" if manifest is None else FILES_FILE
+        raise RunError(f"{output_uri} is marked as finished, but {missing} is gone")
+    identity = record.identity
     num_parts = sum(name.startswith("part-") for name in digests)
+    metadata = {
+        "fingerprint": record.fingerprint,
+        "transform": json.dumps(record.transform),
+        "label_names": json.dumps(record.label_names),
+    }
     return Expected(
         output_uri,
-        {"part": parts_schema(identity["outputs.topk"], num_features), "failed": FAILED},
-        record["fingerprint"],
+        {"part": parts_schema(identity.topk, record.num_features if identity.embedding else 0), "failed": FAILED},
+        {name.encode(): value.encode() for name, value in metadata.items()},
         digests,
         manifest,
         read_manifest(output_uri, manifest)["uri"],
         math.ceil(num_sampled / max(1, num_parts)),
     )
+
+
+def _problems_of_record(record: InferRecord, found: dict[str, int]) -> Iterator[str]:
+    """Compare `_run.json` with itself and with what the files hold."""
+    if record.identity.fingerprint != record.fingerprint:
+        yield f"{run_record.RUN_FILE}: it names two fingerprints"
+    for name, value in found.items():
+        recorded = getattr(record.summary, name)
+        if recorded != value:
+            yield f"{run_record.RUN_FILE}: its {name} is {recorded}, and the files hold {value}"
 
 
 def check_file(expected: Expected, name: str) -> FileReport:
@@ -165,8 +231,9 @@ def check_file(expected: Expected, name: str) -> FileReport:
         return report
     table = pq.read_table(pa.BufferReader(content))
     metadata = table.schema.metadata or {}
-    if metadata.get(b"fingerprint", b"").decode() != expected.fingerprint:
-        report.problems.append(f"{name}: its fingerprint is that of another model")
+    for key, value in expected.metadata.items():
+        if metadata.get(key) != value:
+            report.problems.append(f"{name}: its {key.decode()} is not that of {run_record.RUN_FILE}")
     if not table.schema.equals(schema):
         report.problems.append(f"{name}: its columns are not those of the run")
         return report

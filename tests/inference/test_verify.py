@@ -15,7 +15,7 @@ from cluster.local import RayHead
 from pipelines.config.infer import InferConfig
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.inference.commit import write_digests
+from pipelines.inference.commit import complete_digests, write_digests
 from pipelines.inference.rescore import rescore
 from pipelines.inference.verify import run
 from pipelines.models.resolve import resolve_bundle
@@ -54,7 +54,7 @@ def rewrite(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     path = min(output.glob("part-*.parquet"))
     pq.write_table(change(pq.read_table(path)), path)
     (output / "_files.json").unlink()
-    write_digests(str(output), {})
+    write_digests(str(output), complete_digests(str(output), {}))
 
 
 def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
@@ -105,7 +105,7 @@ def broken_prob(table: pa.Table) -> pa.Table:
         (lambda table: table.slice(1), "1 inputs without a row: ids 0"),
         (lambda table: pa.concat_tables([table, table.slice(2, 1)]), "1 inputs with more than one row: ids 2"),
         (lambda table: table.drop_columns("label"), "its columns are not those of the run"),
-        (lambda table: table.replace_schema_metadata({"fingerprint": "x"}), "its fingerprint is that of another model"),
+        (lambda table: table.replace_schema_metadata({"fingerprint": "x"}), "its fingerprint is not that of _run.json"),
         (
             lambda table: with_column(table, "uri", table["uri"].take(np.roll(np.arange(table.num_rows), 1))),
             "its URIs are not those",
@@ -134,17 +134,74 @@ def test_what_is_no_finished_output_is_refused(output: Path, tmp_path: Path) -> 
             verify(place)
 
 
-@pytest.mark.parametrize("name", ["_files.json", "_manifest/part-00000.parquet"])
-def test_a_damaged_record_is_said_in_one_line(output: Path, name: str) -> None:
-    (output / name).write_bytes(b"{")
-    with pytest.raises(RunError, match="what the run says of itself is damaged"):
+@pytest.mark.parametrize("name", ["_files.json", "_run.json", "_manifest/manifest.json", "_manifest/inputs-*.parquet"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"[" * 100_000, b"\xff\xfe"])
+def test_a_damaged_record_is_said_in_one_line(output: Path, name: str, content: bytes) -> None:
+    path = next(output.glob(name))
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=f"{path} is damaged") as error:
         verify(output)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["_files.json", "_manifest/manifest.json"])
+def test_a_record_that_is_gone_is_named(output: Path, name: str) -> None:
+    (output / name).unlink()
+    with pytest.raises(RunError, match=f"is marked as finished, but {name} is gone"):
+        verify(output)
+
+
+@pytest.mark.parametrize("name", ["_run.json", "_manifest/manifest.json"])
+def test_a_record_of_a_newer_version_is_refused(output: Path, name: str) -> None:
+    (output / name).write_text('{"format": 99, "identity": 5}')
+    with pytest.raises(RequestError, match=f"{name} has format 99, and this version of ecaray reads formats up to"):
+        verify(output)
+
+
+@pytest.mark.parametrize("name", ["sub/part-000000000099.parquet", "part-000000000099.PARQUET", "a/b/copy.parquet"])
+def test_files_that_a_reader_of_the_folder_would_take_are_found(output: Path, name: str) -> None:
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(min(output.glob("part-*.parquet")), output / name)
+    with pytest.raises(RunError, match=f"the first: {name}: no run wrote it"):
+        verify(output)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "0" * 64}, "it names two fingerprints"),
+        ({"label_names": ["x"] * 1000}, "its label_names is not that of _run.json"),
+        ({"summary": {"num_inputs": 17, "num_ok": 16, "num_failed": 5, "num_files": 4}}, "its num_failed is 5, and"),
+        ({"transform": {"input_size": [7, 7]}}, "its transform is not that of _run.json"),
+    ],
+)
+def test_a_record_that_does_not_fit_the_files_is_found(
+    output: Path, change: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = json.loads((output / "_run.json").read_text())
+    (output / "_run.json").write_text(json.dumps(record | change))
+    with caplog.at_level("INFO", "pipelines"), pytest.raises(RunError):
+        verify(output)
+    assert message in caplog.text
+
+
+def test_weights_in_a_directory_need_no_name(output: Path, tmp_path: Path) -> None:
+    """The record holds the default name too, which is not the directory's."""
+    record = json.loads((output / "_run.json").read_text())
+    directory = tmp_path / "weights"
+    directory.mkdir()
+    shutil.copy(record["config"]["model"]["weights"], directory / "model.safetensors")
+    name = record["identity"]["model.name"]
+    (directory / "config.json").write_text(json.dumps({"architecture": name, "num_classes": 1000}))
+    record["config"]["model"] |= {"weights": str(directory), "name": "ecaresnet101d_pruned"}
+    (output / "_run.json").write_text(json.dumps(record))
+    assert verify(output, num_rows=1)["num_sampled"] == 1
 
 
 def test_the_checksums_of_a_finished_run_are_not_renewed(output: Path) -> None:
     path = min(output.glob("part-*.parquet"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    write_digests(str(output), {})
+    write_digests(str(output), complete_digests(str(output), {}))
     with pytest.raises(RunError, match="its bytes are not those that were written"):
         verify(output)
 

@@ -1,0 +1,264 @@
+"""Rows lost and doubled when a run is taken over: from a driver that was killed, frozen, or cut off from the store.
+
+    python -m benchmarks.takeover [--rounds 20] [--num-images 600] [--places local s3] [--seed 0]
+
+In each round one run labels photographs. At a random moment, also during compaction and during `--failure.retry all`,
+its driver is killed, while its workers live on for some seconds; or it is frozen whole (SIGSTOP for every process of
+its PID namespace, as for a paused VM); or its driver alone is frozen, or cut off from the store. A second run, in
+another PID namespace and so on another machine as far as the lease can tell, takes over and ends. Then the first one
+wakes. Rows are counted in every file that a reader finds by `part-*.parquet` and `failed-*.parquet`: when the second
+run has ended, and again some time after the first one woke. Heartbeats are ten times as frequent as in a real run.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
+from cluster.local import ObjectStore, RayHead, object_store, ray_head
+from cluster.photographs import crops, encode
+from pipelines.inference.files import is_failed, list_files
+from pipelines.storage import uris
+from pipelines.storage.bulk import read_object
+from pipelines.storage.filesystem import list_names
+
+BEAT_EVERY_S = 0.5
+RUN_TIMEOUT_S = 300
+# In place of the 60 s that a person would wait: what is in flight has arrived by then.
+SETTLE_S = 12.0
+# Runs the job with quick heartbeats, and with a compaction of files of any size.
+RUNNER = f"""
+import pipelines.storage.lease as lease
+lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {3.2 * BEAT_EVERY_S}, {3 * BEAT_EVERY_S}
+import pipelines.inference.compact as compact
+compact.MIN_BYTES, compact.FULL_BYTES, compact.MIN_FAILED_FILES = 30_000, 60_000, 3
+from jobs.infer import InferConfig, label_and_embed, main
+main("jobs.infer", InferConfig, label_and_embed)
+"""
+FAULTS = ("killed", "frozen", "driver frozen", "cut off")
+
+
+class Count(NamedTuple):
+    """Rows of an output.
+
+    Attributes:
+        num_lost: inputs without a row.
+        num_doubled: inputs with more than one row.
+        is_complete: whether `_SUCCESS` is there.
+    """
+
+    num_lost: int
+    num_doubled: int
+    is_complete: bool
+
+
+@dataclass
+class Bench:
+    """What the rounds share.
+
+    Attributes:
+        store: the object store.
+        proxy: the way of the first run's driver to it.
+        head: a Ray whose workers reach the store directly.
+        folder: for the photographs and local outputs.
+        num_images: photographs, a tenth of them broken.
+        chance: decides the moments.
+    """
+
+    store: ObjectStore
+    proxy: Proxy
+    head: RayHead
+    folder: Path
+    num_images: int
+    chance: random.Random
+
+    @property
+    def input_uri(self) -> str:
+        """The photographs."""
+        return str(self.folder / "in")
+
+    def command(self, output_uri: str, *keys: str) -> list[str]:
+        """Return the job's command line, in a PID namespace of its own."""
+        job = [sys.executable, "-c", RUNNER, "--input.uri", self.input_uri, "--output.uri", output_uri]
+        job += ["--model.name", "test_resnet", "--model.weights", "random", "--preprocess.image_size", "32"]
+        job += ["--output.commit_rows", "32", "--failure.max_fraction", "1", "--compute.batch_size", "8", *keys]
+        # Were the driver the first process of the namespace, its workers would die with it.
+        first = '"$@" & wait $!; status=$?; [ $status -lt 128 ] || sleep 10; exit $status'
+        return ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", first, "sh", *job]
+
+    @contextlib.contextmanager
+    def job(self, output_uri: str, *keys: str, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """Run the job in the background; killed at the end where it still runs."""
+        environment = os.environ | self.store.environment() | variables
+        log = open(self.folder / "log", "ab")  # noqa: SIM115 - closed below
+        process = subprocess.Popen(self.command(output_uri, *keys), env=environment, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            log.close()
+
+    def finish(self, output_uri: str, *keys: str) -> None:
+        """Run the job to its end."""
+        with self.job(output_uri, *keys) as process:
+            status = process.wait(RUN_TIMEOUT_S)
+        assert status == 0, f"the second run ended with status {status}: {self.log_tail()}"
+
+    def log_tail(self) -> str:
+        """The end of what the jobs printed."""
+        return (self.folder / "log").read_text(errors="replace")[-2000:]
+
+    def count(self, output_uri: str) -> Count:
+        """Count the rows that a reader of the folder finds."""
+        ids = [np.zeros(0, np.int64)]
+        for name in list_files(output_uri):
+            with contextlib.suppress(FileNotFoundError):
+                content = read_object(uris.join(output_uri, name))
+                ids.append(pq.read_table(io.BytesIO(content), columns=["id"])["id"].to_numpy())
+        counts = np.bincount(np.concatenate(ids), minlength=self.num_images)
+        return Count(int(np.sum(counts == 0)), int(np.sum(counts > 1)), "_SUCCESS" in list_names(output_uri))
+
+
+def main() -> None:
+    """Print a row for each round and a table of sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of each fault in each place")
+    parser.add_argument("--num-images", type=int, default=600)
+    parser.add_argument("--places", nargs="+", choices=["local", "s3"], default=["local", "s3"])
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, object_store(buckets=("results",)) as store:
+        os.environ.update(store.environment())
+        environment = store.environment() | {"PYTHONPATH": os.getcwd()}
+        with faulty_proxy(store.endpoint, Faults()) as proxy, ray_head(2, environment) as head:
+            bench = Bench(store, proxy, head, Path(folder), args.num_images, random.Random(args.seed))
+            write_images(bench)
+            totals = {
+                (place, fault): [run_round(bench, place, fault, number) for number in range(args.rounds)]
+                for place in args.places
+                for fault in args.faults
+                if (place, fault) != ("local", "cut off")
+            }
+    print(f"\n{'place':8}{'fault':16}{'rounds':>8}{'lost':>8}{'doubled':>9}{'incomplete':>12}")
+    for (place, fault), rounds in totals.items():
+        counts = [count for counts in rounds for count in counts]
+        lost, doubled = sum(count.num_lost for count in counts), sum(count.num_doubled for count in counts)
+        incomplete = sum(not count.is_complete for count in counts)
+        print(f"{place:8}{fault:16}{len(rounds):>8}{lost:>8}{doubled:>9}{incomplete:>12}")
+
+
+def write_images(bench: Bench) -> None:
+    """Write the photographs, a tenth of them broken."""
+    folder = Path(bench.input_uri)
+    folder.mkdir()
+    for index, (name, image) in enumerate(crops(bench.num_images, size=(64, 48))):
+        (folder / f"{name}.jpg").write_bytes(b"no image" if index % 10 == 3 else encode(image))
+
+
+def run_round(bench: Bench, place: str, fault: str, number: int) -> tuple[Count, Count]:
+    """Run one job, break it, let another take over; count before and after the first one wakes."""
+    name = f"{fault.replace(' ', '-')}-{number}"
+    output_uri = f"s3://results/{name}" if place == "s3" else str(bench.folder / name)
+    is_retry = number % 4 == 3
+    keys = ["--failure.retry", "all"] if is_retry else []
+    if is_retry:
+        bench.finish(output_uri)
+    variables = {}
+    if fault == "cut off":
+        variables = {"RAY_ADDRESS": bench.head.address, "HOME": str(bench.head.home)}
+        variables |= {"AWS_ENDPOINT_URL": bench.proxy.endpoint}
+    started = time.monotonic()
+    with bench.job(output_uri, *keys, **variables) as first:
+        moment = wait_for_moment(bench, output_uri, first, is_retry)
+        wake = break_run(bench, first, fault)
+        bench.finish(output_uri)
+        ended = bench.count(output_uri)
+        wake()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.wait(SETTLE_S)
+        time.sleep(SETTLE_S)
+        later = bench.count(output_uri)
+    took_s = time.monotonic() - started
+    print(f"{place:6} {fault:14} {moment:34} {took_s:4.0f} s  at the end {ended}  later {later}", flush=True)
+    if uris.is_local(output_uri):
+        shutil.rmtree(output_uri)
+    return ended, later
+
+
+def wait_for_moment(bench: Bench, output_uri: str, process: "subprocess.Popen[bytes]", is_retry: bool) -> str:
+    """Wait until the run has come to a random place; returns a description of it."""
+    kind = bench.chance.choice(["rows are written", "files are merged"])
+    delay_s = bench.chance.uniform(0, 0.5 if kind == "files are merged" else 2.5)
+    ready: dict[str, Callable[[], bool]] = {
+        "rows are written": lambda: any(
+            not is_failed(name) and "merged" not in name for name in list_files(output_uri)
+        ),
+        "files are merged": lambda: any("-merged" in name for name in list_files(output_uri)),
+    }
+    if is_retry:
+        kind, delay_s = "failed rows are retried", bench.chance.uniform(0, 4)
+        ready[kind] = lambda: "_SUCCESS" not in list_names(output_uri)
+    while not ready[kind]() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    return f"{kind} + {delay_s:.2f} s"
+
+
+def break_run(bench: Bench, process: "subprocess.Popen[bytes]", fault: str) -> Callable[[], None]:
+    """Break a run; returns what wakes it."""
+    first = children_of(process.pid)
+    members = processes_in_namespace(first[0]) if first else []
+    driver = (children_of(first[0]) if first else [0])[0]
+    if fault == "cut off":
+        bench.proxy.is_gone = True
+        return lambda: setattr(bench.proxy, "is_gone", False)
+    if fault == "killed":
+        send([driver], signal.SIGKILL)
+        return lambda: None
+    frozen = [driver] if fault == "driver frozen" else members
+    send(frozen, signal.SIGSTOP)
+    return lambda: send(frozen, signal.SIGCONT)
+
+
+def children_of(process_id: int) -> list[int]:
+    """Return the children of a process, in the order of their start."""
+    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+def processes_in_namespace(process_id: int) -> list[int]:
+    """Return the processes of the PID namespace of a process."""
+    namespace = os.readlink(f"/proc/{process_id}/ns/pid")
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.readlink(entry / "ns/pid") == namespace:
+                found.append(int(entry.name))
+    return found
+
+
+def send(process_ids: list[int], number: signal.Signals) -> None:
+    """Send a signal to processes that may be gone."""
+    for process_id in process_ids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, number)
+
+
+if __name__ == "__main__":
+    main()
