@@ -38,6 +38,7 @@ from pipelines.nodes import this_machine
 from pipelines.ray_session import is_cluster_named, ray_session_beside
 from pipelines.storage.filesystem import in_plain_words
 from pipelines.storage.lease import Lease
+from pipelines.storage.uploads import abort_unfinished_uploads
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def _begin(request: Request, lease: Lease) -> CommitLog:
     commit_log = CommitLog(lease.fence)
     with in_plain_words("write to", output_uri):
         lease.fence.check()
+        if lease.is_takeover:
+            abort_unfinished_uploads(output_uri)
         run_record.mark_incomplete(output_uri)
         commit_log.begin(request.done.names, request.done.removed)
     return commit_log

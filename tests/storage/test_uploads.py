@@ -1,0 +1,47 @@
+"""Unfinished multipart uploads."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.local import ObjectStore
+from pipelines.storage.filesystem import open_filesystem
+from pipelines.storage.uploads import abort_unfinished_uploads
+
+
+@pytest.fixture
+def keys(store: ObjectStore, tmp_path: Path) -> dict[str, str]:
+    """Begin uploads in and beside an output; returns the key of each."""
+    filesystem, _ = open_filesystem("s3://scratch")
+    name = tmp_path.name
+    keys = {
+        "inside": f"{name}/out/part-1.parquet",
+        "deeper": f"{name}/out/a/b",
+        "beside": f"{name}/out-2/part-1.parquet",
+    }
+    for key in keys.values():
+        upload = filesystem.call_s3("create_multipart_upload", Bucket="scratch", Key=key)
+        part = {"UploadId": upload["UploadId"], "PartNumber": 1, "Body": b"x" * 1000}
+        filesystem.call_s3("upload_part", Bucket="scratch", Key=key, **part)
+    return keys
+
+
+def unfinished(prefix: str) -> set[str]:
+    filesystem, _ = open_filesystem("s3://scratch")
+    found = filesystem.call_s3("list_multipart_uploads", Bucket="scratch", Prefix=prefix)
+    return {upload["Key"] for upload in found.get("Uploads", [])}
+
+
+def test_uploads_below_the_output_are_aborted_and_no_others(keys: dict[str, str], tmp_path: Path) -> None:
+    assert unfinished(tmp_path.name) == set(keys.values())
+    assert abort_unfinished_uploads(f"s3://scratch/{tmp_path.name}/out") == 2
+    assert unfinished(tmp_path.name) == {keys["beside"]}
+
+
+def test_a_store_that_refuses_stops_nothing(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+    assert abort_unfinished_uploads("s3://no-such-bucket/out") == 0
+    assert "could not be aborted" in caplog.text
+
+
+def test_a_local_folder_has_none(tmp_path: Path) -> None:
+    assert abort_unfinished_uploads(str(tmp_path)) == 0
