@@ -223,29 +223,33 @@ def wait_for_moment(bench: Bench, output_uri: str, process: "subprocess.Popen[by
 
 def break_run(bench: Bench, process: "subprocess.Popen[bytes]", fault: str) -> Callable[[], None]:
     """Break a run; returns what wakes it."""
-    first = children_of(process.pid)
-    members = processes_in_namespace(first[0]) if first else []
-    driver = (children_of(first[0]) if first else [0])[0]
     if fault == "cut off":
         bench.proxy.is_gone = True
         return lambda: setattr(bench.proxy, "is_gone", False)
+    shell = children_of(process.pid)[:1]
+    driver = [child for first in shell for child in children_of(first)[:1]]
     if fault == "killed":
-        send([driver], signal.SIGKILL)
+        send(driver, signal.SIGKILL)
         return lambda: None
-    frozen = [driver] if fault == "driver frozen" else members
+    frozen = driver if fault == "driver frozen" else [one for first in shell for one in processes_in_namespace(first)]
     send(frozen, signal.SIGSTOP)
     return lambda: send(frozen, signal.SIGCONT)
 
 
 def children_of(process_id: int) -> list[int]:
     """Return the children of a process, in the order of their start."""
-    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+    return []
 
 
 def processes_in_namespace(process_id: int) -> list[int]:
     """Return the processes of the PID namespace of a process."""
-    namespace = os.readlink(f"/proc/{process_id}/ns/pid")
-    found = []
+    found: list[int] = []
+    try:
+        namespace = os.readlink(f"/proc/{process_id}/ns/pid")
+    except FileNotFoundError:
+        return found
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             if os.readlink(entry / "ns/pid") == namespace:

@@ -6,10 +6,12 @@ the log. So every deletion that a run may still carry out, however late it wakes
 has counted on.
 """
 
+import contextlib
 import logging
 import re
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -32,6 +34,8 @@ OLD_COMPACTION_FILE = "_compaction.json"
 ADVICE = "delete it if no run works on this output; the same command then keeps the files that it finds"
 # A successor publishes its log within seconds of taking the lease. Ray needs longer to end the workers of a run.
 WITHDRAW_WAIT_S, WITHDRAW_POLL_S = 60.0, 1.0
+# A store that was out of reach for longer may be out of reach for hours.
+WITHDRAW_LIMIT_S = 150.0
 
 
 def _only_our_files(name: str) -> str:
@@ -181,21 +185,37 @@ def withdraw_if_over(fence: Fence, names: Sequence[str]) -> None:
 
 
 def withdraw_late_files(fence: Fence, num_looks: int = 3, look_every_s: float = 2.0) -> None:
-    """Remove what workers of a run that lost its lease wrote too late, for as long as an upload may be in flight.
+    """Remove what workers of a run that lost its lease wrote too late.
+
+    Looks several times, as an upload may still be in flight, and gives up where the store does not answer.
 
     Args:
         fence: of the lost lease.
         num_looks: how often to look.
         look_every_s: seconds between two looks.
     """
-    for look in range(num_looks):
-        if look:
-            time.sleep(look_every_s)
+    log.info("the lease on %s is lost: removing files that this run wrote since", fence.output_uri)
+
+    def look() -> None:
+        for number in range(num_looks):
+            time.sleep(look_every_s if number else 0)
+            with contextlib.suppress(LeaseLostError):
+                own = [name for name in list_files(fence.output_uri) if epoch_of(name) == fence.epoch]
+                withdraw_if_over(fence, own)
+
+    looking = threading.Thread(target=_log_errors(look), daemon=True)
+    looking.start()
+    looking.join(WITHDRAW_LIMIT_S)
+
+
+def _log_errors(work: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
         try:
-            own = [name for name in list_files(fence.output_uri) if epoch_of(name) == fence.epoch]
-            withdraw_if_over(fence, own)
-        except LeaseLostError:
-            continue
+            work()
+        except Exception as error:  # the run has ended by an error of its own, which counts
+            log.warning("files that were written too late could not be removed: %s", error)
+
+    return run
 
 
 def _commits_of_successor(fence: Fence) -> Commits | None:

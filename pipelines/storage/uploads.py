@@ -21,7 +21,8 @@ def abort_unfinished_uploads(folder_uri: str) -> int:
         return 0
     bucket, prefix = uris.split_bucket(folder_uri)
     filesystem, _ = open_filesystem(folder_uri)
-    num_aborted, marks = 0, {}
+    num_aborted = 0
+    marks: dict[str, str] = {}
     try:
         while True:
             page = filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **marks)
