@@ -260,17 +260,21 @@ class Lease:
     def _watch(self) -> None:
         """Give the lease up once heartbeats have failed for as long as others wait for them.
 
-        After a freeze of this process, that is at once: the clock went on.
+        Counts the time in which this process runs: one that was frozen first asks the store who has the lease now.
         """
-        while not self._is_over.wait(BEAT_EVERY_S / 10):
-            silent_s = _seconds_since_boot() - self._last_beat_s
-            if self._loss is None and silent_s > GIVE_UP_S:
+        tick_s = BEAT_EVERY_S / 10
+        beat_at_s, silent_s, last_s = self._last_beat_s, 0.0, _seconds_since_boot()
+        while self._loss is None and not self._is_over.wait(tick_s):
+            now_s = _seconds_since_boot()
+            silent_s += min(now_s - last_s, 2 * tick_s)
+            last_s = now_s
+            if self._last_beat_s != beat_at_s:
+                beat_at_s, silent_s = self._last_beat_s, now_s - self._last_beat_s
+            if silent_s > GIVE_UP_S:
                 self._lose(
                     f"no heartbeat of this run has reached {self._output_uri} for {silent_s:.0f} s, so another run may "
                     "take over; what is done stays, and the same command goes on from there"
                 )
-            if self._loss is not None:
-                return
 
     def _lose(self, reason: str) -> None:
         if self._loss is not None or self._is_over.is_set():

@@ -58,11 +58,10 @@ def leave_behind(output: str, **changes: Any) -> Holder:
 
 
 @contextlib.contextmanager
-def another_process(code: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+def another_process(code: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
     """Run Python in a process of its own, killed at the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=os.environ | variables
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     try:
         yield process
     finally:
@@ -250,22 +249,33 @@ def test_a_run_whose_heartbeats_fail_stops_before_others_may_take_over(
     assert module.GIVE_UP_S < module.WATCH_S
 
 
-def test_a_driver_that_was_frozen_stops_when_it_wakes(tmp_path: Path) -> None:
-    code = (
-        "import time, pipelines.storage.lease as m\n"
-        "m.BEAT_EVERY_S, m.WATCH_S, m.GIVE_UP_S = 0.2, 0.8, 0.6\n"
-        f"with m.Lease({str(tmp_path)!r}) as lease:\n"
-        "    lease.take(); print('taken', flush=True)\n"
-        "    try: time.sleep(60)\n"
-        "    except KeyboardInterrupt: print('stopped', flush=True); raise\n"
-    )
-    with another_process(code) as process:
+FROZEN_RUN = """
+import sys, time
+import pipelines.storage.lease as module
+module.BEAT_EVERY_S, module.WATCH_S, module.GIVE_UP_S = 0.2, 0.8, 0.6
+with module.Lease(sys.argv[1]) as lease:
+    lease.take()
+    print("taken", flush=True)
+    try:
+        time.sleep(float(sys.argv[2]))
+        print("went on", flush=True)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        raise
+"""
+
+
+@pytest.mark.parametrize("is_taken_over", [True, False])
+def test_a_driver_that_was_frozen_stops_when_it_wakes_if_it_was_taken_over(tmp_path: Path, is_taken_over: bool) -> None:
+    with another_process(FROZEN_RUN, str(tmp_path), "3" if not is_taken_over else "60") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "taken\n"
         process.send_signal(signal.SIGSTOP)
         time.sleep(1)
+        if is_taken_over:
+            write_bytes(epoch_uri(str(tmp_path), 2), read_object(epoch_uri(str(tmp_path), 1)))
         process.send_signal(signal.SIGCONT)
-        assert process.stdout.readline() == "stopped\n"
+        assert process.stdout.readline() == ("stopped\n" if is_taken_over else "went on\n")
 
 
 def test_a_fence_looks_at_the_store_at_most_once_a_second(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
