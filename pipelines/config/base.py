@@ -16,7 +16,7 @@ class Section(BaseModel):
 
 
 def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """The dotted names of all keys under a schema, each with its pydantic `FieldInfo`, in order."""
+    """Return the dotted names of all keys under a schema, each with its pydantic `FieldInfo`, in order."""
     leaves: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
@@ -27,8 +27,18 @@ def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def required_leaves(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return the dotted names of the keys that have to be given, in order; sections with a default have none."""
+    leaves: list[str] = []
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        if field.is_required():
+            leaves += required_leaves(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return leaves
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The schema of a section, or of one that may be left out."""
+    """Return the schema of a section, also of one that may be None; None for other keys."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

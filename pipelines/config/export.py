@@ -1,17 +1,13 @@
 """The request of `jobs.export`."""
 
-from typing import Annotated
-
-from pydantic import AfterValidator, Field
-
 from pipelines.config.base import Section
-from pipelines.config.sections import without_credentials
+from pipelines.config.sections import Uri
 
 
 class ExportCheckpointConfig(Section):
     """What is exported."""
 
-    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    uri: Uri
     """A checkpoint written by train, or the output of a finished run, whose best checkpoint is then taken: a local path
     or `s3://bucket/prefix`."""
 
@@ -19,7 +15,7 @@ class ExportCheckpointConfig(Section):
 class ExportOutputConfig(Section):
     """Where the result goes."""
 
-    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    uri: Uri
     """Folder or prefix for `model.safetensors` and `config.json`; has to be empty."""
 
 

@@ -1,28 +1,19 @@
 """The sections that jobs share."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from pipelines.config.base import Section
+from pipelines.config.uri import check_uri
 
 # Larger than any photograph; what is larger is no image, or not one to be read by the million.
 MAX_BYTES = 256 * 1024**2
 # Pillow's own limit, above which it refuses to open an image (twice its warning limit of a quarter GiB of RGB).
 PILLOW_MAX_PIXELS = 178_956_970
-# Of presigned URLs: S3's, Google's and Azure's.
-SIGNATURE = re.compile(r"[?&](x-amz-|x-goog-)?(signature|sig|credential|security-token|token)=", re.IGNORECASE)
 
-
-def without_credentials(uri: str) -> str:
-    """Refuse a URI that holds a user and password, or a signature."""
-    protocol, _, rest = uri.partition("://")
-    if ":" in rest.partition("/")[0].rpartition("@")[0]:
-        raise ValueError("a URI may not hold a user and password: give credentials by the standard variables")
-    if protocol in ("http", "https") and SIGNATURE.search(rest):
-        raise ValueError("a URI may not hold a signature: it would be written down with every row")
-    return uri
+Uri = Annotated[str, Field(min_length=1), AfterValidator(check_uri)]
+"""A URI without secrets, `~` expanded."""
 
 
 def _one_or_two(value: object) -> object:
@@ -44,46 +35,46 @@ WorkerRange = Annotated[int | tuple[int, int], BeforeValidator(_one_or_two), Aft
 class InputConfig(Section):
     """The images to read."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Folder or prefix that holds the images, or one image: a local path, `s3://bucket/prefix`, or what fsspec
     knows. Every object under it is an input, whatever its name."""
 
     exclude: list[str] = []
     """Shell patterns (`*.json`, `thumbs/*`), matched against the path below `input.uri`; what matches is not an
-    input, and the summary counts it in `num_excluded`. Default: nothing is left out."""
+    input, and the summary counts it in `num_excluded`. On the command line each pattern has a flag of its own. Default:
+    nothing is left out."""
 
     max_bytes: int = Field(default=MAX_BYTES, gt=0)
     """Largest object fetched, in bytes; a larger one becomes a failed row (`too_many_bytes`). Default: 256 MiB."""
-
-    _no_credentials = field_validator("uri")(without_credentials)
 
 
 class LabelledInputConfig(Section):
     """A set of labelled images."""
 
-    uri: str = Field(min_length=1)
-    """Folder or prefix whose folders are named for the classes (`cat/1.jpg`), or a `.csv` or `.parquet` list with the
-    columns `uri` and `label`: a local path, `s3://bucket/prefix`, or what fsspec knows."""
+    uri: Uri
+    """Folder or prefix whose folders are named for the classes (`cat/1.jpg`), or a `.csv`, `.tsv`, `.jsonl` or
+    `.parquet` list with the columns `uri` and `label`: a local path, `s3://bucket/prefix`, or what fsspec knows. Hidden
+    and system files and folders (`.ipynb_checkpoints`, `__MACOSX`, `Thumbs.db`) are left out."""
 
     exclude: list[str] = []
     """Shell patterns (`*.txt`, `thumbs/*`), matched against the path below `uri`; what matches is no image of the set.
-    Default: nothing is left out."""
+    On the command line each pattern has a flag of its own. Default: nothing more is left out."""
 
-    _no_credentials = field_validator("uri")(without_credentials)
+    trust_list: bool = False
+    """Whether a list that does not lie on this machine may name files of this machine and addresses of its private
+    network. A list on this machine may always. Default: false."""
 
 
 class OutputConfig(Section):
     """Where the result goes."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Folder or prefix for the result: a local path, `s3://bucket/prefix`, or what fsspec knows. On a cluster of
     several nodes a local path has to be one that all nodes share."""
 
     commit_rows: int = Field(default=2048, ge=1)
     """Rows per Parquet file at most, and so the images that a kill may cost for each write in flight. Small runs
     write smaller files, so that results appear while the run goes on. Default: 2,048."""
-
-    _no_credentials = field_validator("uri")(without_credentials)
 
 
 class QuantizationConfig(Section):
@@ -104,7 +95,7 @@ class ModelConfig(Section):
     """timm's name of the architecture, with or without a tag (`ecaresnet50d`, `ecaresnet50t.a1_in1k`). Default:
     ecaresnet50d, or, where `model.weights` names a directory, the architecture that its config.json names."""
 
-    weights: str = Field(default="pretrained", min_length=1)
+    weights: Uri = "pretrained"
     """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file
     or of a directory written by train or export; or `random` (seeded, for trials)."""
 
@@ -117,8 +108,6 @@ class ModelConfig(Section):
     long runs win back. Values differ in the last bits, so it is part of the fingerprint. Default: false."""
 
     quantization: QuantizationConfig = QuantizationConfig()
-
-    _no_credentials = field_validator("weights")(without_credentials)
 
 
 class OutputsConfig(Section):

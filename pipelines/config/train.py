@@ -1,16 +1,16 @@
 """The request of `jobs.train`."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from pipelines.config.base import Section
 from pipelines.config.sections import (
     MAX_BYTES,
     PILLOW_MAX_PIXELS,
     LabelledInputConfig,
+    Uri,
     WorkerRange,
-    without_credentials,
 )
 
 
@@ -28,7 +28,7 @@ class DataConfig(Section):
 class TrainOutputConfig(Section):
     """Where the result goes."""
 
-    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    uri: Uri
     """Folder or prefix for checkpoints, metrics and curves: a local path or `s3://bucket/prefix`. The same command on
     the same output goes on from its last checkpoint. On a cluster of several nodes a local path has to be one that all
     nodes share."""
@@ -41,7 +41,7 @@ class TrainModelConfig(Section):
     """timm's name of the architecture, with or without a tag. Default: ecaresnet50d, or, where `model.weights` names a
     directory, the architecture that its config.json names."""
 
-    weights: Annotated[str, AfterValidator(without_credentials)] = Field(default="pretrained", min_length=1)
+    weights: Uri = "pretrained"
     """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file or
     of a directory written by train or export; or `random` (by `optim.seed`). Where their classes are others than those
     of the images, the classifier is made anew."""

@@ -1,17 +1,15 @@
 """The request of `jobs.verify`."""
 
-from typing import Annotated
-
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from pipelines.config.base import Section
-from pipelines.config.sections import without_credentials
+from pipelines.config.sections import Uri
 
 
 class VerifiedOutputConfig(Section):
     """What is checked."""
 
-    uri: Annotated[str, AfterValidator(without_credentials)] = Field(min_length=1)
+    uri: Uri
     """The output of a finished `infer`: a local path or `s3://bucket/prefix`."""
 
 

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +103,149 @@ def test_every_key_has_a_docstring(schema: type[Section]) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize(
+    "pattern", ["[._]*", "[abc].txt", "[1]", "[1,2]*", "{thumbs,small}/*", 'a\\b"c', "Smith, John/*", "-x", "null", ""]
+)
+def test_a_shell_pattern_on_the_command_line_is_taken_as_it_is(pattern: str) -> None:
+    config = parse_config(InferConfig, [*NEEDED, "--input.exclude", pattern, "--input.exclude=*.json"])
+    assert config.input.exclude == [pattern, "*.json"]
+
+
+def test_patterns_may_be_a_json_list() -> None:
+    config = parse_config(TrainConfig, [*TRAIN_NEEDED, "--data.train.exclude", '["Smith, John/*", "b"]'])
+    assert config.data.train.exclude == ["Smith, John/*", "b"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "key", "text", "value"),
+    [
+        (InferConfig, "compute.num_workers", "4", 4),
+        (InferConfig, "compute.num_workers", "[4,16]", (4, 16)),
+        (InferConfig, "compute.num_workers", "4,16", (4, 16)),
+        (InferConfig, "compute.num_workers", "null", None),
+        (InferConfig, "compute.resources_per_worker", '{"inferentia": 1}', {"inferentia": 1}),
+        (InferConfig, "compute.resources_per_worker", "a=1,b=0.5", {"a": 1, "b": 0.5}),
+        (InferConfig, "outputs.embedding", "false", False),
+        (TrainConfig, "augment.scale", "0.5,1", (0.5, 1)),
+        (TrainConfig, "optim.decay_milestones", "[3,6]", [3, 6]),
+        (TrainConfig, "optim.decay_milestones", "3, 6", [3, 6]),
+        (TrainConfig, "scaling.label_selector", '{"zone": "a"}', {"zone": "a"}),
+        (ModelsConfig, "names", "a", ["a"]),
+    ],
+)
+def test_values_of_every_type_are_read_from_the_command_line(
+    schema: type[Section], key: str, text: str, value: object
+) -> None:
+    needed = {InferConfig: NEEDED, TrainConfig: TRAIN_NEEDED}.get(schema, [])
+    found: Any = parse_config(schema, [*needed, f"--{key}", text])
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+DEEP = '{"a":' * 100_000
+
+
+COLLECTIONS = [
+    (schema, needed, key)
+    for schema, needed in ((InferConfig, NEEDED), (TrainConfig, TRAIN_NEEDED), (BenchmarkConfig, NEEDED))
+    for key, field in leaf_fields(schema).items()
+    if any(kind in str(field.annotation) for kind in ("list[int]", "tuple", "dict"))
+]
+
+
+@pytest.mark.parametrize(("schema", "needed", "key"), COLLECTIONS)
+@pytest.mark.parametrize("text", ["[4,16", "{zone: a}", "{'a': 1}", "[[[[", "x", DEEP, "\x1b[31m"])
+def test_what_no_list_tuple_or_mapping_can_be_read_from_is_refused(
+    schema: type[Section], needed: list[str], key: str, text: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_config(schema, [*needed, f"--{key}", text])
+    assert str(caught.value).startswith(f"{key} = ")
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()
+
+
+def test_the_value_of_a_number_is_refused_once_for_all_its_types() -> None:
+    with pytest.raises(RequestError, match=r"^compute\.num_workers = 'x': .*integer.*, or .*tuple$"):
+        parse_config(InferConfig, [*NEEDED, "--compute.num_workers", "x"])
+
+
+def test_only_what_has_no_default_is_said_to_be_missing() -> None:
+    with pytest.raises(RequestError, match=r"^missing: --data\.train\.uri; missing: --output\.uri$"):
+        parse_config(TrainConfig, [])
+
+
+BILLION_LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model:\n  name: a\nmodel:\n  name: b\n", "line 3, column 1: the key 'model' is given twice"),
+        ("input:\n  uri: /a\n  uri: /b\n", "line 3, column 3: the key 'uri' is given twice"),
+        ("model: " + "[" * 100_000, "nested too deeply"),
+        ("model: " + "{a: " * 60 + "1" + "}" * 60, "nested more than 32 deep"),
+        (BILLION_LAUGHS, "more than 20,000 values"),
+        ("input: &a\n  uri: *a\n", "an alias holds itself"),
+        ("1: 2\n", "the key 1 is not text"),
+        ("? [a, b]\n: 2\n", "is not text"),
+        ("model: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("optim: 2024-99-99\n", "is not YAML"),
+        ("optim: !!int ''\n", "is not YAML"),
+        ("a: 1\n---\nb: 2\n", "is not YAML"),
+        ("x" * 2_000_000, "larger than 1,048,576 bytes"),
+        ("input:\n  uri: [" + "x, " * 5000 + "x]\n", r"input\.uri = \['x', .*\.\.\.: Input should be a valid string"),
+    ],
+)
+def test_hostile_and_broken_yaml_is_refused_in_one_short_line(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RequestError, match=message) as caught:
+        parse_config(InferConfig, ["--config", str(path)])
+    assert len(str(caught.value)) < 1000
+    assert "\n" not in str(caught.value)
+
+
+def test_small_aliases_and_merge_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "alias.yaml"
+    path.write_text("model: &m {name: a}\noutputs: {topk: 1}\npreprocess: {<<: {mode: fast}, image_size: 64}\n")
+    config = parse_config(InferConfig, ["--config", str(path), *NEEDED])
+    assert (config.model.name, config.preprocess.mode, config.preprocess.image_size) == ("a", "fast", 64)
+
+
+def test_a_pipe_is_read_as_a_config_file(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo.yaml"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=("model: {name: from-the-fifo}\n",))
+    writer.start()
+    config = parse_config(InferConfig, ["--config", str(fifo), *NEEDED])
+    writer.join()
+    assert config.model.name == "from-the-fifo"
+
+
+def test_standard_input_is_read_as_a_config_file() -> None:
+    command = [sys.executable, "-m", "jobs.infer", "--config", "/dev/stdin", *NEEDED, "--dry-run"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, input="model: {name: piped}\n", capture_output=True, text=True, timeout=60
+    )
+    assert '"name": "piped"' in done.stdout, done.stderr
+
+
+def test_endless_files_are_refused() -> None:
+    with pytest.raises(RequestError, match="larger than"):
+        parse_config(InferConfig, ["--config", "/dev/zero", *NEEDED])
+
+
+def test_control_characters_in_keys_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text('input: {uri: a, "\\e[31mred": 1}\n')
+    for arguments in (["--config", str(path)], ["--input.\x1b]0;title\x07", "x"]):
+        with pytest.raises(RequestError) as caught:
+            parse_config(InferConfig, arguments)
+        assert str(caught.value).isprintable()
+
+
 def test_help_names_every_key_and_needs_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from pipelines.job import run_job; from pipelines.config.infer import InferConfig; "
@@ -106,9 +253,6 @@ def test_help_names_every_key_and_needs_neither_torch_nor_ray() -> None:
         "loaded = {'torch', 'ray', 'timm', 'pyarrow'} & set(sys.modules); "
         "assert not loaded, loaded; sys.exit(status)"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(f"--{name} " in done.stdout for name in leaf_fields(InferConfig))
