@@ -128,8 +128,7 @@ def _remove_all(folder_uri: str) -> None:
 
 def _free_output(config: BenchmarkConfig) -> str:
     output_uri = uris.normalize(config.output.uri)
-    if uris.contains(uris.normalize(config.input.uri), output_uri):
-        raise RequestError(f"output.uri {output_uri} lies inside input.uri")
+    uris.refuse_overlap(output_uri, {"input.uri": config.input.uri})
     with in_plain_words("write to", output_uri):
         if is_there(output_uri) and set(list_names(output_uri)) - {REPORT_FILE, ROWS_FOLDER}:
             raise RequestError(f"{output_uri} is not empty: a benchmark wants a place of its own")

@@ -96,14 +96,13 @@ class Places:
 
 
 def find_places(config: InferConfig) -> Places:
-    """Look at both ends.
+    """Look at the input and the output.
 
     Raises:
-        RequestError: the input is not there, or one of them cannot be used.
+        RequestError: the input does not exist, one of them cannot be used, or the output lies inside the input.
     """
     input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
-    if uris.contains(input_uri, output_uri):
-        raise RequestError(f"output.uri {output_uri} lies inside input.uri: the output would be listed as input")
+    uris.refuse_overlap(output_uri, {"input.uri": input_uri})
     output = config.output.model_copy(update={"uri": output_uri})
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
     found = run_record.find_run(output_uri) if is_there(output_uri) else None

@@ -1,6 +1,7 @@
 """A checkpoint as a timm directory: the measured best where the checkpoint is one, else what it goes on from."""
 
 import json
+import posixpath
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     """Write `model.safetensors` and `config.json`; returns the summary.
 
     Raises:
-        RequestError: there is no checkpoint, or the output is not empty.
+        RequestError: there is no checkpoint, or the output is not empty or lies inside the data of the run.
     """
     output_uri = uris.normalize(config.output.uri)
     with in_plain_words("read", output_uri):
@@ -27,6 +28,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     if found:
         raise RequestError(f"{output_uri} is not empty: found {found[0]}")
     checkpoint_uri = _find_checkpoint(uris.normalize(config.checkpoint.uri))
+    uris.refuse_overlap(output_uri, _data_uris(checkpoint_uri))
     with tempfile.TemporaryDirectory() as folder:
         contents = _timm_files(checkpoint_uri, Path(folder))
     with in_plain_words("write to", output_uri):
@@ -52,6 +54,16 @@ def _find_checkpoint(uri: str) -> str:
     if "checkpoint_uri" not in record.get("summary", {}):
         raise RequestError(f"the run at {uri} has not ended: name one of its checkpoints")
     return str(record["summary"]["checkpoint_uri"])
+
+
+def _data_uris(checkpoint_uri: str) -> dict[str, str]:
+    """Return the data of the run that wrote a checkpoint, by their keys; empty if its record is not beside it."""
+    record_uri = uris.join(posixpath.dirname(checkpoint_uri), RUN_FILE)
+    try:
+        data = json.loads(read_bytes(record_uri))["config"]["data"]
+        return {f"data.{name}.uri": data[name]["uri"] for name in ("train", "validation") if data.get(name)}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:

@@ -79,14 +79,16 @@ def find_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def normalize(config: TrainConfig) -> TrainConfig:
-    """The config with an output URI as the rest of the library takes it.
+    """Return the config with its output URI normalized.
 
     Raises:
-        RequestError: the output cannot be one.
+        RequestError: the output URI names no folder, or lies inside the data.
     """
     output_uri = uris.normalize(config.output.uri)
     if not posixpath.basename(output_uri) or posixpath.dirname(output_uri).endswith(":/"):
         raise RequestError(f"output.uri {config.output.uri} names no folder below a bucket or root")
+    sections = {"data.train.uri": config.data.train, "data.validation.uri": config.data.validation}
+    uris.refuse_overlap(output_uri, {key: section.uri for key, section in sections.items() if section is not None})
     return config.model_copy(update={"output": config.output.model_copy(update={"uri": output_uri})})
 
 

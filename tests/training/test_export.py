@@ -81,3 +81,18 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has not ended"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_into_the_data_of_its_run_is_refused(model: Any, tmp_path: Path) -> None:
+    data, checkpoint = tmp_path / "data", tmp_path / "run" / "checkpoint_1"
+    for folder in (data, checkpoint):
+        folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(data)
+    save_timm_directory(checkpoint, model, NAMES, TRANSFORM)
+    record = {"config": {"data": {"train": {"uri": str(data)}, "validation": None}}}
+    (tmp_path / "run" / "_run.json").write_text(json.dumps(record))
+    for output in (data / "exported", tmp_path / "link" / "exported"):
+        with pytest.raises(RequestError, match=r"lies inside data\.train\.uri"):
+            export(checkpoint, output)
+    assert not list(data.iterdir())
+    assert export(checkpoint, tmp_path / "exported")["num_classes"] == 3
