@@ -5,6 +5,7 @@ there are enough prefixes to keep the workers busy; each of those is then listed
 """
 
 import fnmatch
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,9 @@ from pipelines.errors import RequestError
 from pipelines.storage import uris
 from pipelines.storage.bulk import is_obstore_path, s3_store
 from pipelines.storage.filesystem import in_plain_words, open_filesystem
+from pipelines.storage.local_listing import Entry, LocalLister, as_text, entry_of
+
+log = logging.getLogger(__name__)
 
 NUM_WORKERS = 16
 # Four prefixes a worker even out prefixes of different size.
@@ -31,9 +35,6 @@ NUM_RETRIES = 10
 ROWS_PER_CHUNK = 10_000
 
 LISTING_SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())])
-
-Entry = tuple[str, int, str]
-"""URI, size in bytes, etag."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,45 @@ def list_objects(uri: str, exclude: list[str]) -> Listing:
 
     Args:
         uri: normalized folder, prefix or object.
-        exclude: shell patterns on the path below `uri`; objects that match one are counted, not listed.
+        exclude: shell patterns on the path below `uri`; objects that match one are counted, not listed. A pattern that
+            matches nothing is logged.
 
     Raises:
         RequestError: there is nothing to read, or the store refuses.
     """
+    exclusion = _Exclusion(exclude)
     with in_plain_words("list", uri):
-        found = list(_tables(uri))
+        found = list(_tables(uri, exclusion))
     num_found = sum(table.num_rows for table in found)
     if not num_found:
         raise RequestError(f"no input: nothing lies under {uri}")
-    patterns = [re.compile(fnmatch.translate(pattern)) for pattern in exclude]
-    kept = pa.concat_tables([_without_excluded(found.pop(0), uri, patterns) for _ in range(len(found))])
+    kept = pa.concat_tables([_without_excluded(found.pop(0), uri, exclusion) for _ in range(len(found))])
+    for pattern in exclusion.unused():
+        log.warning("exclude: the pattern %r matches nothing under %s", pattern, uri)
     if not kept.num_rows:
         raise RequestError(f"no input: input.exclude leaves none of the {num_found} objects under {uri}")
     return Listing(_sorted(kept), num_found - kept.num_rows)
+
+
+class _Exclusion:
+    """Shell patterns on paths below the input, and which of them matched anything."""
+
+    def __init__(self, patterns: list[str]) -> None:
+        self._compiled = {pattern: re.compile(fnmatch.translate(pattern)) for pattern in patterns}
+        self._used: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._compiled)
+
+    def matches(self, below: str) -> bool:
+        """Return whether a pattern matches the path `below` the input."""
+        matching = [pattern for pattern, compiled in self._compiled.items() if compiled.match(below)]
+        self._used.update(matching)
+        return bool(matching)
+
+    def unused(self) -> list[str]:
+        """Return the patterns that matched nothing so far."""
+        return [pattern for pattern in self._compiled if pattern not in self._used]
 
 
 def _sorted(table: pa.Table) -> pa.Table:
@@ -74,13 +99,13 @@ def _sorted(table: pa.Table) -> pa.Table:
     return table.take(pc.sort_indices(table, [("uri", "ascending")]))
 
 
-def _without_excluded(table: pa.Table, root: str, patterns: list[re.Pattern[str]]) -> pa.Table:
+def _without_excluded(table: pa.Table, root: str, exclusion: _Exclusion) -> pa.Table:
     # What object-store consoles write to show an empty folder.
     is_mark = pc.and_(pc.ends_with(table["uri"], "/"), pc.equal(table["size_bytes"], 0))
     table = table.filter(pc.invert(is_mark))
-    if not patterns:
+    if not exclusion:
         return table
-    kept = [not any(pattern.match(_below(uri, root)) for pattern in patterns) for uri in table["uri"].to_pylist()]
+    kept = [not exclusion.matches(_below(uri, root)) for uri in table["uri"].to_pylist()]
     return table.filter(pa.array(kept, pa.bool_()))
 
 
@@ -88,10 +113,10 @@ def _below(uri: str, root: str) -> str:
     return uri.removeprefix(root).lstrip("/") or uri.rpartition("/")[2]
 
 
-def _tables(uri: str) -> Iterator[pa.Table]:
+def _tables(uri: str, exclusion: _Exclusion) -> Iterator[pa.Table]:
     if uris.protocol_of(uri) == "s3":
         return _s3_tables(uri)
-    return _in_tables(_local_entries(uri) if uris.is_local(uri) else _fsspec_entries(uri))
+    return _in_tables(_local_entries(uri, exclusion) if uris.is_local(uri) else _fsspec_entries(uri))
 
 
 def _in_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
@@ -101,35 +126,10 @@ def _in_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
         yield pa.Table.from_arrays(columns, schema=LISTING_SCHEMA)
 
 
-def _local_entries(path: str) -> Iterator[Entry]:
-    if not os.path.isdir(path):
-        yield _local_entry(path, os.stat(path))
-        return
-    pending, seen = [path], {os.path.realpath(path)}
-    while pending:
-        with os.scandir(pending.pop()) as children:
-            for child in children:
-                if child.is_dir():
-                    target = os.path.realpath(child.path)
-                    if target not in seen:  # a link may lead back up
-                        seen.add(target)
-                        pending.append(child.path)
-                elif child.is_file():
-                    yield _local_entry(child.path, child.stat())
-                elif child.is_symlink():
-                    yield _as_text(child.path), 0, ""  # a dangling link: fails when it is fetched, and is counted
-
-
-def _local_entry(path: str, stat: os.stat_result) -> Entry:
-    return _as_text(path), stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
-
-
-def _as_text(path: str) -> str:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise RequestError(f"the file name {os.fsencode(path)!r} is not UTF-8, so no table can hold it") from None
-    return path
+def _local_entries(path: str, exclusion: "_Exclusion") -> Iterator[Entry]:
+    if os.path.isdir(path):
+        return LocalLister(path, exclusion.matches).entries()
+    return iter([entry_of(as_text(path), os.stat(path))])
 
 
 def _fsspec_entries(uri: str) -> Iterator[Entry]:
