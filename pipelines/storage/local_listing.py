@@ -70,28 +70,28 @@ class LocalLister:
                     for child in children:
                         if child.is_dir(follow_symlinks=False):
                             pending.append((child.path, f"{real_folder.rstrip('/')}/{child.name}"))
-                        else:
-                            yield from self._entries_of(child)
+                        elif (entry := self._entry_of(child)) is not None:
+                            yield entry
             except OSError as error:
                 if folder == self._root:
                     raise
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):
                     yield from self._unreadable_folder(folder)
 
-    def _entries_of(self, child: "os.DirEntry[str]") -> Iterator[Entry]:
-        """Yield the entry of a child that is no folder; none for a link to a folder and for what is gone."""
+    def _entry_of(self, child: "os.DirEntry[str]") -> Entry | None:
+        """Return the entry of a child that is no folder; None for a link to a folder and for what is gone."""
         try:
             if child.is_symlink() and child.is_dir():
                 self._links.append(child.path)
-                return
+                return None
             found = child.stat()
         except FileNotFoundError:
             if not child.is_symlink():
-                return
+                return None
             found = None
         except OSError:  # a circle of links, or a folder that may be listed but not entered
             found = None
-        yield self._entry(child.path, found)
+        return self._entry(child.path, found)
 
     def _unreadable_folder(self, folder: str) -> Iterator[Entry]:
         if not self._is_excluded(f"{self._below(folder)}/"):
@@ -100,7 +100,7 @@ class LocalLister:
 
     def _entry(self, path: str, found: os.stat_result | None) -> Entry:
         text = as_text(path)
-        if text != path and not self._is_excluded(self._below(path)):
+        if text is not path and not self._is_excluded(self._below(path)):
             self._escaped.append(self._below(path))
         return entry_of(text, found)
 
