@@ -26,6 +26,7 @@ MASK = "***"
 _SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
 _URI = re.compile(rf"{_SCHEME}(?P<rest>.*)", re.DOTALL)
 _URI_IN_TEXT = re.compile(rf"{_SCHEME}(?P<rest>\S*)")
+_MAY_HOLD_SECRET = re.compile(r"[@?&;#]")
 _PARAMETER = re.compile(r"(?<=[?&;#])(?P<name>[^?&;#=]+)=[^?&;#]*")
 
 
@@ -45,7 +46,8 @@ def check_uri(uri: str) -> str:
     refuse_secrets(uri)
     if "\0" in uri:
         raise ValueError("a URI may not hold a NUL character")
-    if re.match(r"[\w+.-]+::", uri) or re.search(r"::[\w+.-]+://", uri) or protocol_of(uri) in ARCHIVES:
+    is_chain = "::" in uri and re.search(r"^[\w+.-]+::|::[\w+.-]+://", uri)
+    if is_chain or protocol_of(uri) in ARCHIVES:
         raise ValueError("chained file systems (`zip://...::...`) are not supported: unpack the archive first")
     return expand_home(uri)
 
@@ -73,7 +75,7 @@ def refuse_secrets(uri: str) -> None:
         ValueError: says which; the message holds no part of the secret.
     """
     found = _URI.match(uri)
-    if not found:
+    if not found or not _MAY_HOLD_SECRET.search(uri):
         return
     if _userinfo_end(protocol_of(uri), found["rest"]):
         raise ValueError("a URI may not hold a user or password: give credentials by the standard variables")

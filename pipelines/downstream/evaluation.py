@@ -51,7 +51,7 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
     if is_compiled:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
-    images = read_labelled(config.input.uri, config.input.exclude)
+    images = read_labelled(config.input.uri, config.input.exclude, trust_list=config.input.trust_list)
     facts = model.facts()
     if facts.dtype == "int8":
         positions = every_nth(images.table.num_rows, config.model.quantization.num_images)

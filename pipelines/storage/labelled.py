@@ -5,23 +5,21 @@ A set's images have ids, dense from 0, by their place in the pinned table.
 
 import difflib
 import io
-import posixpath
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, is_there, read_bytes, write_bytes
+from pipelines.storage.class_folders import label_by_folder, log_empty_folders, named
+from pipelines.storage.filesystem import is_there, read_bytes, write_bytes
 from pipelines.storage.listing import list_objects
-
-LABELLED_SCHEMA = pa.schema([("uri", pa.string()), ("label", pa.string())])
-LIST_SUFFIXES = (".csv", ".parquet")
+from pipelines.storage.lists import LABELLED_SCHEMA as LABELLED_SCHEMA
+from pipelines.storage.lists import READERS, list_suffix, read_list
 
 
 @dataclass(frozen=True)
@@ -30,15 +28,19 @@ class LabelledImages:
 
     Attributes:
         table: `LABELLED_SCHEMA`; an image's id is its row.
-        num_excluded: objects left out by a pattern.
+        num_excluded: objects left out by a pattern, or as hidden and system files.
     """
 
     table: pa.Table
     num_excluded: int
 
     def class_names(self) -> list[str]:
-        """The labels that occur, sorted."""
+        """Return the labels that occur, sorted."""
         return sorted(pc.unique(self.table["label"]).to_pylist())
+
+    def num_shared(self, other: "LabelledImages") -> int:
+        """Return how many of the images are also in `other`, by URI."""
+        return int(pc.sum(pc.is_in(self.table["uri"], other.table["uri"].combine_chunks())).as_py() or 0)
 
     def targets(self, class_names: list[str]) -> NDArray[np.int64]:
         """The index of each image's label in `class_names`: by name, whatever the order of either.
@@ -59,14 +61,14 @@ class LabelledImages:
         return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
 
 
-def read_labelled(uri: str, exclude: list[str]) -> LabelledImages:
-    """List a set.
+def read_labelled(uri: str, exclude: list[str], *, trust_list: bool = False) -> LabelledImages:
+    """List a set of labelled images.
 
     Args:
-        uri: a folder or prefix whose folders are named for the classes (`cat/1.jpg`, `dog/a/2.png`), or a `.csv` or
-            `.parquet` file with the columns `uri` and `label`. URIs in a list that are neither absolute nor of a
-            protocol are taken from the list's own folder.
+        uri: a folder or prefix whose folders are named for the classes (`cat/1.jpg`, `dog/a/2.png`), or a list
+            (`pipelines.storage.lists`).
         exclude: shell patterns on the path below a folder; not used on lists.
+        trust_list: whether a list that is not on this machine may name files of this machine and hosts of its network.
 
     Raises:
         RequestError: nothing is there, or it is not labelled.
@@ -74,48 +76,42 @@ def read_labelled(uri: str, exclude: list[str]) -> LabelledImages:
     location = uris.normalize(uri)
     if not is_there(location):
         raise RequestError(f"no input: nothing lies under {location}")
-    if location.endswith(LIST_SUFFIXES):
-        return LabelledImages(_read_list(location), 0)
+    if list_suffix(location):
+        return LabelledImages(read_list(location, trust_list=trust_list), 0)
     listing = list_objects(location, exclude)
-    folder = location.rstrip("/") + "/"
-    object_uris = listing.table["uri"].to_pylist()
-    below = [object_uri.removeprefix(folder) for object_uri in object_uris]
-    unlabelled = next((path for path in below if "/" not in path), None)
-    if unlabelled is not None:
-        raise RequestError(f"{location} holds {unlabelled} outside any folder: folders are named for their class")
-    labels = [path.partition("/")[0] for path in below]
-    return LabelledImages(pa.table([object_uris, labels], schema=LABELLED_SCHEMA), listing.num_excluded)
+    if listing.table.num_rows == 1 and listing.table["uri"][0].as_py() == location:
+        raise RequestError(
+            f"{location} is one file, neither a folder of classes nor a list: a list ends in {', '.join(READERS)} "
+            "(unpacked, and in any case)"
+        )
+    table, num_left_out = label_by_folder(location, listing.table["uri"])
+    images = LabelledImages(table, listing.num_excluded + num_left_out)
+    if uris.is_local(location):
+        log_empty_folders(location, exclude, images.class_names())
+    return images
 
 
-def _read_list(location: str) -> pa.Table:
-    with in_plain_words("read the list", location):
-        content = pa.BufferReader(read_bytes(location))
-    as_text = pa.csv.ConvertOptions(column_types={"uri": pa.string(), "label": pa.string()}, strings_can_be_null=True)
-    try:
-        is_csv = location.endswith(".csv")
-        table = pa.csv.read_csv(content, convert_options=as_text) if is_csv else pq.read_table(content)
-    except pa.ArrowInvalid as error:
-        raise RequestError(f"{location} cannot be read: {' '.join(str(error).split())}") from None
-    missing = [name for name in LABELLED_SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise RequestError(f"{location} has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}")
-    table = table.select(LABELLED_SCHEMA.names)
-    try:
-        table = table.cast(LABELLED_SCHEMA)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise RequestError(f"{location}: uri and label are to be text or numbers: {error}") from None
-    if not table.num_rows:
-        raise RequestError(f"no input: {location} lists no image")
-    if any(column.null_count for column in table.columns):
-        raise RequestError(f"{location} has rows without uri or label")
-    folder = posixpath.dirname(location)
-    resolved = [_beside(folder, object_uri) for object_uri in table["uri"].to_pylist()]
-    return table.set_column(0, "uri", pa.array(resolved, pa.string()))
+def refuse_one_class(images: LabelledImages, key: str) -> None:
+    """Refuse to train on images of a single class, for which every loss is 0.
 
+    Args:
+        images: the training images.
+        key: that names them, such as `data.train.uri`.
 
-def _beside(folder: str, object_uri: str) -> str:
-    is_complete = "://" in object_uri or object_uri.startswith("/")
-    return object_uri if is_complete else uris.join(folder, object_uri)
+    Raises:
+        RequestError: there is one class; says which folders in it may be meant.
+    """
+    names = images.class_names()
+    if len(names) > 1:
+        return
+    below = [uri.partition(f"/{names[0]}/")[2] for uri in images.table["uri"].to_pylist()]
+    folders = sorted({path.partition("/")[0] for path in below if "/" in path})
+    hint = (
+        f"; its folders {named(folders)} look like classes: name the folder that holds them in {key}"
+        if folders
+        else "; a classifier needs two or more"
+    )
+    raise RequestError(f"all {len(below)} images of {key} are of one class, {names[0]!r}{hint}")
 
 
 def pin(output_uri: str, name: str, images: LabelledImages) -> None:

@@ -53,6 +53,8 @@ def _local_path(uri: str) -> str:
 def _without_dots(uri: str) -> str:
     """Return what follows `://` with the segments `.` and `..` resolved."""
     rest = uri.partition("://")[2]
+    if "/." not in rest:
+        return rest
     end = len(re.split(r"[?#]", rest, maxsplit=1)[0]) if protocol_of(uri) in ("http", "https") else len(rest)
     path, query = rest[:end], rest[end:]
     bucket, *segments = path.split("/")

@@ -1,5 +1,6 @@
 """A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
 
+import logging
 import posixpath
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.storage import uris
-from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled
+from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled, refuse_one_class
 from pipelines.training.order import EpochOrder
 from pipelines.training.plan import TrainPlan, plan_training
 from pipelines.training.start import StartingPoint, resolve_start
+
+log = logging.getLogger(__name__)
 
 # What may differ between two runs that share an output.
 FREE_SECTIONS = ("scaling", "logging", "checkpoint", "failure")
@@ -100,10 +103,14 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
     """
     sections = {"train": config.data.train, "validation": config.data.validation}
     sets = {
-        name: find_pinned(config.output.uri, name) or read_labelled(section.uri, section.exclude)
+        name: find_pinned(config.output.uri, name)
+        or read_labelled(section.uri, section.exclude, trust_list=section.trust_list)
         for name, section in sections.items()
         if section is not None
     }
+    refuse_one_class(sets["train"], "data.train.uri")
+    if "validation" in sets and (num_shared := sets["validation"].num_shared(sets["train"])):
+        log.warning("%d of the validation images are training images too: their score says nothing", num_shared)
     sizes = {name: images.table.num_rows for name, images in sets.items()}
     # Refuses a set too small for one batch, before the weights are read.
     EpochOrder(sizes["train"], config.optim.global_batch_size, config.optim.seed)

@@ -75,7 +75,9 @@ def test_a_pinned_set_comes_back_as_it_was(tmp_path: Path) -> None:
         ("list.csv", b"uri,label\n", "lists no image"),
         ("list.csv", b"uri,label\na,\n", "rows without uri or label"),
         ("list.parquet", b"not parquet", "cannot be read"),
-        ("set/loose.jpg", b"bytes", "holds loose.jpg outside any folder"),
+        ("list.parquet", b"PAR1....PAR1", "cannot be read"),
+        ("set/loose.jpg", b"bytes", "holds loose.jpg outside any folder: .* leave it out with exclude 'loose.jpg'"),
+        ("set/.DS_Store", b"bytes", "holds nothing but hidden and system files"),
     ],
 )
 def test_what_is_not_labelled_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
