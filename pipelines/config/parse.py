@@ -42,7 +42,9 @@ def parse_config(schema: type[Schema], argv: Sequence[str]) -> Schema:
     try:
         return schema.model_validate(keys)
     except ValidationError as error:
-        raise RequestError(_explain_all(schema, error.errors())) from None
+        # A default that is computed from other keys says nothing new if these are wrong.
+        details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+        raise RequestError(_explain_all(schema, details)) from None
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from urllib.parse import unquote_plus
 
 # Other names by which fsspec and Hadoop know a protocol.
 ALIASES = {"local": "file", "s3a": "s3", "s3n": "s3"}
-# Protocols of fsspec that read an archive, which a second file system has to hand over.
-ARCHIVES = ("libarchive", "tar", "zip")
+# Protocols of fsspec that read from a second file system, which a URI without a chain does not name.
+WRAPPERS = ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
 # Protocols whose URIs put a container, not a user, before the `@`.
 CONTAINER_PROTOCOLS = ("abfs", "abfss", "wasb", "wasbs")
 # Whole words of a parameter's name, and parts of one, that mark its value as a secret: S3's, Google's, Azure's,
@@ -47,8 +47,8 @@ def check_uri(uri: str) -> str:
     if "\0" in uri:
         raise ValueError("a URI may not hold a NUL character")
     is_chain = "::" in uri and re.search(r"^[\w+.-]+::|::[\w+.-]+://", uri)
-    if is_chain or protocol_of(uri) in ARCHIVES:
-        raise ValueError("chained file systems (`zip://...::...`) are not supported: unpack the archive first")
+    if is_chain or protocol_of(uri) in WRAPPERS:
+        raise ValueError("archives and chained file systems (`zip://...::...`) are not supported: unpack it first")
     return expand_home(uri)
 
 

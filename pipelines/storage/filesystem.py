@@ -23,7 +23,7 @@ S3_CONFIG = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts
 S3_ATTEMPTS = 11
 S3_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 # Modules whose errors are a store's.
-CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore")
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore", "azure", "google", "gcsfs", "httpx", "requests")
 # When a job starts, an endpoint counts as unreachable that takes longer than this to answer, so many times.
 PROBE_TIMEOUT_S, PROBE_ATTEMPTS = 2, 3
 
@@ -40,8 +40,8 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         options = {"config_kwargs": S3_CONFIG, "use_listings_cache": False}
     try:
         filesystem = fsspec.filesystem(protocol, **options)
-    except (ValueError, ImportError) as error:
-        raise RequestError(f"no file system for {uri}: {error}") from None
+    except Exception as error:  # each file system raises its own kind for what a URI does not tell it
+        raise RequestError(f"no file system for {uri}: {' '.join(str(error).split())}") from None
     if protocol == "s3":
         _try_again(filesystem, S3_ATTEMPTS)
     return filesystem, uri if protocol == "file" else filesystem._strip_protocol(uri)

@@ -216,9 +216,11 @@ def test_no_credential_is_pickled(store: ObjectStore) -> None:
         assert store.access_key.encode() not in content.replace(b"ecaray.", b"")
 
 
-def test_unknown_protocols_are_refused() -> None:
-    with pytest.raises(RequestError, match="no file system"):
-        filesystem.open_filesystem("nosuch://bucket/key")
+@pytest.mark.parametrize("uri", ["nosuch://bucket/key", "github://a", "hdfs://host/x", "memory2://x"])
+def test_protocols_that_cannot_be_used_are_refused(uri: str) -> None:
+    with pytest.raises(RequestError, match=f"no file system for {uri}") as caught:
+        filesystem.open_filesystem(uri)
+    assert "\n" not in str(caught.value)
 
 
 def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: Path) -> None:
