@@ -48,7 +48,9 @@ def check_uri(uri: str) -> str:
         raise ValueError("a URI may not hold a NUL character")
     is_chain = "::" in uri and re.search(r"^[\w+.-]+::|::[\w+.-]+://", uri)
     if is_chain or protocol_of(uri) in WRAPPERS:
-        raise ValueError("archives and chained file systems (`zip://...::...`) are not supported: unpack it first")
+        raise ValueError(
+            "archives and chained file systems (`zip://...::...`) are not supported: unpack an archive first"
+        )
     return expand_home(uri)
 
 

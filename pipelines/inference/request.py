@@ -133,6 +133,7 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     topk = resolve_topk(config, model)
     # Listed before the first write, so that a request without input leaves nothing behind; never again.
     listing = listed.result() if listed else None
+    uris.refuse_linked_overlap(output_uri, "input.uri", listing.linked if listing else {})
     sampled_ids: list[int] | None = None
     if model.dtype == "int8":
         images, sampled_ids = _sample(config, model, manifest, listing, _sampled_ids(found))

@@ -5,7 +5,7 @@ A set's images have ids, dense from 0, by their place in the pinned table.
 
 import difflib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -29,10 +29,12 @@ class LabelledImages:
     Attributes:
         table: `LABELLED_SCHEMA`; an image's id is its row.
         num_excluded: objects left out by a pattern, or as hidden and system files.
+        linked: as `Listing.linked`, when the set was just listed.
     """
 
     table: pa.Table
     num_excluded: int
+    linked: dict[str, str] = field(default_factory=dict)
 
     def class_names(self) -> list[str]:
         """Return the labels that occur, sorted."""
@@ -85,7 +87,7 @@ def read_labelled(uri: str, exclude: list[str], *, trust_list: bool = False) -> 
             "(unpacked, and in any case)"
         )
     table, num_left_out = label_by_folder(location, listing.table["uri"])
-    images = LabelledImages(table, listing.num_excluded + num_left_out)
+    images = LabelledImages(table, listing.num_excluded + num_left_out, listing.linked)
     if uris.is_local(location):
         log_empty_folders(location, exclude, images.class_names())
     return images

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
@@ -39,10 +39,17 @@ LISTING_SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies under a URI: a table of `LISTING_SCHEMA` sorted by URI, and how many objects were left out."""
+    """Everything under a URI.
+
+    Attributes:
+        table: `LISTING_SCHEMA`, sorted by URI.
+        num_excluded: objects left out by a pattern.
+        linked: real paths of local folders that lie elsewhere, by the links that lead to them.
+    """
 
     table: pa.Table
     num_excluded: int
+    linked: dict[str, str] = field(default_factory=dict)
 
 
 def list_objects(uri: str, exclude: list[str]) -> Listing:
@@ -57,8 +64,9 @@ def list_objects(uri: str, exclude: list[str]) -> Listing:
         RequestError: there is nothing to read, or the store refuses.
     """
     exclusion = _Exclusion(exclude)
+    folder = LocalLister(uri, exclusion.matches) if uris.is_local(uri) and os.path.isdir(uri) else None
     with in_plain_words("list", uri):
-        found = list(_tables(uri, exclusion))
+        found = list(_in_tables(folder.entries()) if folder else _tables(uri))
     num_found = sum(table.num_rows for table in found)
     if not num_found:
         raise RequestError(f"no input: nothing lies under {uri}")
@@ -67,7 +75,7 @@ def list_objects(uri: str, exclude: list[str]) -> Listing:
         log.warning("exclude: the pattern %r matches nothing under %s", pattern, uri)
     if not kept.num_rows:
         raise RequestError(f"no input: input.exclude leaves none of the {num_found} objects under {uri}")
-    return Listing(_sorted(kept), num_found - kept.num_rows)
+    return Listing(_sorted(kept), num_found - kept.num_rows, folder.followed if folder else {})
 
 
 class _Exclusion:
@@ -113,10 +121,10 @@ def _below(uri: str, root: str) -> str:
     return uri.removeprefix(root).lstrip("/") or uri.rpartition("/")[2]
 
 
-def _tables(uri: str, exclusion: _Exclusion) -> Iterator[pa.Table]:
+def _tables(uri: str) -> Iterator[pa.Table]:
     if uris.protocol_of(uri) == "s3":
         return _s3_tables(uri)
-    return _in_tables(_local_entries(uri, exclusion) if uris.is_local(uri) else _fsspec_entries(uri))
+    return _in_tables([_local_file(uri)] if uris.is_local(uri) else _fsspec_entries(uri))
 
 
 def _in_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
@@ -126,10 +134,8 @@ def _in_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
         yield pa.Table.from_arrays(columns, schema=LISTING_SCHEMA)
 
 
-def _local_entries(path: str, exclusion: "_Exclusion") -> Iterator[Entry]:
-    if os.path.isdir(path):
-        return LocalLister(path, exclusion.matches).entries()
-    return iter([entry_of(as_text(path), os.stat(path))])
+def _local_file(path: str) -> Entry:
+    return entry_of(as_text(path), os.stat(path))
 
 
 def _fsspec_entries(uri: str) -> Iterator[Entry]:

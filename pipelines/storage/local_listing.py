@@ -27,6 +27,9 @@ class LocalLister:
     Args:
         root: absolute path of a folder.
         is_excluded: whether a path below `root` is left out by a pattern.
+
+    Attributes:
+        followed: real path of each folder that lies elsewhere, by the link that led to it.
     """
 
     def __init__(self, root: str, is_excluded: Callable[[str], bool]) -> None:
@@ -34,6 +37,7 @@ class LocalLister:
         self._is_excluded = is_excluded
         self._listed: set[str] = set()  # real paths of folders
         self._links: list[str] = []
+        self.followed: dict[str, str] = {}
         self._skipped_links: list[str] = []
         self._unreadable: list[str] = []
         self._escaped: list[str] = []
@@ -54,6 +58,7 @@ class LocalLister:
                 if is_circle or target in self._listed:
                     self._skipped_links.append(f"{self._below(link)} -> {os.path.relpath(target, real_root)}")
                 else:
+                    self.followed[as_text(link)] = as_text(target)
                     yield from self._walk(link, target)
         self._log_notes()
 

@@ -104,6 +104,20 @@ def refuse_overlap(output_uri: str, inputs: Mapping[str, str]) -> None:
             )
 
 
+def refuse_linked_overlap(output_uri: str, key: str, linked: Mapping[str, str]) -> None:
+    """Refuse an output that a link inside an input leads to.
+
+    Args:
+        output_uri: of `output.uri`.
+        key: the input's, such as `input.uri`.
+        linked: real paths of folders that lie elsewhere, by the links in the input that lead to them.
+
+    Raises:
+        RequestError: names the link.
+    """
+    refuse_overlap(output_uri, {f"{key}, by the link {link} to": target for link, target in linked.items()})
+
+
 def _real(uri: str) -> str:
     place = normalize(uri)
     return os.path.realpath(place) if is_local(place) else place

@@ -108,6 +108,8 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
         for name, section in sections.items()
         if section is not None
     }
+    for name, images in sets.items():
+        uris.refuse_linked_overlap(config.output.uri, f"data.{name}.uri", images.linked)
     refuse_one_class(sets["train"], "data.train.uri")
     if "validation" in sets and (num_shared := sets["validation"].num_shared(sets["train"])):
         log.warning("%d of the validation images are training images too: their score says nothing", num_shared)

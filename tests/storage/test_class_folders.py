@@ -139,6 +139,13 @@ def train(root: Path, data: str, validation: str | None = None) -> None:
     resolve_request(normalize(TrainConfig.model_validate(config)))
 
 
+def test_training_refuses_an_output_that_a_link_in_its_data_leads_to(tmp_path: Path) -> None:
+    fill(tmp_path, "set/cat/1.jpg", "set/dog/2.jpg", "out/cat/1.jpg")
+    (tmp_path / "set" / "cat" / "runs").symlink_to(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"lies inside data\.train\.uri, by the link .*/set/cat/runs to .*/out:"):
+        train(tmp_path, "set")
+
+
 def test_training_refuses_one_class_before_it_reads_the_weights(tmp_path: Path) -> None:
     fill(tmp_path, "set/parent/cat/1.jpg", "set/parent/dog/2.jpg")
     with pytest.raises(RequestError, match="are of one class"):

@@ -53,6 +53,7 @@ def test_links_that_lead_out_of_the_folder_are_followed_once(tmp_path: Path, cap
     for name in ("b", "a"):
         (root / name).symlink_to(tmp_path / "store" / "cat")
     assert names_under(root) == ["a/1.jpg", "a/deep/2.jpg", "own.jpg"]
+    assert list_objects(str(root), []).linked == {f"{root}/a": str(tmp_path / "store" / "cat")}
     assert "2 links to folders that are listed anyway" in caplog.text
 
 

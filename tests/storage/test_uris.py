@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config.infer import InferConfig
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
+from pipelines.inference.request import find_places
 from pipelines.storage import uris
 from pipelines.training.request import normalize
 
@@ -57,6 +59,20 @@ def test_an_output_inside_an_input_is_refused_through_links_too(tmp_path: Path) 
     uris.refuse_overlap(str(tmp_path / "in-2"), inputs)
     with pytest.raises(RequestError, match="lies inside"):
         uris.refuse_overlap("s3://b/x/../in/out", {"input.uri": "s3a://b/in"})
+
+
+def test_labelling_refuses_an_output_inside_its_input(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    config = {"input": {"uri": f"file://{tmp_path}/in"}, "output": {"uri": f"{tmp_path}/link/out"}}
+    with pytest.raises(RequestError, match=r"lies inside input\.uri"):
+        find_places(InferConfig.model_validate(config))
+
+
+def test_an_output_that_a_link_in_the_input_leads_to_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"lies inside input\.uri, by the link /in/a to /b"):
+        uris.refuse_linked_overlap("/b/out", "input.uri", {"/in/a": "/b"})
+    uris.refuse_linked_overlap("/c/out", "input.uri", {"/in/a": "/b"})
 
 
 @pytest.mark.parametrize("key", ["train", "validation"])
