@@ -123,7 +123,7 @@ def _userinfo_end(protocol: str, rest: str) -> int:
     that begins no port, everything up to the last `@` is taken for user and password.
     """
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if protocol == "file" or authority.startswith("arn:"):
+    if authority.startswith("arn:"):  # an access point of S3
         return 0
     if "@" in authority:
         user = authority.rpartition("@")[0]

@@ -5,6 +5,7 @@ A set's images have ids, dense from 0, by their place in the pinned table.
 
 import difflib
 import io
+import posixpath
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,14 +107,16 @@ def refuse_one_class(images: LabelledImages, key: str) -> None:
     names = images.class_names()
     if len(names) > 1:
         return
-    below = [uri.partition(f"/{names[0]}/")[2] for uri in images.table["uri"].to_pylist()]
+    object_uris = images.table["uri"].to_pylist()
+    common = posixpath.commonprefix([min(object_uris), max(object_uris)]).rpartition("/")[0]
+    below = [uri.removeprefix(f"{common}/") for uri in object_uris if posixpath.basename(common) == names[0]]
     folders = sorted({path.partition("/")[0] for path in below if "/" in path})
     hint = (
         f"; its folders {named(folders)} look like classes: name the folder that holds them in {key}"
         if folders
         else "; a classifier needs two or more"
     )
-    raise RequestError(f"all {len(below)} images of {key} are of one class, {names[0]!r}{hint}")
+    raise RequestError(f"all {len(object_uris)} images of {key} are of one class, {names[0]!r}{hint}")
 
 
 def pin(output_uri: str, name: str, images: LabelledImages) -> None:

@@ -37,6 +37,7 @@ SECRETS = [
     "abfs://c@acc.dfs.core.windows.net/x?sig=S3CRET",
     "s3://b/x?X-Amz-Signature=S3CRET",
     "simplecache::https://user:S3CRET@h/x",
+    "file://user:S3CRET@nas/share",
 ]
 HARMLESS = [
     "s3://bucket/a@b.jpg",
@@ -47,6 +48,7 @@ HARMLESS = [
     "https://h/x?width=200&author=me&country=DE",
     "abfs://container@account.dfs.core.windows.net/x",
     "/data/user:pass@host/x",
+    "file:///data/user:pass@host/x",
     "/data/x?token=1",
     "gs://bucket/x",
     "pretrained",

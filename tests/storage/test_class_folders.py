@@ -114,7 +114,7 @@ def test_empty_class_folders_are_said(tmp_path: Path, caplog: Any) -> None:
 
 
 def test_one_class_is_refused_and_the_folder_below_it_named(tmp_path: Path) -> None:
-    flat = read_labelled(fill(tmp_path / "flat", "cat/1.jpg", "cat/2.jpg"), [])
+    flat = read_labelled(fill(tmp_path / "cat" / "flat", "cat/1.jpg", "cat/2.jpg"), [])
     with pytest.raises(
         RequestError, match=r"all 2 images of data\.train\.uri are of one class, 'cat'; a classifier needs"
     ):
