@@ -85,7 +85,7 @@ def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.Tab
     num_left_out = pc.sum(is_system).as_py() or 0
     if num_left_out:
         names = sorted({_system_name(path) for path in below.filter(is_system).slice(0, 10_000).to_pylist()})
-        log.warning("%s: left out %d hidden and system files: %s", location, num_left_out, named(names))
+        log.warning("%s: hidden and system files left out: %d (%s)", location, num_left_out, named(names))
     is_kept = pc.invert(is_system)
     paths = below.filter(is_kept).to_pylist()
     if not paths:
@@ -111,7 +111,7 @@ def log_empty_folders(location: str, exclude: list[str], class_names: Sequence[s
         and not any(fnmatch.fnmatch(f"{name}/", pattern) for pattern in exclude)
     ]
     if empty:
-        log.warning("%s: %d folders hold no image and are no classes: %s", location, len(empty), named(sorted(empty)))
+        log.warning("%s: empty folders, which are no classes: %d (%s)", location, len(empty), named(sorted(empty)))
 
 
 def named(names: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Labelled images: folders named for their class, or a list of URIs and labels; pinned under the output.
 
-A set's images have ids, dense from 0, by their place in the pinned table.
+The id of an image is its row in the pinned table.
 """
 
 import difflib
@@ -28,7 +28,7 @@ class LabelledImages:
     """A set of labelled images.
 
     Attributes:
-        table: `LABELLED_SCHEMA`; an image's id is its row.
+        table: `LABELLED_SCHEMA`; the id of an image is its row.
         num_excluded: objects left out by a pattern, or as hidden and system files.
         linked: as `Listing.linked`, when the set was just listed.
     """
@@ -46,10 +46,10 @@ class LabelledImages:
         return int(pc.sum(pc.is_in(self.table["uri"], other.table["uri"].combine_chunks())).as_py() or 0)
 
     def targets(self, class_names: list[str]) -> NDArray[np.int64]:
-        """The index of each image's label in `class_names`: by name, whatever the order of either.
+        """Return the index of each image's label in `class_names`.
 
         Raises:
-            RequestError: a label that `class_names` lacks.
+            RequestError: `class_names` lacks a label.
         """
         found = pc.index_in(self.table["label"].combine_chunks(), pa.array(class_names, pa.string()))
         if found.null_count:
@@ -120,7 +120,7 @@ def refuse_one_class(images: LabelledImages, key: str) -> None:
 
 
 def pin(output_uri: str, name: str, images: LabelledImages) -> None:
-    """Write a set under an output, so that ids mean the same images for as long as the output lives."""
+    """Write a set under an output, so that its ids mean the same images for as long as the output exists."""
     buffer = io.BytesIO()
     metadata = {"num_excluded": str(images.num_excluded)}
     pq.write_table(images.table.replace_schema_metadata(metadata), buffer, compression="zstd")
@@ -128,7 +128,11 @@ def pin(output_uri: str, name: str, images: LabelledImages) -> None:
 
 
 def find_pinned(output_uri: str, name: str) -> LabelledImages | None:
-    """The set that an earlier run pinned; None where there is none."""
+    """Return the set that an earlier run pinned; None if there is none.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(_pinned_uri(output_uri, name))))
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -53,9 +52,9 @@ def read_list(location: str, *, trust_list: bool) -> pa.Table:
         table = READERS[suffix](content)
     except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{location} cannot be read: {' '.join(str(error).split())}") from None
-    repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
+    repeated = next((name for name in LABELLED_SCHEMA.names if table.column_names.count(name) > 1), None)
     if repeated:
-        raise RequestError(f"{location} has more than one column {', '.join(map(repr, repeated))}: name each once")
+        raise RequestError(f"{location} has more than one column {repeated!r}: keep one of them")
     missing = [name for name in LABELLED_SCHEMA.names if name not in table.column_names]
     if missing:
         raise RequestError(f"{location} has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}")
@@ -135,7 +134,7 @@ def _refuse_empty(location: str, table: pa.Table) -> None:
         empty = [row for row, value in enumerate(table[name].to_pylist(), 1) if not value]
         if empty:
             raise RequestError(
-                f"{location} has rows without uri or label: row {empty[0]} has no {name} ({len(empty)} such rows)"
+                f"{location} has rows without uri or label: row {empty[0]} has no {name} (rows like it: {len(empty)})"
             )
 
 

@@ -114,13 +114,13 @@ class LocalLister:
 
     def _log_notes(self) -> None:
         for names, note in (
-            (self._skipped_links, "links to folders that are listed anyway were not followed"),
-            (self._unreadable, "folders cannot be read; each counts as one failed input"),
-            (self._escaped, "file names are not UTF-8; each is one failed input until it is renamed"),
+            (self._skipped_links, "links not followed, because they lead to folders that are listed anyway"),
+            (self._unreadable, "folders that cannot be read, each counted as one failed input"),
+            (self._escaped, "file names that are not UTF-8, each one failed input until it is renamed"),
         ):
             if names:
                 named = ", ".join(map(repr, sorted(names)[:MAX_NAMED])) + (", ..." if len(names) > MAX_NAMED else "")
-                log.warning("%s: %d %s: %s", self._root, len(names), note, named)
+                log.warning("%s: %s: %d (%s)", self._root, note, len(names), named)
 
 
 def entry_of(path: str, found: os.stat_result | None) -> Entry:

@@ -51,7 +51,7 @@ def test_hidden_and_system_files_are_no_images_and_no_classes(name: str, tmp_pat
     images = read_labelled(root, [])
     assert [row["uri"].removeprefix(f"{root}/") for row in images.table.to_pylist()] == ["cat/1.jpg", "dog/2.jpg"]
     assert images.num_excluded == 1
-    assert "left out 1 hidden and system files: " in caplog.text
+    assert "hidden and system files left out: 1 (" in caplog.text
 
 
 def test_hidden_and_system_files_in_a_bucket_are_left_out(store: ObjectStore, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_empty_class_folders_are_said(tmp_path: Path, caplog: Any) -> None:
     for name in ("bird/deep", ".hidden"):
         (tmp_path / name).mkdir(parents=True)
     assert labels(root, "left-out/*") == ["cat", "dog"]
-    assert f"{root}: 1 folders hold no image and are no classes: 'bird'" in caplog.text
+    assert f"{root}: empty folders, which are no classes: 1 ('bird')" in caplog.text
 
 
 def test_one_class_is_refused_and_the_folder_below_it_named(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def write_list(path: Path, *uris: str) -> Path:
     [
         ("list.csv", "uri,label,n\na.jpg,cat,1\n"),
         ("list.CSV", "uri,label\r\na.jpg,cat\r\n"),
+        ("twice.csv", "uri,n,label,n\na.jpg,1,cat,2\n"),
         ("bom.csv", "\ufeffuri,label\na.jpg,cat\n"),
         ("list.tsv", "uri\tlabel\na.jpg\tcat\n"),
         ("list.Tsv", "label\turi\ncat\ta.jpg\n"),
@@ -80,7 +81,7 @@ def test_numbers_are_labels_as_they_are_written(tmp_path: Path) -> None:
         ("list.csv", "uri,label,uri\na.jpg,cat,b\n", "more than one column 'uri'"),
         ("list.tsv", "uri\turi\tlabel\na\ta\tb\n", "more than one column 'uri'"),
         ("list.jsonl", '{"uri":"a","label":"x","label":"y"}', "specified twice"),
-        ("list.csv", "uri,label\na,b\nc,\n", r"row 2 has no label \(1 such rows\)"),
+        ("list.csv", "uri,label\na,b\nc,\n", r"row 2 has no label \(rows like it: 1\)"),
         ("list.csv", 'uri,label\na,""\n', "row 1 has no label"),
         ("list.jsonl", '{"path":"a","label":"x"}', "row 1 has no uri"),
         ("list.jsonl", '{"uri":"a","label":null}', "row 1 has no label"),
