@@ -46,11 +46,11 @@ class TrainModelConfig(Section):
     of a directory written by train or export; or `random` (by `optim.seed`). Where their classes are others than those
     of the images, the classifier is made anew."""
 
-    drop_rate: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the classifier. Default: 0."""
+    drop_rate: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout before the classifier. Default: the model's own, 0 for most."""
 
-    drop_path_rate: float = Field(default=0.0, ge=0, lt=1)
-    """Stochastic depth. Default: 0."""
+    drop_path_rate: float | None = Field(default=None, ge=0, lt=1)
+    """Stochastic depth. Default: the model's own, 0 for ResNets."""
 
     freeze_backbone: bool = False
     """Train the classifier alone; batch norm then keeps its statistics. Default: false."""

@@ -45,15 +45,22 @@ class Architecture:
     num_features: int
 
 
-def build_on_meta(name: str, num_classes: int | None = None) -> TimmModule:
-    """The module on torch's meta device: all shapes, no values, and no time spent on drawing them."""
+def build_on_meta(name: str, num_classes: int | None = None, **options: Any) -> TimmModule:
+    """Build a module on torch's meta device: all shapes, no values, and no time spent on drawing them."""
     with torch.device("meta"):
-        return create(name, num_classes)
+        return create(name, num_classes, **options)
 
 
-def create(name: str, num_classes: int | None = None) -> TimmModule:
-    """Timm's module in eval mode, its weights yet to be loaded."""
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+def create(name: str, num_classes: int | None = None, **options: Any) -> TimmModule:
+    """Build timm's module in eval mode, its weights yet to be loaded.
+
+    Args:
+        name: timm's, with or without a tag.
+        num_classes: length of the logits. Default: the model's own.
+        options: further arguments of the model's constructor, such as `drop_path_rate`. Not every model takes each.
+    """
+    if num_classes is not None:
+        options["num_classes"] = num_classes
     return timm.create_model(name, **options).eval()
 
 

@@ -2,18 +2,20 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-import timm
 import torch
 
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig, TrainModelConfig
+from pipelines.errors import RequestError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.build import (
     TimmModule,
     build_on_meta,
     check_model_name,
     classifier_prefixes,
+    create,
     describe,
     resolve_transform,
 )
@@ -56,11 +58,12 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
     model, image_size = config.model, config.preprocess.image_size
     if model.weights == "random":
         check_model_name(model.name)
-        module = build_on_meta(model.name, len(image_classes))
+        module = build_trainable_on_meta(config, model.name, len(image_classes))
         transform = resolve_transform(dict(module.pretrained_cfg), image_size, use_test_size=False)
         describe(module, transform.input_size)
         return StartingPoint(model.name, tuple(image_classes), transform, {})
     weights = resolve_weights(_without_training_keys(model))
+    build_trainable_on_meta(config, weights.name, len(image_classes))  # refuses dropout that the model does not take
     transform = resolve_transform(weights.pretrained_cfg, image_size, use_test_size=False)
     architecture = describe(weights.module, transform.input_size)
     label_names = resolve_label_names(weights.checkpoint_config, architecture.num_classes)
@@ -72,18 +75,44 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
 
 
 def build_module(config: TrainConfig, start: StartingPoint) -> TimmModule:
-    """Timm's module with the weights of the start; what they lack, such as a new classifier, drawn by the seed."""
+    """Build timm's module with the weights of the start; what they lack, such as a new classifier, is random."""
     torch.manual_seed(config.optim.seed)
-    module: TimmModule = timm.create_model(
-        start.name,
-        num_classes=len(start.class_names),
-        drop_rate=config.model.drop_rate,
-        drop_path_rate=config.model.drop_path_rate,
-    )
+    module = create(start.name, len(start.class_names), **_dropout(config.model))
     missing, unexpected = module.load_state_dict(start.state_dict, strict=False)
     assert not unexpected
     assert not start.state_dict or all(name.startswith(classifier_prefixes(module)) for name in missing), missing
     return module
+
+
+def build_trainable_on_meta(config: TrainConfig, name: str, num_classes: int) -> TimmModule:
+    """Build the module that is trained on torch's meta device.
+
+    Raises:
+        RequestError: a key of `model` is set that this architecture does not take.
+    """
+    dropout = _dropout(config.model)
+    try:
+        return build_on_meta(name, num_classes, **dropout)
+    except TypeError:
+        refused = [f"model.{key}" for key, value in dropout.items() if not _takes(name, key, value)]
+        if not refused:
+            raise
+        raise RequestError(f"{name} does not take {' or '.join(refused)}: leave it out") from None
+
+
+def _dropout(model: TrainModelConfig) -> dict[str, Any]:
+    """Return the arguments of timm's constructor that are set. Not every architecture takes each of them."""
+    rates = {"drop_rate": model.drop_rate, "drop_path_rate": model.drop_path_rate}
+    return {key: rate for key, rate in rates.items() if rate is not None}
+
+
+def _takes(name: str, key: str, value: float) -> bool:
+    options: dict[str, Any] = {key: value}
+    try:
+        build_on_meta(name, **options)
+    except TypeError:
+        return False
+    return True
 
 
 def _without_training_keys(model: TrainModelConfig) -> ModelConfig:

@@ -10,9 +10,11 @@ import torch
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.models.catalogue import MODEL_CARDS
-from pipelines.training.start import build_module, resolve_start
+from pipelines.training.start import build_module, build_trainable_on_meta, resolve_start
 
 SMALL = "ecaresnet26t"
+# Parts of the names of small models.
+SMALL_PARTS = ("test_", "nano", "atto", "tiny", "pico", "femto", "xxs", "small", "_s", "_xs", "_0", "18", "mini")
 
 
 def config(**model: Any) -> TrainConfig:
@@ -66,3 +68,56 @@ def test_what_cannot_be_had_is_refused() -> None:
         resolve_start(config(name="ecaresnot", weights="random"), ["a"])
     with pytest.raises(RequestError, match="does not exist"):
         resolve_start(config(weights="/absent.safetensors"), ["a"])
+
+
+def test_dropout_is_handed_to_the_model_where_it_is_set() -> None:
+    models = {name: config(weights="random", **said) for name, said in DROPOUT.items()}
+    start = resolve_start(models["unset"], ["a", "b"])
+    rates = {name: build_module(said, start).drop_rate for name, said in models.items()}
+    assert rates == {"unset": 0.0, "head": 0.25, "paths": 0.0}
+    num_paths = {name: count_drop_paths(build_module(said, start)) for name, said in models.items()}
+    assert num_paths["unset"] == num_paths["head"] == 0 < num_paths["paths"]
+
+
+DROPOUT: dict[str, dict[str, float]] = {"unset": {}, "head": {"drop_rate": 0.25}, "paths": {"drop_path_rate": 0.1}}
+
+
+def count_drop_paths(module: Any) -> int:
+    return sum(type(child).__name__ == "DropPath" for child in module.modules())
+
+
+def test_stochastic_depth_of_a_model_is_kept_where_none_is_set() -> None:
+    name = "swin_tiny_patch4_window7_224"  # 0.1 in timm
+    said = TrainConfig.model_validate(
+        {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "model": {"name": name, "weights": "random"}}
+    )
+    assert count_drop_paths(build_trainable_on_meta(said, name, 2)) > 0
+    off = said.model_copy(update={"model": said.model.model_copy(update={"drop_path_rate": 0.0})})
+    assert count_drop_paths(build_trainable_on_meta(off, name, 2)) == 0
+
+
+@pytest.mark.parametrize("weights", ["random", "FILE"])
+def test_stochastic_depth_that_a_model_does_not_take_is_refused_at_the_start(weights: str, tmp_path: Path) -> None:
+    name = "vgg11"
+    if weights == "FILE":
+        name = "densenet121"
+        weights = str(tmp_path / "some.safetensors")
+        safetensors.torch.save_file(timm.create_model(name, num_classes=2).state_dict(), weights)
+    assert resolve_start(config(name=name, weights=weights, drop_rate=0.1), ["a", "b"])
+    with pytest.raises(RequestError, match=f"{name} does not take model.drop_path_rate: leave it out"):
+        resolve_start(config(name=name, weights=weights, drop_rate=0.1, drop_path_rate=0.1), ["a", "b"])
+
+
+def small_architecture(family: str) -> str:
+    return min(timm.list_models(module=family), key=lambda name: (not any(map(name.count, SMALL_PARTS)), len(name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", timm.list_modules())
+def test_every_family_of_timm_starts(family: str) -> None:
+    name = small_architecture(family)
+    said = TrainConfig.model_validate(
+        {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "model": {"name": name, "weights": "random"}}
+    )
+    assert resolve_start(said, ["a", "b", "c"]).class_names == ("a", "b", "c")
+    assert build_trainable_on_meta(said, name, 3).num_classes == 3
