@@ -1,8 +1,8 @@
 """The request of `jobs.train`."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.config.base import Section
 from pipelines.config.sections import (
@@ -12,6 +12,9 @@ from pipelines.config.sections import (
     Uri,
     WorkerRange,
 )
+
+# Defaults of timm's `--lr-base` and `--lr-base-size`.
+LR_BASE, LR_BASE_SIZE = 0.1, 256
 
 
 class DataConfig(Section):
@@ -106,6 +109,31 @@ class AugmentConfig(Section):
     interpolation: Literal["bilinear", "bicubic", "random"] = "random"
     """Filter of the random crop's resize. Default: random, one of the two for each image."""
 
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("a range has two numbers above 0, the smaller one first")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _is_within_the_image(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[1] > 1:
+            raise ValueError("a crop's area is a share of the image, at most 1")
+        return value
+
+
+def scales_lr_by_root(opt: str) -> bool:
+    """Tell whether timm scales an optimizer's default rate with the square root of the batch, not the batch."""
+    return any(name in opt.lower() for name in ("ada", "lamb"))
+
+
+def _default_lr(validated: dict[str, Any]) -> float:
+    """Return the learning rate that timm's `train.py` takes where none is given."""
+    ratio = validated["global_batch_size"] / LR_BASE_SIZE
+    return float(LR_BASE * (ratio**0.5 if scales_lr_by_root(validated["opt"]) else ratio))
+
 
 class OptimConfig(Section):
     """Optimizer, schedule and length of the training, by timm's names."""
@@ -123,10 +151,11 @@ class OptimConfig(Section):
     opt: str = "sgd"
     """Optimizer, by timm's name (`sgd`, `adamw`, `lamb`, ...). Default: sgd, with Nesterov's momentum."""
 
-    lr: float = Field(default=0.1, gt=0)
-    """Learning rate for the whole global batch. Default: 0.1."""
+    lr: float = Field(default_factory=_default_lr, gt=0)
+    """Learning rate for the whole global batch. Default: 0.1 times `global_batch_size` / 256, or times the square root
+    of that for optimizers whose name holds `ada` or `lamb`: timm's `lr_base` and `lr_base_scale`."""
 
-    momentum: float = Field(default=0.9, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     """Default: 0.9."""
 
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -178,6 +207,22 @@ class OptimConfig(Section):
 
     seed: int = Field(default=0, ge=0)
     """Of everything random. Default: 0."""
+
+    @model_validator(mode="after")
+    def _schedule_makes_sense(self) -> "OptimConfig":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs = {self.warmup_epochs} is longer than the training, epochs = {self.epochs}"
+            )
+        if self.warmup_epochs and self.warmup_lr > self.lr:
+            raise ValueError(f"warmup_lr = {self.warmup_lr:g} is above the rate that it leads to, lr = {self.lr:g}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above the rate at the start, lr = {self.lr:g}")
+        if self.sched == "multistep" and not self.decay_milestones:
+            raise ValueError("sched = multistep decays at decay_milestones, and none are given")
+        if self.decay_milestones != sorted(set(self.decay_milestones)) or min(self.decay_milestones, default=1) < 1:
+            raise ValueError(f"decay_milestones = {self.decay_milestones} are epochs from 1, in ascending order")
+        return self
 
 
 class ScalingConfig(Section):

@@ -1,21 +1,24 @@
 """What a run will do, and whether it can: known from its config, its images and its model, before Ray starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipelines.config.train import TrainConfig
+from pipelines.config.train import LR_BASE, LR_BASE_SIZE, OptimConfig, TrainConfig, scales_lr_by_root
 from pipelines.errors import RequestError
-from pipelines.models.build import TimmModule, build_on_meta
+from pipelines.models.build import TimmModule
+from pipelines.nodes import Node
 from pipelines.training.augment import TrainPixels, train_transform
 from pipelines.training.order import EpochOrder
 from pipelines.training.recipe import freeze, make_optimizer, make_schedule
-from pipelines.training.start import StartingPoint
+from pipelines.training.start import StartingPoint, build_trainable_on_meta
 
 NUM_RATES_SHOWN = 12
+AUGMENTATIONS = "timm takes original, originalr, v0, v0r, 3a, rand-... and augmix-..., such as rand-m9-mstd0.5-inc1"
+TRANSFORM_SETS = ("tweights", "t3a", "t3aw")
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -33,6 +36,7 @@ class TrainPlan:
         num_left_out: images of an epoch that fill no batch, others in each epoch.
         total_steps: over all epochs.
         rates: epoch and learning rate at its start.
+        default_lr: how the learning rate follows from the batch, where none was set.
         num_parameters: of the model.
         num_trained: of these, those that are not frozen.
         state_bytes: a worker's weights, gradients, optimizer and average.
@@ -48,13 +52,30 @@ class TrainPlan:
     num_left_out: int
     total_steps: int
     rates: list[tuple[int, float]]
+    default_lr: str | None
     num_parameters: int
     num_trained: int
     state_bytes: int
     activation_bytes: int
 
+    @property
+    def worker_bytes(self) -> int:
+        """An estimate of the memory that a worker needs."""
+        return self.state_bytes + self.activation_bytes
+
+    def find_lack_of_memory(self, nodes: Sequence[Node], num_workers: int) -> str | None:
+        """Say by how much workers on CPUs need more memory than there is; None where they fit."""
+        largest, total = max(node.memory_bytes for node in nodes), sum(node.memory_bytes for node in nodes)
+        if self.worker_bytes <= largest and num_workers * self.worker_bytes <= total:
+            return None
+        return (
+            f"the workers may not fit: {num_workers} need about {num_workers * self.worker_bytes / 2**30:.1f} GiB, and "
+            f"there are {total / 2**30:.1f} GiB, {largest / 2**30:.1f} GiB of it on one node; a smaller "
+            f"optim.global_batch_size or preprocess.image_size, or more optim.grad_accum_steps, need less"
+        )
+
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Yield the figures as lines for people."""
         yield (
             f"images: {self.num_train:,} to learn from, {self.num_validation:,} to measure with, "
             f"{self.num_classes:,} classes"
@@ -66,11 +87,12 @@ class TrainPlan:
         )
         rates = ", ".join(f"{rate:.3g} ({epoch})" for epoch, rate in self.rates)
         yield f"learning rate, at the start of the epoch in brackets: {rates}"
+        if self.default_lr is not None:
+            yield f"optim.lr is not set: {self.default_lr}"
         yield f"parameters: {self.num_parameters:,}, of which {self.num_trained:,} are trained"
-        total = (self.state_bytes + self.activation_bytes) / 2**30
         yield (
-            f"memory of a worker: about {total:.1f} GiB, {self.state_bytes / 2**30:.1f} of it weights, gradients, "
-            f"optimizer and average, {self.activation_bytes / 2**30:.1f} activations"
+            f"memory of a worker: about {self.worker_bytes / 2**30:.1f} GiB, {self.state_bytes / 2**30:.1f} of it "
+            f"weights, gradients, optimizer and average, {self.activation_bytes / 2**30:.1f} activations"
         )
 
 
@@ -83,7 +105,7 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
     optim = config.optim
     order = EpochOrder(num_train, optim.global_batch_size, optim.seed)
     _check_augmentation(config, start)
-    module = build_on_meta(start.name, len(start.class_names)).train()
+    module = build_trainable_on_meta(config, start.name, len(start.class_names)).train()
     freeze(module, config)
     optimizer = make_optimizer(config, module)
     schedule = make_schedule(config, optimizer, order.steps_per_epoch)
@@ -102,6 +124,7 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
         num_left_out=num_train - order.steps_per_epoch * optim.global_batch_size,
         total_steps=order.steps_per_epoch * optim.epochs,
         rates=_rates(optimizer, schedule, optim.epochs, order.steps_per_epoch),
+        default_lr=None if optim.is_set("lr") else _explain_lr(optim),
         num_parameters=num_parameters,
         num_trained=sum(trained),
         state_bytes=_state_bytes(config, num_parameters, sum(trained)),
@@ -110,11 +133,32 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
 
 
 def _check_augmentation(config: TrainConfig, start: StartingPoint) -> None:
+    """Build the train transform.
+
+    Raises:
+        RequestError: timm does not know the automatic augmentation, or would leave out a part of it.
+    """
+    policy = config.augment.auto_augment
     pixels = TrainPixels(start.transform.input_size, start.transform.mean, config.augment, config.optim.seed)
     try:
         train_transform(pixels)
     except (AssertionError, ValueError, KeyError) as error:
-        raise RequestError(f"augment.auto_augment = {config.augment.auto_augment!r}: {error}") from None
+        reason = str(error) or "timm does not know it"
+        raise RequestError(f"augment.auto_augment = {policy!r}: {reason}; {AUGMENTATIONS}") from None
+    # timm passes over a section that it does not know where that holds no number.
+    for section in policy.split("-")[1:] if policy else []:
+        if section not in TRANSFORM_SETS and (section.startswith("t") or not any(map(str.isdigit, section))):
+            raise RequestError(f"augment.auto_augment = {policy!r}: timm does not know {section!r}; {AUGMENTATIONS}")
+
+
+def _explain_lr(optim: OptimConfig) -> str:
+    ratio = f"{optim.global_batch_size} / {LR_BASE_SIZE}"
+    if not scales_lr_by_root(optim.opt):
+        return f"{optim.lr:.3g} = {LR_BASE} x {ratio}, as timm scales it with the batch"
+    return (
+        f"{optim.lr:.3g} = {LR_BASE} x sqrt({ratio}), as timm scales it with the batch; "
+        f"{optim.opt} mostly wants less, such as 1e-3"
+    )
 
 
 def _rates(
