@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from timm.data.random_erasing import RandomErasing
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn
+from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,8 +22,20 @@ from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
 from pipelines.models.transfer import Beside
 from pipelines.training.batches import PADDING_ID
-from pipelines.training.recipe import batch_norms, freeze, make_loss, make_mixup, make_optimizer, make_schedule
+from pipelines.training.recipe import (
+    batch_norms,
+    freeze,
+    is_settled,
+    make_ema,
+    make_loss,
+    make_mixup,
+    make_optimizer,
+    make_schedule,
+)
 from pipelines.training.seeds import seed_generators
+
+# fairseq's limit. A scale that low means that no gradient of the last dozens of steps was finite.
+MIN_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Learner:
         self.module = module.to(device).to(memory_format=self._layout)
         freeze(self.module, config)
         optim = config.optim
-        self.average = ModelEmaV3(self.module, decay=optim.ema_decay) if optim.ema_decay else None
+        self.average = make_ema(config, self.module)
         self._optimizer = make_optimizer(config, self.module)
         self._schedule = make_schedule(config, self._optimizer, task.steps_per_epoch)
         self._scaler = NativeScaler(device.type) if optim.precision == "float16" else None
@@ -85,6 +97,32 @@ class Learner:
     def lr(self) -> float:
         """The learning rate of the next step."""
         return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a GradScaler skips updates whose gradients are not finite."""
+        return self._scaler is not None
+
+    @property
+    def preferred_weights(self) -> str:
+        """`average` or `model`: the weights to hand out where no validation compares them.
+
+        An EMA over a large part of a short training is behind the model.
+        """
+        return "average" if self.average is not None and is_settled(self.average, self.step) else "model"
+
+    def weights(self, name: str) -> TimmModule:
+        """Return the module of `model` or `average`."""
+        return self.module if self.average is None or name == "model" else self.average.module
+
+    def is_broken(self) -> bool:
+        """Check whether weights or statistics are NaN or infinite, or a GradScaler skips every update."""
+        if self._scaler is not None and self._scaler.state_dict()["scale"] < MIN_SCALE:
+            return True
+        modules = [self.module] if self.average is None else [self.module, self.average.module]
+        tensors = [tensor for module in modules for tensor in module.parameters()]
+        tensors += [tensor for module in modules for norm in batch_norms(module) for tensor in norm.buffers()]
+        return not torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
     def learn(self, share: dict[str, NDArray[Any]]) -> torch.Tensor:
         """One step on this worker's share of a global batch.
@@ -101,11 +139,11 @@ class Learner:
         seed_generators(self.config.optim.seed, self.step, self.rank)  # for dropout, mixup and erasing
         self._set_mode()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        pieces, weight = self._pieces(share)
-        for position, piece in enumerate(pieces):
+        pieces = self._pieces(share)
+        for position, (rows, weights) in enumerate(pieces):
             is_last = position == len(pieces) - 1
             with self._synchronized(is_last):
-                loss = self._loss(share, piece) * weight
+                loss = self._loss(share, rows, weights)
                 self._backward(loss * self.world_size, is_last)  # DDP takes the mean over the workers
             total += loss.detach()
         self.step += 1
@@ -171,35 +209,46 @@ class Learner:
             for module in batch_norms(self.module):
                 module.eval()
 
-    def _pieces(self, share: dict[str, NDArray[Any]]) -> tuple[list[NDArray[np.int64]], float]:
-        """The rows of each pass of gradient accumulation, and the weight of their loss.
+    def _pieces(self, share: dict[str, NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Split a local batch into microbatches.
 
-        On every worker there are as many passes, whatever failed: where batch norm is synchronized, they wait for each
-        other in each. Batch norm and mixup want two images a pass; the few good ones stand in for those that failed,
-        and where there is none, images that count nothing.
+        Every worker makes the same number of passes, whatever failed: synchronized batch norm waits for all workers in
+        each pass. Batch norm needs two images a pass. Where too few images are good, some are passed more than once,
+        each time with a part of their weight; where none is good, failed rows stand in and count nothing.
+
+        Returns:
+            The rows of each pass, and their weights, which are 1 for each good image.
         """
         num_passes = self.config.optim.grad_accum_steps
         good = _good_rows(share)
-        rows = good
-        if len(good) < 2 * num_passes:
-            rows = np.resize(good if len(good) else np.arange(len(share["id"])), 2 * num_passes)
-        return np.array_split(rows, num_passes), len(good) / len(rows)
+        rows = good if len(good) else np.arange(len(share["id"]))
+        rows = np.resize(rows, max(len(rows), 2 * num_passes))
+        weights = 1 / np.bincount(rows)[rows] if len(good) else np.zeros(len(rows))
+        return list(zip(np.array_split(rows, num_passes), np.array_split(weights, num_passes)))
 
     def _synchronized(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         is_wrapped = isinstance(self._model, DistributedDataParallel)
         return self._model.no_sync() if is_wrapped and not is_last else contextlib.nullcontext()
 
-    def _loss(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
-        if self._mixup is not None:
-            rows = rows[: len(rows) // 2 * 2]  # timm mixes pairs
+    def _loss(
+        self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64], weights: NDArray[np.float64]
+    ) -> torch.Tensor:
+        """Return a pass's part of the mean loss over the global batch."""
         images, target = self._images(share, rows), self._target(share, rows)
         if self._mixup is not None:
             images, target = self._mixup(images, target)
         images = self._erase(images)
         with self._autocast():
             logits = self._model(images)
-        mean: torch.Tensor = self._train_loss(logits.float(), target)
-        return mean * (len(rows) / self.config.optim.global_batch_size)
+        global_batch_size = self.config.optim.global_batch_size
+        if (weights == weights[0]).all():
+            mean: torch.Tensor = self._train_loss(logits.float(), target)
+            return mean * (weights[0] * len(rows) / global_batch_size)
+        # timm's losses have no weights.
+        parts = [
+            self._train_loss(*row) * weight for *row, weight in zip(logits.float().split(1), target.split(1), weights)
+        ]
+        return torch.stack(parts).sum() / global_batch_size
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -219,7 +268,9 @@ class Learner:
         with self._autocast():
             logits = module(images)
         logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+        # Where the answer is no number, topk takes the first classes for the best.
+        is_answer = torch.isfinite(logits).all(dim=1, keepdim=True)
+        best = (logits.topk(min(5, logits.shape[1])).indices == target[:, None]) & is_answer
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
         counts = [torch.tensor(len(target), device=self.device), best[:, 0].sum(), best.sum(), loss]
         return torch.stack([count.double() for count in counts])

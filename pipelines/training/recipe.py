@@ -6,14 +6,21 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.models.build import TimmModule, classifier_prefixes
+
+# An EMA that averages over more than this part of the steps is behind its model. With timm's warm-up that is so for 124
+# steps, with a constant decay of 0.999 for 5,000. Top-1 on digits (resnet10t, cosine, warm-up), EMA against model:
+# after 36 steps 0.40 against 0.85, after 90 steps 0.983 against 0.987, after 360 steps 1.0 both.
+MAX_PART_OF_STEPS = 0.2
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
@@ -44,7 +51,7 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimi
         hint = f", did you mean {' or '.join(near)}?" if near else f"; it knows: {', '.join(known)}"
         raise RequestError(f"timm knows no optimizer {optim.opt!r}{hint}")
     try:
-        return create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             module,
             opt=optim.opt,
             lr=optim.lr,
@@ -54,6 +61,9 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimi
         )
     except (ValueError, AssertionError) as error:
         raise RequestError(f"optim.opt = {optim.opt}: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise RequestError(f"optim.opt = {optim.opt} needs second derivatives, which train does not compute")
+    return optimizer
 
 
 def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
@@ -76,13 +86,39 @@ def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_p
     return schedule
 
 
+class BatchMixup(Mixup):
+    """timm's mixup and CutMix in batch mode, for batches of any size.
+
+    timm pairs image i with image n - 1 - i and asserts that n is even. With an odd n, the image in the middle is its
+    own partner and stays as it is.
+    """
+
+    def __call__(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix images (batch x 3 x height x width) in place; make targets soft (batch x num_classes)."""
+        lam = self._mix_batch(images)  # type: ignore[no-untyped-call]
+        return images, mixup_target(target, self.num_classes, lam, self.label_smoothing)
+
+
+def make_ema(config: TrainConfig, module: nn.Module) -> ModelEmaV3 | None:
+    """Return timm's exponential moving average of a module's weights, or None where the config asks for none."""
+    optim = config.optim
+    return ModelEmaV3(module, decay=optim.ema_decay, use_warmup=optim.ema_warmup) if optim.ema_decay else None
+
+
+def is_settled(ema: ModelEmaV3, num_steps: int) -> bool:
+    """Check that an EMA averages over a small part of the training: over 1 / (1 - decay) of `num_steps` steps."""
+    return 1 / (1 - ema.get_decay(num_steps)) <= MAX_PART_OF_STEPS * num_steps
+
+
 def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """Timm's mixup and CutMix; None where neither is asked for."""
+    """Return timm's mixup and CutMix, or None where the config asks for neither."""
     augment = config.augment
     if not augment.mixup and not augment.cutmix:
         return None
     smoothing = config.optim.label_smoothing
-    return Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+    return BatchMixup(  # type: ignore[no-untyped-call]
+        augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes
+    )
 
 
 def make_loss(config: TrainConfig, is_soft: bool) -> nn.Module:

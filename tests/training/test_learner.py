@@ -9,12 +9,15 @@ import pytest
 import timm
 import torch
 from numpy.typing import NDArray
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from pipelines.config.train import TrainConfig
 from pipelines.training.batches import PADDING_ID
-from pipelines.training.learner import Learner, Task
+from pipelines.training.learner import MIN_SCALE, Learner, Task
+from pipelines.training.recipe import make_ema, make_mixup
 
 CPU = torch.device("cpu")
 TASK = Task("ecaresnet26t", num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, steps_per_epoch=5)
@@ -160,6 +163,165 @@ def test_the_average_lags_behind() -> None:
     now, mean = learner.module.fc.weight, learner.average.module.fc.weight
     assert not torch.equal(now, mean)
     assert set(learner.measure(share())) == {"model", "average"}
+
+
+TINY = Task("test_resnet", num_classes=4, mean=(0.5,) * 3, std=(0.25,) * 3, steps_per_epoch=5)
+
+
+def tiny_learner(**sections: Any) -> Learner:
+    torch.manual_seed(0)
+    return Learner(config(**sections), TINY, timm.create_model(TINY.architecture, num_classes=4), CPU)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_ema_is_timms(warmup: bool) -> None:
+    learner = tiny_learner(optim={"ema_decay": 0.9, "ema_warmup": warmup})
+    theirs = ModelEmaV3(learner.module, decay=0.9, use_warmup=warmup)
+    for step in range(1, 5):
+        learner.learn(share(step))
+        theirs.update(learner.module, step=step)
+    assert learner.average is not None
+    expected = theirs.module.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in learner.average.module.state_dict().items())
+
+
+def test_ema_warms_up_unless_told_otherwise() -> None:
+    module = torch.nn.Linear(2, 2)
+    warm, flat = (
+        make_ema(config(optim={"ema_decay": 0.999, **optim}), module) for optim in ({}, {"ema_warmup": False})
+    )
+    assert warm is not None
+    assert flat is not None
+    assert warm.get_decay(10) < 0.8
+    assert warm.get_decay(10**6) == flat.get_decay(10) == 0.999
+
+
+@pytest.mark.parametrize(
+    ("optim", "num_steps", "expected"),
+    [
+        ({}, 10**6, "model"),
+        ({"ema_decay": 0.999}, 1, "model"),
+        ({"ema_decay": 0.999}, 36, "model"),
+        ({"ema_decay": 0.999}, 360, "average"),
+        ({"ema_decay": 0.999, "ema_warmup": False}, 360, "model"),
+        ({"ema_decay": 0.999, "ema_warmup": False}, 5001, "average"),
+        ({"ema_decay": 0.5, "ema_warmup": False}, 36, "average"),
+    ],
+)
+def test_ema_is_preferred_once_it_averages_over_a_small_part_of_the_steps(
+    optim: dict[str, Any], num_steps: int, expected: str
+) -> None:
+    learner = tiny_learner(optim=optim)
+    learner.step = num_steps
+    assert learner.preferred_weights == expected
+    handed_out = learner.weights(learner.preferred_weights)
+    assert (handed_out is learner.module) == (expected == "model")
+
+
+def hooked(learner: Learner) -> list[torch.Tensor]:
+    """The images of each pass, as the model gets them."""
+    passes: list[torch.Tensor] = []
+    learner._model.register_forward_pre_hook(lambda model, images: passes.append(images[0].clone()))
+    return passes
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_even_batches_are_mixed_as_by_timm(mixing: dict[str, float]) -> None:
+    images, target = torch.rand(8, 3, 32, 32), torch.arange(8) % 4
+    theirs: Any = Mixup(mixing.get("mixup", 0.0), mixing.get("cutmix", 0.0), label_smoothing=0.1, num_classes=4)
+    ours = make_mixup(config(augment=mixing, optim={"label_smoothing": 0.1}), num_classes=4)
+    assert ours is not None
+    for seed in range(5):
+        np.random.seed(seed)
+        expected = theirs(images.clone(), target)
+        np.random.seed(seed)
+        assert all(map(torch.equal, ours(images.clone(), target), expected))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_failed", "grad_accum_steps", "passes"),
+    [(7, 0, 1, [7]), (6, 0, 2, [3, 3]), (8, 1, 1, [7]), (8, 2, 2, [3, 3]), (3, 0, 1, [3]), (1, 0, 1, [2])],
+)
+@pytest.mark.parametrize("sections", [{}, {"augment": {"mixup": 0.2}}, {"augment": {"cutmix": 1.0}}])
+def test_every_good_image_counts_once_in_odd_batches(
+    num_rows: int, num_failed: int, grad_accum_steps: int, passes: list[int], sections: dict[str, Any]
+) -> None:
+    rows = share(stop=num_rows)
+    rows["error"][:num_failed] = "corrupt: x"
+    learner = tiny_learner(optim={"grad_accum_steps": grad_accum_steps}, **sections)
+    learner._train_loss = ConstantLoss()
+    seen = hooked(learner)
+    # Of a loss of 1 for each image, the images' part of the global batch of 8 is left.
+    assert float(learner.learn(rows)) == pytest.approx((num_rows - num_failed) / 8)
+    assert [len(images) for images in seen] == passes
+
+
+class ConstantLoss(torch.nn.Module):
+    """1 for every image."""
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return 1 + 0 * logits.mean()
+
+
+@pytest.mark.parametrize("num_good", [3, 5, 7])
+def test_images_of_a_short_batch_weigh_the_same_however_often_they_are_passed(num_good: int) -> None:
+    frozen = {"freeze_batch_norm": True}  # so that the passes do not matter
+    many, one = tiny_learner(model=frozen, optim={"grad_accum_steps": 4}), tiny_learner(model=frozen)
+    rows = share()
+    rows["error"][num_good:] = "corrupt: x"
+    assert float(many.learn(rows)) == pytest.approx(float(one.learn(rows)), rel=1e-5)
+    for mine, other in zip(weights_of(many), weights_of(one), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_middle_image_of_an_odd_batch_stays_as_it_is() -> None:
+    images, target = torch.rand(5, 3, 32, 32), torch.arange(5) % 4
+    mixup = make_mixup(config(augment={"mixup": 1.0}), num_classes=4)
+    assert mixup is not None
+    mixed, soft = mixup(images.clone(), target)
+    torch.testing.assert_close(mixed[2], images[2])
+    torch.testing.assert_close(soft[2], torch.eye(4)[2])
+    assert not torch.equal(mixed[0], images[0])
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize("where", ["parameter", "statistics", "average"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_found(where: str, value: float) -> None:
+    learner = tiny_learner(optim={"ema_decay": 0.9})
+    assert not learner.is_broken()
+    assert learner.average is not None
+    norm = next(module for module in learner.module.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    tensors = {
+        "parameter": learner.module.fc.weight,
+        "statistics": norm.running_var,
+        "average": learner.average.module.fc.bias,
+    }
+    with torch.no_grad():
+        tensors[where].view(-1)[0] = value
+    assert learner.is_broken()
+
+
+def test_gradient_scale_that_has_shrunk_to_nothing_is_found() -> None:
+    learner = tiny_learner(optim={"precision": "float16"})
+    assert learner.is_scaled
+    assert learner._scaler is not None
+    scaler = learner._scaler._scaler
+    scaler.scale(torch.ones(()))  # makes the scale
+    assert not learner.is_broken()
+    scaler.update(MIN_SCALE / 2)
+    assert learner.is_broken()
+
+
+def test_answer_that_is_no_number_is_no_hit() -> None:
+    learner = tiny_learner()
+    rows = share()
+    rows["target"][:] = 0
+    with torch.no_grad():
+        learner.module.fc.bias.fill_(float("nan"))
+    images, top1, top5, loss = learner.measure(rows)["model"].tolist()
+    assert (images, top1, top5) == (8, 0, 0)
+    assert np.isnan(loss)
 
 
 def _worker(rank: int, folder: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
+from pipelines.nodes import Node
 from pipelines.training.plan import plan_training
 from pipelines.training.start import resolve_start
 
@@ -78,6 +79,16 @@ def test_a_frozen_backbone_needs_less() -> None:
         ({"optim": {"opt": "fusedsgd"}}, "CUDA"),
         ({"optim": {"global_batch_size": 2000}}, "1000 training images make no batch"),
         ({"augment": {"auto_augment": "nonsense"}}, "augment.auto_augment = 'nonsense'"),
+        (
+            {"augment": {"auto_augment": "randaug"}},
+            "augment.auto_augment = 'randaug': timm does not know it; timm takes",
+        ),
+        ({"augment": {"auto_augment": "rand-foo"}}, "timm does not know 'foo'"),
+        ({"augment": {"auto_augment": "rand-m9-tfoo1"}}, "timm does not know 'tfoo1'"),
+        ({"augment": {"auto_augment": "rand-x9"}}, "Unknown RandAugment config section"),
+        ({"augment": {"auto_augment": "augmix-mfive"}}, "timm does not know 'mfive'"),
+        ({"optim": {"opt": "adahessian"}}, "adahessian needs second derivatives"),
+        ({"model": {"name": "densenet121", "weights": "random", "drop_path_rate": 0.1}}, "densenet121 does not take"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(sections: dict[str, Any], message: str) -> None:
@@ -91,3 +102,35 @@ def test_every_schedule_that_the_config_names_is_timms(sched: str) -> None:
     rates = plan(optim={"sched": sched, "lr": 0.1, "decay_milestones": [3], "decay_epochs": 5}).rates
     assert rates[0] == (1, pytest.approx(0.1))
     assert (rates[-1][1] == 0.1) == (sched == "constant")
+
+
+@pytest.mark.parametrize(
+    "policy", ["original", "v0-mstd0.5", "3a", "rand-m7-mstd0.5-inc1", "rand-tweights", "augmix-m5-w4"]
+)
+def test_automatic_augmentation_that_timm_knows_is_taken(policy: str) -> None:
+    assert plan(augment={"auto_augment": policy})
+
+
+@pytest.mark.parametrize(
+    ("optim", "said"),
+    [
+        ({"global_batch_size": 32}, "optim.lr is not set: 0.0125 = 0.1 x 32 / 256"),
+        ({"global_batch_size": 64, "opt": "adamw"}, "optim.lr is not set: 0.05 = 0.1 x sqrt(64 / 256)"),
+        ({"global_batch_size": 64, "lr": 0.1}, None),
+    ],
+)
+def test_default_rate_is_said_with_its_reason(optim: dict[str, Any], said: str | None) -> None:
+    text = "\n".join(plan(optim=optim).lines())
+    assert said in text if said else "not set" not in text
+
+
+def test_lack_of_memory_is_said_with_the_numbers() -> None:
+    found = plan()
+    enough, half = Node(2, 0, memory_bytes=found.worker_bytes), Node(2, 0, memory_bytes=found.worker_bytes / 2)
+    assert found.find_lack_of_memory([enough], num_workers=1) is None
+    assert found.find_lack_of_memory([enough, enough], num_workers=2) is None
+    for nodes, num_workers in (([half], 1), ([enough], 2), ([half, half], 1)):
+        said = found.find_lack_of_memory(nodes, num_workers)
+        assert said is not None
+        assert f"{num_workers} need about" in said
+        assert "optim.grad_accum_steps" in said
