@@ -39,6 +39,6 @@ def draw_curves(records: list[dict[str, Any]], steps_per_epoch: int) -> bytes:
 
 
 def _plot(axes: Axes, records: list[dict[str, Any]], key: str, label: str, steps_per_epoch: int, **style: Any) -> None:
-    points = [(record["step"] / steps_per_epoch, record[key]) for record in records if key in record]
+    points = [(record["step"] / steps_per_epoch, record[key]) for record in records if record.get(key) is not None]
     if points:
         axes.plot(*zip(*points), label=label, **style)

@@ -1,4 +1,4 @@
-"""A checkpoint as a timm directory: the measured best where the checkpoint is one, else what it goes on from."""
+"""A checkpoint as a timm directory, with the weights that training hands out: the model's or its EMA's."""
 
 import json
 import posixpath
@@ -66,6 +66,14 @@ def _data_uris(checkpoint_uri: str) -> dict[str, str]:
         return {}
 
 
+def handed_out(state: dict[str, Any]) -> str:
+    """Return `average` or `model`: the choice of the run, which older checkpoints hold for their last epoch only."""
+    if state["learner"]["state_dict_ema"] is None:
+        return "model"
+    last = state["history"][-1] if state.get("history") else {}
+    return str(state.get("handed_out", last.get("of", "average")))
+
+
 def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
     with in_plain_words("read the checkpoint", checkpoint_uri):
         if set(TIMM_FILES) <= set(list_names(checkpoint_uri)):
@@ -73,7 +81,7 @@ def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
         state = load_state(Path(download(uris.join(checkpoint_uri, STATE_FILE), str(folder))).parent)
     described, learnt = state["model"], state["learner"]
     module = create(described["name"], len(described["class_names"]))
-    module.load_state_dict(learnt["state_dict"] if learnt["state_dict_ema"] is None else learnt["state_dict_ema"])
+    module.load_state_dict(learnt["state_dict_ema" if handed_out(state) == "average" else "state_dict"])
     transform = EvalTransform(**described["transform"])
     save_timm_directory(folder, module, tuple(described["class_names"]), transform)
     return {name: (folder / name).read_bytes() for name in TIMM_FILES}

@@ -74,9 +74,9 @@ def iterate_shares(
     batch_size: Any = None
     for share in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=PREFETCH_SHARES):
         found = (share["epoch"][0], share["step"][0], share["rank"][0])
-        assert found == (*divmod(expected, steps_per_epoch), rank), (
-            f"worker {rank} at step {expected} was handed {found}"
-        )
+        if found != (*divmod(expected, steps_per_epoch), rank):
+            # No `AssertionError`: a restart sets the order right.
+            raise RuntimeError(f"worker {rank} at step {expected} was handed {found}")
         expected += 1
         yield share
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,8 +35,10 @@ class TrainingLog:
         self._config, self._steps_per_epoch = config, steps_per_epoch
         self._folder = tempfile.TemporaryDirectory()
         self._window: list[torch.Tensor] = []
+        # Writes one thing after the other, so that nothing older comes over something newer.
         self._writer, self._writing = ThreadPoolExecutor(1), Future[None]()
         self._writing.set_result(None)
+        self._quiet_until = 0.0
         self._since = self._epoch_since = time.monotonic()
         self._num_steps_of_epoch = 0
         self._is_warm = False
@@ -61,7 +64,7 @@ class TrainingLog:
         if now - self._since < self._config.logging.every_s:
             return
         optim = self._config.optim
-        mean_loss = float(torch.stack(self._window).mean())  # waits for the steps
+        mean_loss = _mean_of_finite(self._window)  # waits for the steps
         now = time.monotonic()
         rate = len(self._window) * optim.global_batch_size / (now - self._since)
         epoch, within = divmod(step - 1, self._steps_per_epoch)
@@ -70,9 +73,9 @@ class TrainingLog:
         )
         num_left = (self._steps_per_epoch * optim.epochs - step) * optim.global_batch_size
         log.info(
-            "epoch %d of %d, step %d of %d, loss %.4f, rate %.3g, %.1f images/s, %s left",
+            "epoch %d of %d, step %d of %d, loss %s, rate %.3g, %.1f images/s, %s left",
             *(epoch + 1, optim.epochs, within + 1, self._steps_per_epoch),
-            *(mean_loss, lr, rate, _duration(num_left / rate)),
+            *(_figure(mean_loss), lr, rate, _duration(num_left / rate)),
         )
         self._publish(
             {
@@ -93,9 +96,11 @@ class TrainingLog:
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Say and keep what an epoch came to."""
         self._keep({"kind": "epoch"} | record)
-        text = f"epoch {record['epoch']} of {self._config.optim.epochs} done: loss {record['train_loss']:.4f}"
+        text = f"epoch {record['epoch']} of {self._config.optim.epochs} done: loss {_figure(record['train_loss'])}"
         if "top1" in record:
             text += f", top-1 {record['top1']:.4f}, top-5 {record['top5']:.4f}"
+        if "average_top1" in record:
+            text += f" ({'EMA' if record['of'] == 'average' else 'model'})"
         log.info("%s, %.1f images/s", text, record["images_per_s"])
         self._window, self._num_steps_of_epoch = [], 0
         self.restart_clock()
@@ -106,23 +111,52 @@ class TrainingLog:
 
     def upload(self, output_uri: str) -> None:
         """Write `metrics.jsonl` and this process's TensorBoard events, whole, under the output."""
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        self._writer.submit(self._upload, output_uri, list(self.records)).result()
+
+    def _upload(self, output_uri: str, records: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         write_bytes(uris.join(output_uri, METRICS_FILE), lines.encode())
         self._events.flush()
         for path in Path(self._folder.name).iterdir():
             write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes())
 
     def _publish(self, figures: dict[str, Any]) -> None:
-        """Write `_progress.json` beside the steps, unless the last time still takes."""
+        """Write `_progress.json`, metrics and events beside the steps, unless the last time still takes."""
         if self._writing.done():
             content = {"is_running": True, **figures}
-            self._writing = self._writer.submit(run_record.write_progress, self._config.output.uri, content)
+            self._writing = self._writer.submit(self._write_all, content, list(self.records))
+
+    def _write_all(self, progress: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        output_uri = self._config.output.uri
+        run_record.write_progress(output_uri, progress)
+        started = time.monotonic()
+        if started < self._quiet_until:
+            return
+        try:
+            self._upload(output_uri, records)
+        except (
+            Exception
+        ) as error:  # of whatever file system; the next checkpoint tries again, and ends the run if need be
+            log.warning("%s could not be written: %s", METRICS_FILE, error)
+        # Both are written whole, and grow: they take a twentieth of the time at most.
+        self._quiet_until = time.monotonic() + 20 * (time.monotonic() - started)
 
     def _keep(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def _mean_of_finite(losses: list[torch.Tensor]) -> float | None:
+    """Return the mean without the steps that a GradScaler skipped, or None where there is no other."""
+    values = torch.stack(losses)
+    mean = float(values[values.isfinite()].mean())
+    return mean if math.isfinite(mean) else None
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ images, augmentation, rate and every random draw from the step that it holds.
 """
 
 import logging
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import distributed
 
 from pipelines.logs import log_to_stderr
-from pipelines.models.build import TimmModule
 from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
+from pipelines.training.divergence import NO_STEP, DivergenceMonitor
 from pipelines.training.history import NO_SCORE, SCORE, final_score
 from pipelines.training.ingest import errors_of, max_steps_per_dataset
 from pipelines.training.job import ImageSet, TrainJob
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # All workers have to meet for it; at a step a second, a hopeless set is noticed within two minutes.
 GATHER_ERRORS_EVERY_STEPS = 100
+# Between looks at whether the loss has diverged, for which a GPU waits once.
+CHECK_LOSS_EVERY_STEPS = 10
 
 
 def train_worker(job: TrainJob) -> dict[str, Any]:
@@ -44,6 +47,7 @@ def train_worker(job: TrainJob) -> dict[str, Any]:
     return {
         "history": worker.history,
         "failed": worker.failed,
+        "validation_failed": worker.validation_failed,
         "stopped_by": worker.stopped_by,
         "metrics": worker.log.records,
     }
@@ -58,6 +62,7 @@ class Worker:
         history: one record an epoch.
         failed: reason by id, of images that could not be had.
         failed_in_epoch: ids of those of this epoch, or of what a restarted run has seen of it.
+        validation_failed: reason by id, of validation images that could not be had the last time.
         stopped_by: why the run ends before its time, if it does.
     """
 
@@ -77,22 +82,28 @@ class Worker:
         self.history: list[dict[str, Any]] = []
         self.failed: dict[int, str] = {}
         self.failed_in_epoch: set[int] = set()
+        self.validation_failed: dict[int, str] = {}
         self.stopped_by: str | None = None
         self._shares = WorkerShares(job, transform, self.rank, self.world_size)
+        self._divergence = DivergenceMonitor(device, self.learner.is_scaled)
+        self._has_checkpoint = False
         self._new_errors: dict[int, str] = {}
-        self._loss_sum = self._no_loss()
+        self._losses = self._no_losses()
 
     def resume(self) -> None:
         """Go on from the run's last checkpoint, if it has one."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
+        self._has_checkpoint = True
         with checkpoint.as_directory() as folder:
             state = load_state(Path(folder))
         self.learner.load_state(state["learner"])
         self.history, self.failed = state["history"], state["failed"]
+        self.validation_failed = state["validation_failed"]
         self.log.records = state["metrics"]
-        self._loss_sum = self._no_loss() + (state["loss_sum"] if self.rank == 0 else 0.0)
+        if self.rank == 0:
+            self._losses += torch.tensor(state["losses"], dtype=torch.float64, device=self.learner.device)
         if self.rank == 0:
             log.info("going on at step %d of %d", self.learner.step, self.total_steps)
 
@@ -101,8 +112,11 @@ class Worker:
         first = self.learner.step
         num_steps = min(self.total_steps - first, max_steps_per_dataset(self.world_size))
         for share in self._shares.training(first, num_steps):
+            lr = self.learner.lr
             loss = self.learner.learn(share)
-            self._loss_sum += loss
+            self._divergence.add(self.learner.step, loss, lr)
+            is_finite = torch.isfinite(loss)
+            self._losses += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.double() / self.world_size])
             self._new_errors |= errors_of(share)
             if self.rank == 0:
                 # The loss of the others is not asked for at each step; shares are drawn at random.
@@ -116,9 +130,11 @@ class Worker:
         step = self.learner.step
         is_epoch_end = step % self.steps_per_epoch == 0
         is_checkpoint_due = is_epoch_end or (every_steps is not None and step % every_steps == 0)
+        if is_checkpoint_due or step % CHECK_LOSS_EVERY_STEPS == 0:
+            self._stop_if_diverged(is_checkpoint_due)
         if is_checkpoint_due or step % GATHER_ERRORS_EVERY_STEPS == 0:
-            self._gather_errors()
-        if not is_checkpoint_due:
+            self._stop_if_too_many_failed()
+        if not is_checkpoint_due or self.stopped_by is not None:
             return
         self.learner.agree_on_statistics()
         if is_epoch_end:
@@ -129,12 +145,17 @@ class Worker:
     def _end_epoch(self) -> None:
         epoch = self.learner.step // self.steps_per_epoch
         record: dict[str, Any] = {"epoch": epoch, "step": self.learner.step, "lr": self.learner.lr}
-        record["train_loss"] = float(self._summed(self._loss_sum)) / self.steps_per_epoch
+        loss_sum, num_losses = self._summed(self._losses).tolist()
+        record["train_loss"] = loss_sum / num_losses if num_losses else None
         record["images_per_s"] = self.log.epoch_rate()
         if self.job.validation is not None:
             record |= self._measure(self.job.validation)
+            if self.stopped_by is not None:
+                return
+        elif self.learner.average is not None:
+            record["of"] = self.learner.preferred_weights
         self.history.append(record)
-        self._loss_sum = self._no_loss()
+        self._losses = self._no_losses()
         self.failed_in_epoch.clear()
         if self.rank == 0:
             self.log.end_epoch(record)
@@ -142,35 +163,47 @@ class Worker:
         self.log.restart_clock()
 
     def _measure(self, validation: ImageSet) -> dict[str, Any]:
-        """Top-1 and top-5 over the whole set, each image counted once."""
+        """Measure top-1, top-5 and loss over the whole set, each image counted once.
+
+        Stops the run where too many of the images fail: what the others score says too little.
+        """
         sums: dict[str, torch.Tensor] = {}
-        num_failed = 0
+        errors: dict[int, str] = {}
         for share in self._shares.validation(validation):
-            num_failed += len(errors_of(share))
+            errors |= dict(errors_of(share))
             for name, counts in self.learner.measure(share).items():
                 sums[name] = sums.get(name, torch.zeros_like(counts)) + counts
-        record: dict[str, Any] = {"num_validation_failed": int(self._summed(torch.tensor([num_failed]))[0])}
+        known, self.validation_failed = self.validation_failed, self._gathered(errors)
+        self.stopped_by = self._too_many("validation images", validation, self.validation_failed)
+        if self.rank == 0 and self.stopped_by is None and self.validation_failed.keys() - known.keys():
+            log.warning(
+                "%s; they count in no score", self._describe("validation images", validation, self.validation_failed)
+            )
+        record: dict[str, Any] = {"num_validation_failed": len(self.validation_failed)}
         for name, counts in sums.items():
             num_images, top1, top5, loss = self._summed(counts).tolist()
             record["num_validation_images"] = int(num_images)
             for figure, value in (("top1", top1), ("top5", top5), ("loss", loss)):
-                record[f"{name}_{figure}"] = value / max(num_images, 1)
+                # JSON has no NaN.
+                record[f"{name}_{figure}"] = value / max(num_images, 1) if math.isfinite(value) else None
         best = max(sums, key=lambda name: record[f"{name}_top1"])
         return record | {"top1": record[f"{best}_top1"], "top5": record[f"{best}_top5"], "of": best}
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
         """Hand metrics and, from the first worker, a checkpoint to Ray Train; every worker has to come here."""
-        loss_sum = float(self._summed(self._loss_sum))
+        self._has_checkpoint = True
+        losses = self._summed(self._losses)
         if self.rank:
             ray.train.report(metrics)
-            self._loss_sum = self._no_loss()  # the first worker holds the sum from here on
+            self._losses = self._no_losses()  # the first worker holds the sum from here on
             return
-        self._loss_sum = self._no_loss() + loss_sum
+        self._losses = losses
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_state(folder, self._state())
             if is_best:
-                save_timm_directory(folder, self._best_module(), self.start.class_names, self.start.transform)
+                module = self.learner.weights(self._handed_out())
+                save_timm_directory(folder, module, self.start.class_names, self.start.transform)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self.log.upload(self.config.output.uri)
 
@@ -178,39 +211,81 @@ class Worker:
         return {
             "model": describe_model(self.start.name, self.start.class_names, self.start.transform),
             "learner": self.learner.state(),
+            "handed_out": self._handed_out(),
             "history": self.history,
             "failed": self.failed,
+            "validation_failed": self.validation_failed,
             "metrics": self.log.records,
-            "loss_sum": float(self._loss_sum),
+            "losses": self._losses.tolist(),
         }
 
-    def _best_module(self) -> TimmModule:
-        average = self.learner.average
-        if average is not None and self.history[-1].get("of", "average") == "average":
-            return average.module
-        return self.learner.module
+    def _handed_out(self) -> str:
+        """Name the weights to hand out: those that scored better in the last validation, if there is one."""
+        if self.job.validation is not None and self.history:
+            return str(self.history[-1]["of"])
+        return self.learner.preferred_weights
 
-    def _gather_errors(self) -> None:
-        """Tell all workers of the images that each could not have, and stop where they are too many."""
-        errors: list[dict[int, str]] = [self._new_errors]
+    def _stop_if_diverged(self, is_checkpoint_due: bool) -> None:
+        """Stop all workers at the same step, before a checkpoint is made of weights that are no numbers."""
+        first_bad_step = self._divergence.first_bad_step.clone()
         if self.world_size > 1:
-            errors = [{}] * self.world_size
-            distributed.all_gather_object(errors, self._new_errors)
-        for found in errors:
-            self.failed |= found
-            self.failed_in_epoch |= found.keys()
-        self._new_errors = {}
-        num_failed, num_images = len(self.failed_in_epoch), self.job.train.num_images
-        if num_failed > self.config.failure.max_fraction * num_images:
-            first = self.failed[min(self.failed_in_epoch)]
-            self.stopped_by = (
-                f"{num_failed} of {num_images} training images failed in an epoch, more than "
-                f"failure.max_fraction = {self.config.failure.max_fraction}; the first: {first}"
-            )
+            distributed.all_reduce(first_bad_step, op=distributed.ReduceOp.MIN)
+        step = int(first_bad_step)
+        if step != NO_STEP:
+            what = f"the loss is NaN or infinite from step {step} of {self.total_steps} on"
+        elif is_checkpoint_due and self._is_broken():
+            step = self.learner.step
+            what = f"weights or all of the latest gradients are NaN or infinite at step {step} of {self.total_steps}"
+        else:
+            return
+        precision = self.config.optim.precision
+        self.stopped_by = (
+            f"{what}, at learning rate {self._divergence.lr_at(step):.3g}: try a smaller optim.lr, a longer "
+            f"optim.warmup_epochs or optim.clip_grad"
+            + (f", or another optim.precision than {precision}" if precision != "float32" else "")
+            + (", with an output.uri of its own" if self._has_checkpoint else "")
+        )
 
-    def _no_loss(self) -> torch.Tensor:
-        """Sums stay on the device: a GPU that is asked for each step's loss waits for the next step to be sent."""
-        return torch.zeros((), dtype=torch.float64, device=self.learner.device)
+    def _is_broken(self) -> bool:
+        return bool(self._summed(torch.tensor(self.learner.is_broken())))
+
+    def _stop_if_too_many_failed(self) -> None:
+        """Tell all workers of the images that each could not have, and stop where they are too many."""
+        found = self._gathered(self._new_errors)
+        self.failed |= found
+        self.failed_in_epoch |= found.keys()
+        self._new_errors = {}
+        if self.stopped_by is None:
+            errors = {index: self.failed[index] for index in self.failed_in_epoch}
+            self.stopped_by = self._too_many("training images", self.job.train, errors)
+
+    def _too_many(self, what: str, images: ImageSet, errors: dict[int, str]) -> str | None:
+        """Return why the run stops, or None where no more of a set's images failed than may."""
+        max_fraction = self.config.failure.max_fraction
+        if len(errors) <= max_fraction * images.num_images:
+            return None
+        return f"{self._describe(what, images, errors)}; that is more than failure.max_fraction = {max_fraction}"
+
+    def _describe(self, what: str, images: ImageSet, errors: dict[int, str]) -> str:
+        first = min(errors)
+        uri = ray.get(images.images)["uri"][first].as_py()
+        return f"{len(errors)} of {images.num_images} {what} failed, the first: {uri}: {errors[first]}"
+
+    def _gathered(self, errors: dict[int, str]) -> dict[int, str]:
+        """Return the errors of all workers, by the images' ids."""
+        if self.world_size == 1:
+            return dict(errors)
+        found: list[dict[int, str]] = [{}] * self.world_size
+        distributed.all_gather_object(found, errors)
+        return {index: error for one in found for index, error in one.items()}
+
+    def _no_losses(self) -> torch.Tensor:
+        """Return the sum and the number of finite losses, of no step yet.
+
+        Both are this worker's parts of those of the global batches. They stay on the device: a GPU that is asked for
+        each step's loss waits for the next step to be sent.
+        """
+        return torch.zeros(2, dtype=torch.float64, device=self.learner.device)
 
     def _summed(self, counts: torch.Tensor) -> torch.Tensor:
         """The sum over all workers, as float64."""

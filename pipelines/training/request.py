@@ -11,6 +11,7 @@ from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.storage import uris
+from pipelines.storage.filesystem import list_names
 from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled, refuse_one_class
 from pipelines.training.order import EpochOrder
 from pipelines.training.plan import TrainPlan, plan_training
@@ -18,8 +19,12 @@ from pipelines.training.start import StartingPoint, resolve_start
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that share an output.
+# What may differ between two runs that share an output: how a recipe is carried out, not the recipe or its images.
 FREE_SECTIONS = ("scaling", "logging", "checkpoint", "failure")
+# As the number of workers, they change the rounding, and the images that a batch norm sees at once.
+FREE_KEYS = ("optim.grad_accum_steps", "optim.compile")
+# Ray Train's list of checkpoints, without which it goes on from none.
+CHECKPOINTS_FILE = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,25 @@ class TrainRequest:
 
 
 def find_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """The summary of the run that the output holds, if that has ended.
+    """Return the summary of the run that the output holds, if that has ended.
+
+    A run that left no checkpoint has learnt nothing. Any other may begin in its place.
 
     Raises:
-        RequestError: it holds another run, or something else.
+        RequestError: the output holds another run, or something else.
     """
     found = run_record.find_run(config.output.uri)
     if found is None:
         return None
-    run_record.refuse_other_run(config.output.uri, found, _identity(config))
     summary: dict[str, Any] | None = found.get("summary")
+    if summary is not None or has_checkpoint(config.output.uri):
+        run_record.refuse_other_run(config.output.uri, found, _identity(config))
     return summary
+
+
+def has_checkpoint(output_uri: str) -> bool:
+    """Check whether an output holds a checkpoint to go on from."""
+    return CHECKPOINTS_FILE in list_names(output_uri)
 
 
 def normalize(config: TrainConfig) -> TrainConfig:
@@ -102,8 +115,9 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
         RequestError: one of the answers is no.
     """
     sections = {"train": config.data.train, "validation": config.data.validation}
+    goes_on = has_checkpoint(config.output.uri)
     sets = {
-        name: find_pinned(config.output.uri, name)
+        name: (find_pinned(config.output.uri, name) if goes_on else None)
         or read_labelled(section.uri, section.exclude, trust_list=section.trust_list)
         for name, section in sections.items()
         if section is not None
@@ -117,17 +131,30 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
     # Refuses a set too small for one batch, before the weights are read.
     EpochOrder(sizes["train"], config.optim.global_batch_size, config.optim.seed)
     start = resolve_start(config, sets["train"].class_names())
+    if goes_on:
+        _refuse_other_classes(config.output.uri, start)
     plan = plan_training(config, start, sizes["train"], sizes.get("validation", 0))
     request = TrainRequest(config, _identity(config), sets, start, plan)
     request.tables()  # refuses a class of the validation images that the model lacks
     return request
 
 
+def _refuse_other_classes(output_uri: str, start: StartingPoint) -> None:
+    """Refuse to go on where the weights, read again, name other classes or another order of them.
+
+    Raises:
+        RequestError: the targets of the checkpoints would mean other classes.
+    """
+    found = run_record.find_run(output_uri) or {}
+    known = {"identity": {"label_names": found.get("label_names")}}
+    run_record.refuse_other_run(output_uri, known, {"label_names": list(start.class_names)})
+
+
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What has to be the same for two runs to share an output."""
+    """Return what has to be the same for two runs to share an output."""
     flat = _flat(config.model_dump(mode="json"))
     free = tuple(f"{section}." for section in FREE_SECTIONS)
-    return {key: value for key, value in flat.items() if not key.startswith(free)}
+    return {key: value for key, value in flat.items() if not key.startswith(free) and key not in FREE_KEYS}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,17 +15,18 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import run_record
 from pipelines.config.train import TrainConfig
-from pipelines.errors import RunError, root_cause
+from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.malloc import KEEP_FREED_MEMORY
-from pipelines.nodes import can_grow, list_nodes, this_machine
+from pipelines.nodes import Node, can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
 from pipelines.storage.filesystem import in_plain_words, is_there, write_bytes
 from pipelines.storage.lease import Lease
 from pipelines.training.curves import draw_curves
-from pipelines.training.history import SCORE, final_score, mean_rate
+from pipelines.training.failures import RestartPolicy
+from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
-from pipelines.training.request import TrainRequest, find_summary, normalize, resolve_request
+from pipelines.training.request import TrainRequest, find_summary, has_checkpoint, normalize, resolve_request
 from pipelines.training.resources import WorkerResources, plan_workers
 from pipelines.training.worker import run_worker
 
@@ -59,7 +60,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
         request.pin()
         _say(request)
         with ray_session():
-            result = _fit(request, resources or plan_workers(config.scaling, list_nodes(), can_grow()))
+            nodes, may_grow = list_nodes(), can_grow()
+            if not may_grow:
+                _warn_of_lack_of_memory(request, nodes)
+            result = _fit(request, resources or plan_workers(config.scaling, nodes, may_grow))
         lease.check()
         return _finish(request, result, started)
 
@@ -71,6 +75,9 @@ def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any
     if outcome["stopped_by"] is not None:
         raise RunError(outcome["stopped_by"])
     summary = _summary(request, result, started)
+    best = final_score(outcome["history"])
+    if "of" in best and request.config.optim.ema_decay:
+        log.info("handed out is, of epoch %d, %s", best["epoch"], explain_choice(best))
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
     write_bytes(uris.join(output_uri, CURVES_FILE), curves)
     run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
@@ -88,12 +95,24 @@ def dry_run(config: TrainConfig) -> None:
     config = normalize(config)
     if find_summary(config) is not None:
         log.info("nothing to do: %s holds a finished run", config.output.uri)
-    _say(resolve_request(config))
+    request = resolve_request(config)
+    _say(request)
+    if not is_cluster_named():
+        _warn_of_lack_of_memory(request, [this_machine()])
 
 
 def _say(request: TrainRequest) -> None:
     for line in request.plan.lines():
         log.info("%s", line)
+
+
+def _warn_of_lack_of_memory(request: TrainRequest, nodes: list[Node]) -> None:
+    """Warn where workers on CPUs need more than there is. What GPUs have, Ray does not say."""
+    scaling = request.config.scaling
+    least = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
+    lack = None if scaling.use_gpu else request.plan.find_lack_of_memory(nodes, least)
+    if lack is not None:
+        log.warning("%s", lack)
 
 
 def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
@@ -121,7 +140,9 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
             # The best by score, and always the last.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
             worker_runtime_env={"env_vars": {} if config.scaling.use_gpu else KEEP_FREED_MEMORY},
-            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg] # our own lines say enough
+            callbacks=[RestartPolicy()],  # type: ignore[list-item] # what Ray Train's second version takes
+            # Ray Train logs the traceback of every error; `RestartPolicy` says the same in a line.
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
     try:
@@ -129,28 +150,49 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
     except SystemExit:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", None) or {0: error}
-        reason = root_cause(failures[min(failures)])
-        raise RunError(f"{reason}; checkpoints stay, and the same command goes on from the last") from error
+        raise _failure(error, config.output.uri) from error
+
+
+def _failure(error: ray.train.TrainingFailedError, output_uri: str) -> RequestError | RunError:
+    """Return what to raise for a training that Ray Train has given up."""
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, RequestError):
+        return cause
+    failures = getattr(error, "worker_failures", None) or {0: cause or error}
+    first = failures[min(failures)]
+    reason = str(first) if isinstance(first, RunError) else root_cause(first)
+    if has_checkpoint(output_uri):
+        return RunError(f"{reason}; checkpoints stay, and the same command goes on from the last")
+    return RunError(f"{reason}; no checkpoint was made yet")
 
 
 def _summary(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
     outcome: dict[str, Any] = result.return_value
     best = final_score(outcome["history"])
+    validation_failed = sorted(outcome["validation_failed"].items())
     checkpoint = result.get_best_checkpoint(SCORE, "max")
     assert checkpoint is not None
     output_uri = request.config.output.uri
     scheme = uris.protocol_of(output_uri)
-    image_uris = request.sets["train"].table["uri"]
     failed = sorted(outcome["failed"].items())
     return {
         "top1": best.get("top1"),
         "top5": best.get("top5"),
         "epochs": len(outcome["history"]),
+        "best_epoch": best.get("epoch"),
+        "weights": best.get("of", "model"),
         "images_per_s": round(mean_rate(outcome["history"]), 3),
         "num_failed": len(failed),
-        "failed": [f"{image_uris[index]}: {error}" for index, error in failed[:MAX_NAMED_FAILURES]],
+        "failed": _named(request, "train", failed),
+        "num_validation_failed": len(validation_failed),
+        "validation_failed": _named(request, "validation", validation_failed),
         "wall_time_s": round(time.monotonic() - started, 3),
         "checkpoint_uri": checkpoint.path if scheme == "file" else f"{scheme}://{checkpoint.path}",
         "output_uri": output_uri,
     }
+
+
+def _named(request: TrainRequest, name: str, failed: list[tuple[int, str]]) -> list[str]:
+    """Return URI and reason of the first failed images of a set."""
+    image_uris = request.sets[name].table["uri"] if failed else []
+    return [f"{image_uris[index]}: {error}" for index, error in failed[:MAX_NAMED_FAILURES]]

@@ -55,6 +55,24 @@ def test_of_a_state_alone_the_average_is_exported(model: Any, tmp_path: Path) ->
     assert_timm_loads(tmp_path / "average", average)
 
 
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"handed_out": "model"}, "model"),
+        ({"handed_out": "average"}, "average"),
+        ({"history": [{"of": "average"}, {"of": "model"}]}, "model"),  # before the choice was kept
+        ({"history": [], "handed_out": "model"}, "model"),
+    ],
+)
+def test_export_follows_the_choice_of_the_run(
+    choice: dict[str, Any], expected: str, model: Any, tmp_path: Path
+) -> None:
+    average = timm.create_model(SMALL, num_classes=3).eval()
+    save_state(tmp_path, state(model, average) | choice)
+    export(tmp_path, tmp_path / "out")
+    assert_timm_loads(tmp_path / "out", model if expected == "model" else average)
+
+
 def test_the_measured_best_and_a_finished_run_are_exported_as_they_are(model: Any, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoint_1"
     checkpoint.mkdir(parents=True)

@@ -87,3 +87,49 @@ def test_progress_is_written_beside_the_steps(two_epochs: TrainingLog, tmp_path:
     progress = json.loads((tmp_path / "_progress.json").read_text())
     assert progress.items() >= {"is_running": True, "num_steps": 6}.items()
     assert progress["images_per_s"] > 0
+
+
+def test_metrics_are_written_beside_the_steps(tmp_path: Path) -> None:
+    log = TrainingLog(config(tmp_path), steps_per_epoch=3)
+    log.add_step(1, torch.tensor(1.0), lr=0.1)
+    log.add_step(2, torch.tensor(1.0), lr=0.1)
+    wait_for(tmp_path / "metrics.jsonl")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
+    wait_for(tmp_path / "tensorboard")
+    assert ("step/loss", 2, 1.0) in events_of(tmp_path / "tensorboard")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists() or (path.is_dir() and not list(path.iterdir())):
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.01)
+
+
+def test_store_that_refuses_metrics_does_not_end_the_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()  # where the file should go
+    log = TrainingLog(config(tmp_path), steps_per_epoch=3)
+    for step in (1, 2):
+        log.add_step(step, torch.tensor(1.0), lr=0.1)
+    log._writing.result()
+    assert "metrics.jsonl could not be written" in caplog.text
+
+
+def test_steps_that_a_gradient_scaler_skipped_leave_no_nan(two_epochs: TrainingLog, tmp_path: Path) -> None:
+    two_epochs.add_step(7, torch.tensor(float("nan")), lr=0.1)
+    two_epochs.end_epoch({"epoch": 3, "step": 9, "lr": 0.1, "train_loss": None, "images_per_s": 9.0})
+    two_epochs.upload(str(tmp_path))
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["loss"] is None
+    assert draw_curves(two_epochs.records, 3)
+
+
+def refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_epoch_says_whose_score_it_is(two_epochs: TrainingLog, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    record = {"epoch": 3, "step": 9, "lr": 0.1, "train_loss": 0.5, "images_per_s": 9.0, "top1": 0.5, "top5": 1.0}
+    two_epochs.end_epoch(record | {"model_top1": 0.25, "average_top1": 0.5, "of": "average"})
+    assert "top-1 0.5000, top-5 1.0000 (EMA)" in caplog.text

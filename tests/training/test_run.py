@@ -18,14 +18,19 @@ import torch
 from cluster.digits import write_digits
 from cluster.local import ObjectStore, RayHead
 from cluster.processes import descendants, kill_tree
+from pipelines.config.export import ExportConfig
 from pipelines.config.parse import parse_config
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig
+from pipelines.errors import RunError
 from pipelines.job import run_job
 from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.models.weights import resolve_weights
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, read_bytes
+from pipelines.training import run
+from pipelines.training.export import run as export
+from tests.support.failing_training import failing_worker
 from tests.support.infer import REPOSITORY, run_command, summary_of
 from tests.support.recorded_training import read_records
 
@@ -187,6 +192,67 @@ def test_too_many_failed_images_stop_the_run_with_one_line(digits: Path, tmp_pat
     assert last.startswith("jobs.train: error: ")
     assert "more than failure.max_fraction = 0.05" in last
     assert "not_found" in last
+
+
+@pytest.mark.slow
+def test_loss_that_is_nan_stops_the_run_and_leaves_the_output_to_another_recipe(
+    ray_server: RayHead, digits: Path, tmp_path: Path
+) -> None:
+    keys: dict[str, object] = {"optim__lr": 1e6, "optim__epochs": 1, "logging__every_s": 0.01}
+    with pytest.raises(RunError, match=r"the loss is NaN or infinite from step \d of 18 on, at learning rate 9.*e\+05"):
+        train_on(ray_server, *arguments(digits, tmp_path / "out", **keys))
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "_SUCCESS" not in left
+    assert not [name for name in left if name.startswith("checkpoint")]
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert in_this_process(*arguments(digits, tmp_path / "out", optim__lr=0.05), "--dry-run") == 0
+
+
+@pytest.mark.slow
+def test_unreadable_validation_images_are_counted_and_limited(
+    ray_server: RayHead, digits: Path, tmp_path: Path
+) -> None:
+    images = sorted((digits / "held-out").rglob("*.png"))[:40]
+    listed = (
+        ["uri,label"] + [f"{path},{path.parent.name}" for path in images] + [f"/absent/{i}.png,3" for i in range(4)]
+    )
+    (tmp_path / "validation.csv").write_text("\n".join(listed))
+    keys: dict[str, object] = {"data__validation__uri": tmp_path / "validation.csv", "optim__epochs": 1}
+    keys |= {"optim__global_batch_size": 150, "scaling__num_workers": 1}
+    with pytest.raises(RunError, match=r"4 of 44 validation images failed, the first: /absent/0\.png: not_found"):
+        train_on(ray_server, *arguments(digits, tmp_path / "out", **keys))
+    more: dict[str, object] = {"failure__max_fraction": 0.2, "optim__ema_decay": 0.9}
+    summary = train_on(ray_server, *arguments(digits, tmp_path / "out", **keys, **more))
+    assert summary["num_validation_failed"] == 4
+    assert "/absent/0.png: not_found" in summary["validation_failed"][0]
+    assert summary["best_epoch"] == 1
+    # The weights of the checkpoint are those that the summary names, also when exported from the state alone.
+    (epoch,) = json.loads((tmp_path / "out" / "_run.json").read_text())["history"]
+    assert summary["weights"] == epoch["of"] == max(("model", "average"), key=lambda name: float(epoch[f"{name}_top1"]))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.pt").write_bytes(read_bytes(uris.join(summary["checkpoint_uri"], "state.pt")))
+    export(
+        ExportConfig.model_validate(
+            {"checkpoint": {"uri": f"{tmp_path}/state"}, "output": {"uri": f"{tmp_path}/exported"}}
+        )
+    )
+    assert_same_weights(summary, {"checkpoint_uri": f"{tmp_path}/exported"})
+
+
+@pytest.mark.slow
+def test_error_of_code_is_not_met_again_and_again(
+    ray_server: RayHead,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "run_worker", failing_worker)
+    with pytest.raises(RunError, match=r"TypeError: the batch is no batch \(.*loop.py, line \d+\); no checkpoint"):
+        train_on(ray_server, *arguments(digits, tmp_path / "out"))
+    assert len(list((tmp_path / "starts").iterdir())) == 2  # each of the workers, once
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def kill_worker(driver: "subprocess.Popen[bytes]") -> None:

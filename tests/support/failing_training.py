@@ -1,0 +1,27 @@
+"""A training worker whose code has a fault. Leaves a file beside the output for each of its starts."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def failing_worker(config: dict[str, Any]) -> Any:
+    """What Ray Train runs in place of `run_worker`: the last worker fails in its second step."""
+    from pipelines.training.learner import Learner
+    from pipelines.training.worker import run_worker
+
+    learn = Learner.learn
+    folder = Path(config["job"].config.output.uri).parent / "starts"
+    folder.mkdir(exist_ok=True)
+    (folder / str(time.time_ns())).touch()
+
+    def fail(self: Learner, share: dict[str, Any]) -> "torch.Tensor":
+        if self.step == 1 and self.rank == self.world_size - 1:
+            raise TypeError("the batch is no batch")
+        return learn(self, share)
+
+    Learner.learn = fail  # type: ignore[method-assign]
+    return run_worker(config)
