@@ -46,8 +46,9 @@ class TrainModelConfig(Section):
 
     weights: Uri = "pretrained"
     """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file or
-    of a directory written by train or export; or `random` (by `optim.seed`). Where their classes are others than those
-    of the images, the classifier is made anew."""
+    of a directory written by train or export; or `random` (by `optim.seed`). The classifier is kept where its classes
+    are those of the images, by name, or in timm's order of folders where the weights name none and have as many; else
+    it is made anew."""
 
     drop_rate: float | None = Field(default=None, ge=0, lt=1)
     """Dropout before the classifier. Default: the model's own, 0 for most."""

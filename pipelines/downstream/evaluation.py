@@ -78,12 +78,19 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
 
 
 def targets_of(images: LabelledImages, model: ModelFacts) -> NDArray[np.int64]:
-    """The class of each image, by the names of the model's classes or by their WordNet ids.
+    """Find the class of each image: by name, by WordNet id, or by timm's order where the model names no classes.
 
     Raises:
         RequestError: the images have a class that the model lacks.
     """
-    are_ids = set(images.class_names()) <= set(model.class_ids)
+    image_classes = images.class_names()
+    are_ids = set(image_classes) <= set(model.class_ids)
+    if not are_ids and not set(image_classes) <= set(model.label_names):
+        from pipelines.models.labels import describe_order, match_by_order  # late: timm
+
+        if (ordered := match_by_order(model.label_names, image_classes)) is not None:
+            log.info("%s", describe_order(ordered))
+            return images.targets(list(ordered))
     return images.targets(list(model.class_ids if are_ids else model.label_names))
 
 

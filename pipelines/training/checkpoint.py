@@ -62,4 +62,5 @@ def save_timm_directory(
     model_config = {"label_names": list(class_names)}
     # Safetensors takes no channels-last tensors.
     plain = copy.deepcopy(module).to(device="cpu", memory_format=torch.contiguous_format)
+    plain.pretrained_cfg = plain.pretrained_cfg | {"tag": None}  # it names other weights
     save_for_hf(plain, str(folder), model_config, safe_serialization=True, data_config=data_config)

@@ -243,12 +243,11 @@ class Learner:
         global_batch_size = self.config.optim.global_batch_size
         if (weights == weights[0]).all():
             mean: torch.Tensor = self._train_loss(logits.float(), target)
-            return mean * (weights[0] * len(rows) / global_batch_size)
+            return mean * float(weights[0] * len(rows) / global_batch_size)
         # timm's losses have no weights.
-        parts = [
-            self._train_loss(*row) * weight for *row, weight in zip(logits.float().split(1), target.split(1), weights)
-        ]
-        return torch.stack(parts).sum() / global_batch_size
+        rows_of_one = zip(torch.split(logits.float(), 1), torch.split(target, 1), weights)
+        parts: torch.Tensor = torch.stack([self._train_loss(row, goal) * weight for row, goal, weight in rows_of_one])
+        return parts.sum() / global_batch_size
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -19,7 +19,7 @@ from pipelines.models.build import (
     describe,
     resolve_transform,
 )
-from pipelines.models.labels import resolve_class_ids, resolve_label_names
+from pipelines.models.labels import describe_order, match_by_order, resolve_class_ids, resolve_label_names
 from pipelines.models.weights import Weights, resolve_weights
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class StartingPoint:
 def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoint:
     """Find the weights, and fit them to the classes of the images.
 
-    Weights of a checkpoint that names the same classes are kept whole, and its order of the classes with them. Of any
-    other, all but the classifier is kept.
+    Weights of a checkpoint that names the same classes are kept whole, and its order of the classes with them. So are
+    those that name none and have as many, as timm's own checkpoints. Of any other, all but the classifier is kept.
 
     Args:
         config: of the run.
@@ -70,6 +70,10 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
     for known in (label_names, resolve_class_ids(label_names)):
         if sorted(known) == image_classes:
             return StartingPoint(weights.name, known, transform, weights.state_dict)
+    ordered = match_by_order(label_names, image_classes)
+    if ordered is not None:
+        log.info("%s; the classifier is kept", describe_order(ordered))
+        return StartingPoint(weights.name, ordered, transform, weights.state_dict)
     log.info("a new classifier of %d classes on the backbone of %s", len(image_classes), model.weights)
     return StartingPoint(weights.name, tuple(image_classes), transform, _backbone(weights, len(image_classes)))
 

@@ -110,3 +110,14 @@ def test_classes_are_matched_by_name_or_by_wordnet_id() -> None:
     assert targets_of(images_of("goldfish, Carassius auratus"), facts).tolist() == [1]
     with pytest.raises(RequestError, match="'gold fish'"):
         targets_of(images_of("gold fish"), facts)
+
+
+def test_model_without_names_is_matched_in_timms_order_of_folders() -> None:
+    class Facts:
+        label_names = class_ids = ("0", "1", "2")
+
+    facts: Any = Facts()
+    assert targets_of(images_of("b10", "a", "b9"), facts).tolist() == [2, 0, 1]
+    assert targets_of(images_of("2", "0"), facts).tolist() == [2, 0]
+    with pytest.raises(RequestError, match="not among the model's 3"):
+        targets_of(images_of("b", "a"), facts)

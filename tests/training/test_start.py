@@ -1,3 +1,4 @@
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils import CheckpointSaver
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
@@ -49,6 +52,43 @@ def test_other_classes_keep_the_backbone(directory: Path) -> None:
     assert differ == {"fc.weight", "fc.bias"}
     assert start.class_names == ("ant", "bee", "cat", "dog")
     assert start.transform.input_size == (64, 64)
+
+
+@pytest.fixture
+def timm_checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint as timm's train.py writes it: three classes, no names."""
+    module = timm.create_model(SMALL, num_classes=3)
+    saver = CheckpointSaver(
+        module,
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        args=argparse.Namespace(model=SMALL),
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=1.0)
+    return tmp_path / "model_best.pth.tar"
+
+
+def test_classifier_of_a_timm_checkpoint_is_kept_in_timms_order_of_folders(
+    timm_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    names = ["B10", "b9", "a"]
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").touch()
+    timms = ReaderImageFolder(str(tmp_path / "images")).class_to_idx
+    start = resolve_start(config(weights=str(timm_checkpoint)), sorted(names))
+    assert {name: index for index, name in enumerate(start.class_names)} == timms
+    saved = torch.load(timm_checkpoint, weights_only=False)["state_dict"]
+    assert torch.equal(start.state_dict["fc.weight"], saved["fc.weight"])
+    assert "0 = a, 1 = b9, 2 = B10" in caplog.text
+
+
+def test_classifier_of_another_number_of_classes_is_made_anew(timm_checkpoint: Path) -> None:
+    start = resolve_start(config(weights=str(timm_checkpoint)), ["a", "b"])
+    assert start.class_names == ("a", "b")
+    assert "fc.weight" not in start.state_dict
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
