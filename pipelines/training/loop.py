@@ -100,10 +100,12 @@ class Worker:
             state = load_state(Path(folder))
         self.learner.load_state(state["learner"])
         self.history, self.failed = state["history"], state["failed"]
-        self.validation_failed = state["validation_failed"]
+        self.validation_failed = state.get("validation_failed", {})
         self.log.records = state["metrics"]
+        # Before losses that are not finite were left out, each step counted.
+        losses = state.get("losses") or [state["loss_sum"], self.learner.step % self.steps_per_epoch]
         if self.rank == 0:
-            self._losses += torch.tensor(state["losses"], dtype=torch.float64, device=self.learner.device)
+            self._losses += torch.tensor(losses, dtype=torch.float64, device=self.learner.device)
         if self.rank == 0:
             log.info("going on at step %d of %d", self.learner.step, self.total_steps)
 

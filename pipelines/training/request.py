@@ -19,10 +19,9 @@ from pipelines.training.start import StartingPoint, resolve_start
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that share an output: how a recipe is carried out, not the recipe or its images.
-FREE_SECTIONS = ("scaling", "logging", "checkpoint", "failure")
-# As the number of workers, they change the rounding, and the images that a batch norm sees at once.
-FREE_KEYS = ("optim.grad_accum_steps", "optim.compile")
+# What may differ between two runs that share an output: how a recipe is carried out, not the recipe or its images. As
+# the number of workers, the last two change the rounding, and the images that a batch norm sees at once.
+FREE = ("scaling", "logging", "checkpoint", "failure", "optim.grad_accum_steps", "optim.compile")
 # Ray Train's list of checkpoints, without which it goes on from none.
 CHECKPOINTS_FILE = "checkpoint_manager_snapshot.json"
 
@@ -152,13 +151,4 @@ def _refuse_other_classes(output_uri: str, start: StartingPoint) -> None:
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """Return what has to be the same for two runs to share an output."""
-    flat = _flat(config.model_dump(mode="json"))
-    free = tuple(f"{section}." for section in FREE_SECTIONS)
-    return {key: value for key, value in flat.items() if not key.startswith(free) and key not in FREE_KEYS}
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return run_record.identity_of(config, FREE, resolved={})
