@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A group of keys. The string under a field says its effect, its unit and what the default means."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True)
+    # JSON, in which outputs keep the config, has no infinity.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, allow_inf_nan=False
+    )
 
     def is_set(self, field: str) -> bool:
         """Whether the user gave `field`, rather than leaving it at its default."""

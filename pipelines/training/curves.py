@@ -11,7 +11,7 @@ DOTS_PER_INCH = 120
 
 
 def draw_curves(records: list[dict[str, Any]], steps_per_epoch: int) -> bytes:
-    """The lines of `metrics.jsonl` as a PNG.
+    """Draw the lines of `metrics.jsonl` as a PNG.
 
     Args:
         records: as `TrainingLog` keeps them.

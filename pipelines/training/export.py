@@ -17,7 +17,7 @@ from pipelines.training.checkpoint import STATE_FILE, TIMM_FILES, load_state, sa
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Write `model.safetensors` and `config.json`; returns the summary.
+    """Write `model.safetensors` and `config.json`; return the summary.
 
     Raises:
         RequestError: there is no checkpoint, or the output is not empty or lies inside the data of the run.

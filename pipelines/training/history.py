@@ -1,4 +1,4 @@
-"""What the epochs came to, and which of them was the best."""
+"""Records of the epochs, and the best of them."""
 
 from typing import Any
 
@@ -8,26 +8,26 @@ NO_SCORE = -1.0
 
 
 def final_score(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of the best epoch: the highest top-1, or the last where nothing was measured.
+    """Return the record of the best epoch: the highest top-1, or the last epoch where nothing was measured.
 
-    Of epochs that are equal it is the last, which is the one whose checkpoint Ray Train keeps.
+    Of equal epochs, the last is the best: Ray Train keeps its checkpoint.
     """
     return max(history, key=lambda record: (record.get(SCORE, 0.0), record["epoch"]), default={})
 
 
 def explain_choice(record: dict[str, Any]) -> str:
-    """Say which weights of an epoch are handed out, and why.
+    """Say which weights of an epoch are exported, and why.
 
     Args:
         record: of an epoch with an EMA.
     """
-    names = {"average": "the EMA", "model": "the model itself, not its EMA"}
+    epoch, is_ema = record["epoch"], record["of"] == "average"
     if SCORE in record:
-        scores = f"top-1 {record['model_top1']:.4f} of the model, {record['average_top1']:.4f} of the EMA"
-        return f"{names[record['of']]}: {scores}"
-    if record["of"] == "average":
-        return f"{names['average']}, without validation images to compare it with the model"
-    return f"{names['model']}, which after {record['step']} steps is still an average over too many of them"
+        scores = f"top-1 is {record['average_top1']:.4f} of the EMA, {record['model_top1']:.4f} of the model"
+        return f"exporting the {'EMA' if is_ema else 'model'} of epoch {epoch}: {scores}"
+    if is_ema:
+        return f"exporting the EMA of epoch {epoch}: without validation images, nothing compares it with the model"
+    return f"exporting the model of epoch {epoch}: its EMA averages over too many of the {record['step']} steps"
 
 
 def mean_rate(history: list[dict[str, Any]]) -> float:

@@ -1,6 +1,6 @@
-"""What learns: model, average, optimizer, schedule and loss, by timm's factories. One step, and one share measured.
+"""Model, EMA, optimizer, schedule and loss, by timm's factories: one training step, one validation batch.
 
-Nothing here knows of Ray. Where torch.distributed is up, gradients are averaged over the workers by DDP.
+Nothing here depends on Ray. Where torch.distributed is initialized, DDP averages the gradients over the workers.
 """
 
 import contextlib
@@ -125,16 +125,17 @@ class Learner:
         return not torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
     def learn(self, share: dict[str, NDArray[Any]]) -> torch.Tensor:
-        """One step on this worker's share of a global batch.
+        """Make one step on this worker's local batch.
 
-        Each image counts 1 / global_batch_size, however the batch was shared out; failed ones count nothing.
+        Each image has the weight 1 / global_batch_size, whatever the number of workers and microbatches. Failed images
+        have none.
 
         Args:
             share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `ShareLoader` makes it.
 
         Returns:
-            This worker's part of the loss, to be summed over the workers: one float64 value, still on the device. Who
-            looks at it waits for the step.
+            This worker's part of the loss, to be summed over the workers: one float64 value on the device. Reading it
+            waits for the step.
         """
         seed_generators(self.config.optim.seed, self.step, self.rank)  # for dropout, mixup and erasing
         self._set_mode()
@@ -160,7 +161,7 @@ class Learner:
 
     @torch.inference_mode()
     def measure(self, share: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        """Counts on one share, of the model and of its average: to be summed over shares and workers.
+        """Count hits on one local batch, of the model and of its EMA, to be summed over batches and workers.
 
         Returns:
             For each of `model` and, where there is one, `average`: images, hits of top-1 and top-5 and the sum of the

@@ -1,4 +1,4 @@
-"""What people look at: a line every few seconds, `metrics.jsonl`, and TensorBoard's events, under the output."""
+"""Progress of a training: a log line every few seconds, `metrics.jsonl`, and TensorBoard's events, under the output."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class TrainingLog:
-    """Kept by the first worker.
+    """Metrics of a run, kept by its first worker.
 
     Attributes:
         records: the lines of `metrics.jsonl`: `kind` (`step` or `epoch`), `step`, `epoch` and figures.
@@ -48,7 +48,7 @@ class TrainingLog:
         return SummaryWriter(self._folder.name)
 
     def add_step(self, step: int, loss: torch.Tensor, lr: float) -> None:
-        """Count a step; where it is time, say and keep how it goes. The first step is the warm-up of all rates.
+        """Count a step. Every `logging.every_s`, log and keep the loss and rates. The first step is warm-up.
 
         Args:
             step: done, over all epochs.
@@ -94,7 +94,7 @@ class TrainingLog:
         return num_images / (time.monotonic() - self._epoch_since)
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Say and keep what an epoch came to."""
+        """Log and keep the record of an epoch."""
         self._keep({"kind": "epoch"} | record)
         text = f"epoch {record['epoch']} of {self._config.optim.epochs} done: loss {_figure(record['train_loss'])}"
         if "top1" in record:
@@ -121,7 +121,7 @@ class TrainingLog:
             write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes())
 
     def _publish(self, figures: dict[str, Any]) -> None:
-        """Write `_progress.json`, metrics and events beside the steps, unless the last time still takes."""
+        """Write `_progress.json`, metrics and events in a thread, unless the previous write is still running."""
         if self._writing.done():
             content = {"is_running": True, **figures}
             self._writing = self._writer.submit(self._write_all, content, list(self.records))

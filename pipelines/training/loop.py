@@ -1,7 +1,7 @@
-"""The loop of one training worker. Every worker runs it; Ray Train starts them all anew where one is lost.
+"""The loop of one training worker. Every worker runs it; Ray Train restarts all of them where one is lost.
 
-What is learnt goes on from the last checkpoint: model, average, optimizer and scaler from its file; order of the
-images, augmentation, rate and every random draw from the step that it holds.
+A restarted run resumes from the last checkpoint. Model, EMA, optimizer and scaler come from its file. The order of the
+images, augmentation, learning rate and every random draw follow from the step that it holds.
 """
 
 import logging
@@ -29,14 +29,14 @@ from pipelines.training.start import StartingPoint, build_module
 
 log = logging.getLogger(__name__)
 
-# All workers have to meet for it; at a step a second, a hopeless set is noticed within two minutes.
+# A collective operation. At a step a second, a set of broken images is noticed within two minutes.
 GATHER_ERRORS_EVERY_STEPS = 100
-# Between looks at whether the loss has diverged, for which a GPU waits once.
+# Each check of the loss makes the GPU wait once.
 CHECK_LOSS_EVERY_STEPS = 10
 
 
 def train_worker(job: TrainJob) -> dict[str, Any]:
-    """Learn until the last epoch's end; returns what came of it, the same on every worker but for `metrics`."""
+    """Train to the end of the last epoch. Return the results, the same on every worker except for `metrics`."""
     log_to_stderr()
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
@@ -54,16 +54,16 @@ def train_worker(job: TrainJob) -> dict[str, Any]:
 
 
 class Worker:
-    """One of the workers, with what it has learnt and measured.
+    """One training worker: its learner and its records.
 
     Attributes:
-        learner: the model and what updates it.
-        log: what the first worker says and keeps.
+        learner: model, optimizer and schedule.
+        log: metrics and log lines of the first worker.
         history: one record an epoch.
-        failed: reason by id, of images that could not be had.
-        failed_in_epoch: ids of those of this epoch, or of what a restarted run has seen of it.
-        validation_failed: reason by id, of validation images that could not be had the last time.
-        stopped_by: why the run ends before its time, if it does.
+        failed: reason by id, of training images that could not be read.
+        failed_in_epoch: ids of those of this epoch. A resumed run has seen only a part of it.
+        validation_failed: reason by id, of images that could not be read in the last validation.
+        stopped_by: reason to stop early; None while the run goes on.
     """
 
     def __init__(self, job: TrainJob, start: StartingPoint) -> None:
@@ -91,7 +91,7 @@ class Worker:
         self._losses = self._no_losses()
 
     def resume(self) -> None:
-        """Go on from the run's last checkpoint, if it has one."""
+        """Load the last checkpoint of the run, if it has one."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return
@@ -110,7 +110,7 @@ class Worker:
             log.info("going on at step %d of %d", self.learner.step, self.total_steps)
 
     def learn_some(self) -> None:
-        """The steps of one dataset, with what falls due at their ends."""
+        """Train the steps of one dataset, with checkpoints and validations in between."""
         first = self.learner.step
         num_steps = min(self.total_steps - first, max_steps_per_dataset(self.world_size))
         for share in self._shares.training(first, num_steps):
@@ -121,7 +121,7 @@ class Worker:
             self._losses += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.double() / self.world_size])
             self._new_errors |= errors_of(share)
             if self.rank == 0:
-                # The loss of the others is not asked for at each step; shares are drawn at random.
+                # Local batches are drawn at random, so the mean loss of one stands for all: no all-reduce in each step.
                 self.log.add_step(self.learner.step, loss * self.world_size, self.learner.lr)
             self._after_step()
             if self.stopped_by is not None:
@@ -192,7 +192,7 @@ class Worker:
         return record | {"top1": record[f"{best}_top1"], "top5": record[f"{best}_top5"], "of": best}
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
-        """Hand metrics and, from the first worker, a checkpoint to Ray Train; every worker has to come here."""
+        """Report metrics to Ray Train, and a checkpoint from the first worker. A collective operation."""
         self._has_checkpoint = True
         losses = self._summed(self._losses)
         if self.rank:
@@ -228,7 +228,7 @@ class Worker:
         return self.learner.preferred_weights
 
     def _stop_if_diverged(self, is_checkpoint_due: bool) -> None:
-        """Stop all workers at the same step, before a checkpoint is made of weights that are no numbers."""
+        """Stop all workers at the same step where loss or weights are NaN or infinite, before a checkpoint of them."""
         first_bad_step = self._divergence.first_bad_step.clone()
         if self.world_size > 1:
             distributed.all_reduce(first_bad_step, op=distributed.ReduceOp.MIN)
@@ -252,7 +252,7 @@ class Worker:
         return bool(self._summed(torch.tensor(self.learner.is_broken())))
 
     def _stop_if_too_many_failed(self) -> None:
-        """Tell all workers of the images that each could not have, and stop where they are too many."""
+        """Gather the training images that failed on any worker, and stop where they are too many."""
         found = self._gathered(self._new_errors)
         self.failed |= found
         self.failed_in_epoch |= found.keys()
@@ -290,7 +290,7 @@ class Worker:
         return torch.zeros(2, dtype=torch.float64, device=self.learner.device)
 
     def _summed(self, counts: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers, as float64."""
+        """Return the sum over all workers, as float64."""
         total = counts.double().to(self.learner.device)
         if self.world_size > 1:
             distributed.all_reduce(total)

@@ -92,7 +92,7 @@ class TrainPlan:
         yield f"parameters: {self.num_parameters:,}, of which {self.num_trained:,} are trained"
         yield (
             f"memory of a worker: about {self.worker_bytes / 2**30:.1f} GiB, {self.state_bytes / 2**30:.1f} of it "
-            f"weights, gradients, optimizer and average, {self.activation_bytes / 2**30:.1f} activations"
+            f"weights, gradients, optimizer and EMA, {self.activation_bytes / 2**30:.1f} activations"
         )
 
 

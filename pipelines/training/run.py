@@ -37,7 +37,7 @@ MAX_NAMED_FAILURES = 10
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train to the last epoch; returns the summary. Goes on from the output's last checkpoint where it has one.
+    """Train to the last epoch and return the summary. Resume from the last checkpoint of the output, if it has one.
 
     Raises:
         RequestError: the request is wrong, before anything was computed.
@@ -69,7 +69,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
-    """Write what is written last; returns the summary."""
+    """Write the curves, the history and `_SUCCESS`; return the summary."""
     output_uri = request.config.output.uri
     outcome: dict[str, Any] = result.return_value
     if outcome["stopped_by"] is not None:
@@ -77,7 +77,7 @@ def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any
     summary = _summary(request, result, started)
     best = final_score(outcome["history"])
     if "of" in best and request.config.optim.ema_decay:
-        log.info("handed out is, of epoch %d, %s", best["epoch"], explain_choice(best))
+        log.info("%s", explain_choice(best))
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
     write_bytes(uris.join(output_uri, CURVES_FILE), curves)
     run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
@@ -87,7 +87,7 @@ def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Say what `run` would do: batches, steps, rates, memory. Writes nothing.
+    """Log what `run` would do: batches, steps, rates, memory. Write nothing.
 
     Raises:
         RequestError: the request is wrong.

@@ -34,6 +34,13 @@ def test_given_rate_is_taken_as_it_is() -> None:
     assert found.is_set("lr")
 
 
+@pytest.mark.parametrize("key", ["optim.lr", "optim.clip_grad", "optim.weight_decay", "augment.mixup"])
+@pytest.mark.parametrize("value", ["inf", "nan", "1e999"])
+def test_numbers_that_json_has_not_are_refused(key: str, value: str) -> None:
+    with pytest.raises(RequestError, match=f"{key} = .*finite number"):
+        parse(f"--{key}", value)
+
+
 def test_wrong_batch_size_is_one_error_though_the_default_rate_depends_on_it() -> None:
     with pytest.raises(RequestError) as caught:
         parse("--optim.global_batch_size", "many")
