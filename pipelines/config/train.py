@@ -269,11 +269,12 @@ class FailureConfig(Section):
     """What a run survives."""
 
     max_failures: int = Field(default=3, ge=-1)
-    """Losses of workers after which the run is given up, each followed by a restart from the last checkpoint; -1 never
-    gives up. Default: 3."""
+    """Restarts from the last checkpoint after workers or the store were lost; -1 for any number. An error of code ends
+    the run at once, as a restart would meet it again. Default: 3."""
 
     max_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Share of the training images that may fail in an epoch before the run stops. Default: 0.05."""
+    """Share of the training images that may fail in an epoch, and of the validation images that may fail in a
+    validation, before the run stops. Default: 0.05."""
 
 
 class LoggingConfig(Section):
