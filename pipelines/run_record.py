@@ -7,7 +7,7 @@ import datetime
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -164,11 +164,11 @@ def write_run(output_uri: str, run: dict[str, Any]) -> None:
         )
 
 
-def write_progress(output_uri: str, figures: dict[str, Any]) -> None:
+def write_progress(output_uri: str, figures: dict[str, Any], check: Callable[[], None] | None = None) -> None:
     """Write `_progress.json`: the figures, and `updated_at`. Where that fails, a warning: no run ends for it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        write_bytes(uris.join(output_uri, PROGRESS_FILE), json.dumps({"updated_at": now, **figures}).encode())
+        write_bytes(uris.join(output_uri, PROGRESS_FILE), json.dumps({"updated_at": now, **figures}).encode(), check)
     except Exception as error:  # of whatever file system
         log.warning("%s could not be written: %s", PROGRESS_FILE, error)
 

@@ -1,6 +1,6 @@
 """The request of `jobs.train`."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 

@@ -77,7 +77,7 @@ def _run_with_lease(
         request = resolve_request(places, model, lease)
         config = request.config
         limit = _limit_failures(request)
-        publish = functools.partial(run_record.write_progress, config.output.uri)
+        publish = functools.partial(run_record.write_progress, config.output.uri, check=lease.fence.check)
         progress = Progress(request.manifest.num_inputs, request.num_done, publish)
         if request.is_finished:
             log.info("nothing to do: %s holds all %d images", config.output.uri, request.num_done)

@@ -110,6 +110,13 @@ def remove(uri: str) -> None:
         filesystem.rm_file(path)
 
 
+def remove_folder(uri: str) -> None:
+    """Remove a folder and all that is below it; where there is none, nothing happens."""
+    filesystem, path = open_filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.rm(path, recursive=True)
+
+
 def list_names(uri: str) -> list[str]:
     """Names of what lies directly below `uri`, folders included, in order; none where nothing does."""
     return sorted(list_with_sizes(uri))

@@ -7,6 +7,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.config.train import TrainConfig
+from pipelines.storage.lease import Fence
 from pipelines.training.order import EpochOrder
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class TrainJob:
         validation: those to measure with, if there are any.
         num_threads: of torch in each worker; None leaves it to torch.
         num_cpus_per_task: what Ray sets aside for each share in the making.
+        fence: of the run's lease; None where no lease protects the output.
     """
 
     config: TrainConfig
@@ -45,6 +47,7 @@ class TrainJob:
     validation: ImageSet | None
     num_threads: int | None
     num_cpus_per_task: float
+    fence: Fence | None = None
 
     @property
     def order(self) -> EpochOrder:

@@ -17,6 +17,7 @@ from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.storage import uris
 from pipelines.storage.filesystem import write_bytes
+from pipelines.storage.lease import Fence
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,10 @@ class TrainingLog:
         records: the lines of `metrics.jsonl`: `kind` (`step` or `epoch`), `step`, `epoch` and figures.
     """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, fence: Fence | None = None) -> None:
         self.records: list[dict[str, Any]] = []
         self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._check = fence.check if fence else None
         self._folder = tempfile.TemporaryDirectory()
         self._window: list[torch.Tensor] = []
         # Writes one thing after the other, so that nothing older comes over something newer.
@@ -115,10 +117,10 @@ class TrainingLog:
 
     def _upload(self, output_uri: str, records: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        write_bytes(uris.join(output_uri, METRICS_FILE), lines.encode())
+        write_bytes(uris.join(output_uri, METRICS_FILE), lines.encode(), self._check)
         self._events.flush()
         for path in Path(self._folder.name).iterdir():
-            write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes())
+            write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes(), self._check)
 
     def _publish(self, figures: dict[str, Any]) -> None:
         """Write `_progress.json`, metrics and events in a thread, unless the previous write is still running."""
@@ -128,7 +130,7 @@ class TrainingLog:
 
     def _write_all(self, progress: dict[str, Any], records: list[dict[str, Any]]) -> None:
         output_uri = self._config.output.uri
-        run_record.write_progress(output_uri, progress)
+        run_record.write_progress(output_uri, progress, self._check)
         started = time.monotonic()
         if started < self._quiet_until:
             return

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from pipelines.logs import log_to_stderr
+from pipelines.storage.lease import FENCE_AGE_S
 from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
 from pipelines.training.divergence import NO_STEP, DivergenceMonitor
 from pipelines.training.history import NO_SCORE, SCORE, final_score
@@ -78,7 +79,7 @@ class Worker:
         device = ray.train.torch.get_device()
         module = build_module(job.config, start)
         self.learner = Learner(job.config, task, module, device, self.rank, self.world_size)
-        self.log = TrainingLog(job.config, self.steps_per_epoch)
+        self.log = TrainingLog(job.config, self.steps_per_epoch, job.fence)
         self.history: list[dict[str, Any]] = []
         self.failed: dict[int, str] = {}
         self.failed_in_epoch: set[int] = set()
@@ -128,6 +129,7 @@ class Worker:
                 return
 
     def _after_step(self) -> None:
+        self._check_fence(FENCE_AGE_S)
         every_steps = self.config.checkpoint.every_steps
         step = self.learner.step
         is_epoch_end = step % self.steps_per_epoch == 0
@@ -206,8 +208,15 @@ class Worker:
             if is_best:
                 module = self.learner.weights(self._handed_out())
                 save_timm_directory(folder, module, self.start.class_names, self.start.transform)
+            # Ray Train removes an older checkpoint for each that it is given: it may be another run's by now.
+            self._check_fence(max_age_s=0)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self.log.upload(self.config.output.uri)
+
+    def _check_fence(self, max_age_s: float) -> None:
+        """Refuse, in the first worker, to go on where another run has taken over the output."""
+        if self.rank == 0 and self.job.fence is not None:
+            self.job.fence.check(max_age_s)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -20,8 +20,9 @@ from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import Node, can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, is_there, write_bytes
-from pipelines.storage.lease import Lease
+from pipelines.storage.filesystem import in_plain_words, is_there, list_names, remove_folder, write_bytes
+from pipelines.storage.lease import Fence, Lease
+from pipelines.storage.uploads import abort_unfinished_uploads
 from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
 from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
@@ -33,6 +34,8 @@ from pipelines.training.worker import run_worker
 log = logging.getLogger(__name__)
 
 CURVES_FILE = "curves.png"
+# Ray Train's: `checkpoint_` and the time.
+CHECKPOINT_PREFIX = "checkpoint_"
 MAX_NAMED_FAILURES = 10
 
 
@@ -47,6 +50,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = normalize(config)
     summary = find_summary(config)
     if summary is not None:
+        _mark_finished(config.output.uri)
         log.info("nothing to do: %s holds a finished run", config.output.uri)
         return summary
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
@@ -57,18 +61,30 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with in_plain_words("write to", config.output.uri):
             lease.take()
         run_record.refuse_if_changed(config.output.uri, found)
+        if lease.is_takeover:
+            abort_unfinished_uploads(config.output.uri)
         request.pin()
         _say(request)
         with ray_session():
             nodes, may_grow = list_nodes(), can_grow()
             if not may_grow:
                 _warn_of_lack_of_memory(request, nodes)
-            result = _fit(request, resources or plan_workers(config.scaling, nodes, may_grow))
-        lease.check()
-        return _finish(request, result, started)
+            resources = resources or plan_workers(config.scaling, nodes, may_grow)
+            result = _fit(request, resources, lease.fence)
+        return _finish(request, result, started, lease)
 
 
-def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
+def _mark_finished(output_uri: str) -> None:
+    """Write the `_SUCCESS` of a finished run that was killed before it could."""
+    if run_record.is_complete(output_uri):
+        return
+    with Lease(output_uri) as lease, in_plain_words("write to", output_uri):
+        lease.take()
+        lease.fence.check(max_age_s=0)
+        run_record.mark_complete(output_uri)
+
+
+def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) -> dict[str, Any]:
     """Write the curves, the history and `_SUCCESS`; return the summary."""
     output_uri = request.config.output.uri
     outcome: dict[str, Any] = result.return_value
@@ -78,12 +94,29 @@ def _finish(request: TrainRequest, result: Any, started: float) -> dict[str, Any
     best = final_score(outcome["history"])
     if "of" in best and request.config.optim.ema_decay:
         log.info("%s", explain_choice(best))
+    lease.wait_for_stragglers()
+    lease.check()
+    lease.fence.check(max_age_s=0)
+    _remove_orphaned_checkpoints(output_uri, result, lease.fence)
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
     write_bytes(uris.join(output_uri, CURVES_FILE), curves)
     run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
     run_record.write_progress(output_uri, {"is_running": False, **summary})
+    lease.check()
+    lease.fence.check(max_age_s=0)
     run_record.mark_complete(output_uri)
     return summary
+
+
+def _remove_orphaned_checkpoints(output_uri: str, result: Any, fence: Fence) -> None:
+    """Remove the checkpoints that dead attempts uploaded and Ray Train does not know of."""
+    known = [checkpoint for checkpoint, _ in result.best_checkpoints] + [result.checkpoint]
+    kept = {posixpath.basename(checkpoint.path.rstrip("/")) for checkpoint in known if checkpoint is not None}
+    for name in list_names(output_uri):
+        if name.startswith(CHECKPOINT_PREFIX) and name not in kept:
+            log.info("%s is left from an interrupted attempt: removing it", name)
+            fence.check()
+            remove_folder(uris.join(output_uri, name))
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -115,7 +148,7 @@ def _warn_of_lack_of_memory(request: TrainRequest, nodes: list[Node]) -> None:
         log.warning("%s", lack)
 
 
-def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
+def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any:
     config = request.config
     sets = {name: ImageSet(ray.put(table), table.num_rows) for name, table in request.tables().items()}
     job = TrainJob(
@@ -125,6 +158,7 @@ def _fit(request: TrainRequest, resources: WorkerResources) -> Any:
         validation=sets.get("validation"),
         num_threads=resources.num_threads,
         num_cpus_per_task=resources.num_cpus_per_task,
+        fence=fence,
     )
     per_worker = resources.per_worker
     parent, name = posixpath.split(config.output.uri)
