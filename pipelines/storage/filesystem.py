@@ -1,77 +1,64 @@
 """One object at a time: file systems by URI, whole-object reads and writes, and errors in plain words.
 
-Endpoint and credentials come from the standard variables, profiles or instance roles, in each process anew: a file
-system is opened where it is used and never pickled.
+A file system is opened where it is used and never pickled: see `pipelines.storage.s3` for endpoint and credentials.
 """
 
 import contextlib
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import fsspec
 
 from pipelines.errors import RequestError, RunError
-from pipelines.storage import uris
-from pipelines.storage.retry import in_words
+from pipelines.storage import s3, uris
+from pipelines.storage.retry import in_words, is_transient
 
-# Seconds. botocore's own retries would multiply with those of s3fs.
-S3_CONFIG = {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 0}}
-# With the waits of s3fs between them, an endpoint may be gone for 45 s.
-S3_ATTEMPTS = 11
-S3_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 # Modules whose errors are a store's.
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore", "azure", "google", "gcsfs", "httpx", "requests")
-# When a job starts, an endpoint counts as unreachable that takes longer than this to answer, so many times.
-PROBE_TIMEOUT_S, PROBE_ATTEMPTS = 2, 3
 
 
-def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URI, and the URI's path on it.
+def open_filesystem(uri: str, is_written: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URI, and the URI's path on it.
+
+    Args:
+        uri: URI in any spelling.
+        is_written: for writing and removing, which S3 never allows without credentials.
 
     Raises:
-        RequestError: no file system is known for the protocol.
+        RequestError: no file system is known for the protocol, or the settings of S3 cannot be right.
     """
     protocol = uris.protocol_of(uri)
-    options: dict[str, Any] = {}
     if protocol == "s3":
-        options = {"config_kwargs": S3_CONFIG, "use_listings_cache": False}
-    try:
-        filesystem = fsspec.filesystem(protocol, **options)
-    except Exception as error:  # each file system raises its own kind for what a URI does not tell it
-        raise RequestError(f"no file system for {uri}: {' '.join(str(error).split())}") from None
-    if protocol == "s3":
-        _try_again(filesystem, S3_ATTEMPTS)
+        filesystem = s3.s3_filesystem(uris.split_bucket(uri)[0], is_written)
+        _retry_transient_errors(filesystem)
+    else:
+        try:
+            filesystem = fsspec.filesystem(protocol)
+        except Exception as error:  # each file system raises its own kind for what a URI does not tell it
+            raise RequestError(f"no file system for {uri}: {' '.join(str(error).split())}") from None
     return filesystem, uri if protocol == "file" else filesystem._strip_protocol(uri)
 
 
-def _try_again(s3: fsspec.AbstractFileSystem, num_attempts: int) -> None:
-    """Have s3fs repeat what may do better another time, which by itself it does for few errors."""
+def _retry_transient_errors(filesystem: fsspec.AbstractFileSystem) -> None:
+    """Have s3fs retry all transient errors; by itself it retries few."""
     from s3fs.core import set_custom_error_handler
 
-    s3.retries = num_attempts
-    set_custom_error_handler(_is_transient)
-
-
-def _is_transient(error: BaseException) -> bool:
-    from botocore.exceptions import ClientError, ConnectionError
-
-    if isinstance(error, ClientError):
-        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in S3_RETRIED_STATUS
-    return isinstance(error, ConnectionError)
+    filesystem.retries = s3.S3FS_ATTEMPTS
+    set_custom_error_handler(is_transient)
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole object. Raises FileNotFoundError where there is none."""
+    """Return a whole object. Raises FileNotFoundError if there is none."""
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path)
     return content
 
 
 def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = None) -> None:
-    """Write the whole object, so that no reader ever sees a part of it.
+    """Write a whole object, so that no reader ever sees a part of it.
 
     An upload to an object store appears whole; a local file is written aside, then renamed.
 
@@ -80,7 +67,7 @@ def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = Non
         content: its bytes.
         check: raises where the object must not be written any more; called right before it appears.
     """
-    filesystem, path = open_filesystem(uri)
+    filesystem, path = open_filesystem(uri, is_written=True)
     if not uris.is_local(uri):
         if check is not None:
             check()
@@ -104,8 +91,8 @@ def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = Non
 
 
 def remove(uri: str) -> None:
-    """Remove one object; where there is none, nothing happens."""
-    filesystem, path = open_filesystem(uri)
+    """Remove one object; if there is none, nothing happens."""
+    filesystem, path = open_filesystem(uri, is_written=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm_file(path)
 
@@ -164,37 +151,37 @@ def in_plain_words(what: str, uri: str, kind: type[RequestError | RunError] = Re
         raise kind(f"cannot {what} {uri}: {error.strerror or error}") from None
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.startswith(CLIENTS):
-            is_obstores = type(error).__module__.startswith("obstore")
-            reason = in_words(error) if is_obstores else " ".join(str(error).split())
-            raise kind(f"cannot {what} {uri}: {reason}") from None
+            raise kind(f"cannot {what} {uri}: {_reason(error)}{_advice(uri, str(error))}") from None
         raise
 
 
+def _reason(error: Exception) -> str:
+    if not type(error).__module__.startswith("obstore"):
+        return " ".join(str(error).split())
+    host = re.search(r"https?://[^\s/?]+", str(error))
+    return f"{in_words(error)} ({host.group()})" if host else in_words(error)
+
+
+def _advice(uri: str, error: str) -> str:
+    is_denied = re.search(r"AccessDenied|Forbidden|Access Denied|\b40[13]\b", error)
+    if not is_denied or uris.protocol_of(uri) != "s3" or s3.has_credentials():
+        return ""
+    return "; no AWS credentials were found: set the standard variables, a profile or a role"
+
+
 def is_there(uri: str) -> bool:
-    """Whether there is an object, folder or prefix of that name, found within a few seconds.
+    """Return whether there is an object, folder or prefix of that name, found within a few seconds.
 
     Raises:
         RequestError: the store does not answer, or refuses our credentials.
     """
     if uris.is_local(uri):
         return os.path.exists(uri)
-    if uris.protocol_of(uri) != "s3":
-        filesystem, path = open_filesystem(uri)
-        with in_plain_words("reach", uri):
-            return bool(filesystem.exists(path))
-    import s3fs
-
-    quick = s3fs.S3FileSystem(
-        config_kwargs={
-            "connect_timeout": PROBE_TIMEOUT_S,
-            "read_timeout": PROBE_TIMEOUT_S,
-            "retries": {"max_attempts": 0},
-        },
-        skip_instance_cache=True,
-    )
-    _try_again(quick, PROBE_ATTEMPTS)
-    bucket, key = uris.split_bucket(uri)
-    if not bucket:
-        raise RequestError(f"{uri} names no bucket")
     with in_plain_words("reach", uri):
-        return bool(quick.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1).get("KeyCount"))
+        if uris.protocol_of(uri) != "s3":
+            filesystem, path = open_filesystem(uri)
+            return bool(filesystem.exists(path))
+        bucket, key = uris.split_bucket(uri)
+        if not bucket:
+            raise RequestError(f"{uri} names no bucket")
+        return s3.has_any(bucket, key)

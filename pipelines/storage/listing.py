@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 from obstore.exceptions import InvalidPathError
 
 from pipelines.errors import RequestError
-from pipelines.storage import uris
-from pipelines.storage.bulk import is_obstore_path, s3_store
+from pipelines.storage import s3, uris
+from pipelines.storage.bulk import is_obstore_path
 from pipelines.storage.filesystem import in_plain_words, open_filesystem
 from pipelines.storage.local_listing import Entry, LocalLister, as_text, entry_of
 
@@ -200,7 +200,10 @@ class _S3Lister:
         return list(_in_tables(self._list_pages(prefix))) if found is None else found
 
     def _list_with_obstore(self, folder: str) -> list[pa.Table] | None:
-        store = s3_store(self.bucket, num_retries=NUM_RETRIES)
+        return s3.in_region_of_bucket(lambda: self._tables_of_obstore(folder))
+
+    def _tables_of_obstore(self, folder: str) -> list[pa.Table] | None:
+        store = s3.s3_store(self.bucket, num_retries=NUM_RETRIES)
         tables: list[pa.Table] = []
         try:
             for batch in obstore.list(store, prefix=folder or None, chunk_size=ROWS_PER_CHUNK, return_arrow=True):

@@ -1,4 +1,4 @@
-"""Other attempts at requests that a store on a bad day did not answer, and fewer at a time where it asks for that."""
+"""Retries of failed requests with exponential backoff, and a limit on requests in flight that adapts to throttling."""
 
 import contextlib
 import re
@@ -10,11 +10,13 @@ from typing import NamedTuple, TypeVar
 import tenacity
 from obstore.exceptions import GenericError
 
+from pipelines.storage import s3
+
 Result = TypeVar("Result")
 
 
 class Retried(NamedTuple):
-    """A kind of error that is tried again: what it looks like, our words for it, why another attempt may do better."""
+    """A kind of error that is retried: its pattern, our words for it, and why another attempt may succeed."""
 
     pattern: str
     words: str
@@ -30,6 +32,19 @@ RETRIED = (
 )
 TRANSIENT = re.compile("|".join(kind.pattern for kind in RETRIED))
 THROTTLED = re.compile(RETRIED[0].pattern)
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+# Looks like "kind: Connect", but the next attempt meets the same certificate.
+CERTIFICATE = re.compile(r"invalid peer certificate: (?:Other\()?(\w+)|CERTIFICATE_VERIFY_FAILED")
+# What differs between equal failures: obstore's and other clients' URLs, durations and request ids.
+REQUEST_MADE = re.compile(r".*Error performing \S+ \S+ in \S+ - ", re.DOTALL)
+S3_ERROR = re.compile(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
+VARYING = (
+    (re.compile(r",? ?url='[^']*'|,? ?url=\S+"), ""),
+    (re.compile(r"\w+://[^\s'\")]+"), "URL"),
+    (re.compile(r"\b\d+(\.\d+)? ?(ns|µs|us|ms|s|seconds)\b"), "some time"),
+    (re.compile(r"(?i)\b(request[ _-]?id|host[ _-]?id)\b\W*[\w/+=-]+"), "request id"),
+    (re.compile(r"\b(?=\w*\d)[0-9A-Fa-f-]{12,}\b|\b(?=[A-Z]*\d)[0-9A-Z]{14,}\b"), "ID"),
+)
 # Exponential backoff with full jitter, as in "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015). An
 # endpoint that is gone for half a minute costs no image.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0
@@ -37,15 +52,15 @@ GIVE_UP_AFTER_S = 120.0
 # A request of 100 KB takes 10 to 50 ms on S3, mostly waiting: 32 in flight are several hundred images a second, more
 # than one decoding core takes.
 MAX_IN_FLIGHT = 32
-# What was in flight when the store first asked for fewer asks for no less.
+# Ignore throttling of requests that were already in flight.
 SLOW_DOWN_EVERY_S = 1.0
 
 
 class RequestLimit:
-    """How many requests of this process may be in flight: half as many when the store asks for fewer, then slowly more.
+    """Limit on the requests of this process in flight: halved when the store throttles, then slowly raised.
 
     Additive increase, multiplicative decrease, as in TCP's congestion control (RFC 5681). Processes share nothing: each
-    hears of the store by itself.
+    is throttled by itself.
     """
 
     def __init__(self, most: int) -> None:
@@ -57,7 +72,7 @@ class RequestLimit:
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """Wait for a place, and hold it."""
+        """Wait for a slot, and hold it."""
         with self._changed:
             self._changed.wait_for(lambda: self._in_flight < int(self.limit))
             self._in_flight += 1
@@ -69,14 +84,14 @@ class RequestLimit:
                 self._changed.notify()
 
     def slow_down(self) -> None:
-        """The store asked for fewer."""
+        """Halve the limit after a throttled request."""
         with self._changed:
             if time.monotonic() - self._slowed_at >= SLOW_DOWN_EVERY_S:
                 self._slowed_at = time.monotonic()
                 self.limit = max(1.0, self.limit / 2)
 
     def speed_up(self) -> None:
-        """It answered."""
+        """Raise the limit a little after an answer."""
         with self._changed:
             self.limit = min(float(self.most), self.limit + 1 / self.limit)
             self._changed.notify()
@@ -96,22 +111,26 @@ class Retries:
         self.num = 0
 
     def send(self, request: Callable[[], Result]) -> Result:
-        """What a request returns.
+        """Return the result of a request.
+
+        Args:
+            request: sends it. One to S3 gets its client from `s3_store` each time, since a bucket may turn out to be in
+                another region; the request is then sent there at once.
 
         Raises:
-            GenericError: of its last attempt.
+            GenericError: the error of the last attempt.
         """
         first_sent_at: list[float] = []
 
         def attempt() -> Result:
             with REQUESTS.slot():
                 first_sent_at.append(time.monotonic())
-                return _send(request)
+                return s3.in_region_of_bucket(lambda: _send(request))
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-            # Waiting for a slot is no fault of the store's.
+            # Time spent waiting for a slot does not count.
             stop=lambda _: time.monotonic() - first_sent_at[0] >= GIVE_UP_AFTER_S,
             before_sleep=self._count,
             reraise=True,
@@ -124,17 +143,38 @@ class Retries:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may do better."""
-    return isinstance(error, GenericError) and bool(TRANSIENT.search(str(error)))
+    """Return whether another attempt may succeed, by the error of obstore or botocore."""
+    if isinstance(error, GenericError):
+        text = str(error)
+        return bool(TRANSIENT.search(text)) and not CERTIFICATE.search(text)
+    from botocore.exceptions import ClientError, ConnectionError, SSLError
+
+    if isinstance(error, ClientError):
+        return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in RETRIED_STATUS
+    return isinstance(error, ConnectionError) and not isinstance(error, SSLError)
 
 
 def in_words(error: BaseException) -> str:
-    """What became of a request, without addresses and request ids, so that equal failures read alike."""
+    """Return the reason why a request failed, without URL, request id and duration: equal failures read alike."""
     text = str(error)
+    if CERTIFICATE.search(text):
+        return "the certificate of the store is not trusted; AWS_CA_BUNDLE names a file with that of its CA"
     for kind in RETRIED:
         if re.search(kind.pattern, text):
             return f"{kind.words}, for {GIVE_UP_AFTER_S:.0f} s"
-    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {_reason(error)}"
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return error.strerror
+    text = REQUEST_MADE.sub("", str(error).partition("\n\nDebug source")[0])
+    if said := S3_ERROR.search(text):
+        text = f"{said.group(1)}: {said.group(2)}" if said.group(2) else said.group(1)
+    text = text.strip().partition("\n")[0]
+    for pattern, words in VARYING:
+        text = pattern.sub(words, text)
+    return text
 
 
 def _send(request: Callable[[], Result]) -> Result:
@@ -143,6 +183,11 @@ def _send(request: Callable[[], Result]) -> Result:
     except GenericError as error:
         if THROTTLED.search(str(error)):
             REQUESTS.slow_down()
+        raise
+    except BaseException as error:
+        # A panic of obstore's Rust code is a BaseException, which would end the thread or the task.
+        if type(error).__name__ == "PanicException":
+            raise GenericError(f"obstore failed: {error}") from None
         raise
     REQUESTS.speed_up()
     return result

@@ -17,7 +17,7 @@ from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local import ObjectStore
 from pipelines.errors import ItemError
 from pipelines.inference.write import write_table
-from pipelines.storage import bulk, retry
+from pipelines.storage import bulk, retry, s3
 from pipelines.storage.retry import RequestLimit
 
 NUM_OBJECTS = 60
@@ -43,11 +43,11 @@ def behind(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
             proxy = stack.enter_context(faulty_proxy(store.endpoint, faults))
             for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
                 monkeypatch.setitem(os.environ, name, proxy.endpoint)
-            bulk.s3_store.cache_clear()
+            s3.forget()
             return proxy
 
         yield put
-        bulk.s3_store.cache_clear()
+        s3.forget()
 
 
 def fetch(uris: list[str]) -> tuple[list[bytes | ItemError], int]:
@@ -68,7 +68,7 @@ def test_what_the_store_did_not_answer_is_asked_again_and_counted(
 def test_a_stall_is_cut_off(
     behind: Callable[[Faults], Proxy], contents: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "READ_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(s3, "READ_TIMEOUT", timedelta(seconds=1))
     behind(Faults(stalled=0.1, stall_s=30))
     started = time.monotonic()
     found, num_retries = fetch(URIS)
@@ -105,7 +105,7 @@ def test_what_is_given_up_is_said_in_our_words(
     faults: Faults, kind: str, words: str, behind: Callable[[Faults], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 1.0)
-    monkeypatch.setattr(bulk, "READ_TIMEOUT", timedelta(seconds=0.6))
+    monkeypatch.setattr(s3, "READ_TIMEOUT", timedelta(seconds=0.6))
     behind(faults)
     (found,), num_retries = fetch(URIS[:1])
     assert isinstance(found, ItemError)
