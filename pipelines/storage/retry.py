@@ -34,7 +34,7 @@ TRANSIENT = re.compile("|".join(kind.pattern for kind in RETRIED))
 THROTTLED = re.compile(RETRIED[0].pattern)
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 # Looks like "kind: Connect", but the next attempt meets the same certificate.
-CERTIFICATE = re.compile(r"invalid peer certificate: (?:Other\()?(\w+)|CERTIFICATE_VERIFY_FAILED")
+CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 # What differs between equal failures: obstore's and other clients' URLs, durations and request ids.
 REQUEST_MADE = re.compile(r".*Error performing \S+ \S+ in \S+ - ", re.DOTALL)
 S3_ERROR = re.compile(r"<Code>([^<]+)</Code>(?:.*?<Message>([^<]*)</Message>)?", re.DOTALL)
@@ -157,8 +157,11 @@ def is_transient(error: BaseException) -> bool:
 def in_words(error: BaseException) -> str:
     """Return the reason why a request failed, without URL, request id and duration: equal failures read alike."""
     text = str(error)
-    if CERTIFICATE.search(text):
-        return "the certificate of the store is not trusted; AWS_CA_BUNDLE names a file with that of its CA"
+    if refused := CERTIFICATE.search(text):
+        return (
+            f"the certificate of the store is not trusted ({refused.group(1)}); for a private CA, AWS_CA_BUNDLE names "
+            "the file of its certificate"
+        )
     for kind in RETRIED:
         if re.search(kind.pattern, text):
             return f"{kind.words}, for {GIVE_UP_AFTER_S:.0f} s"

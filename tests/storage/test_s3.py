@@ -1,0 +1,362 @@
+"""S3 as AWS has it: regions, endpoints, certificates, public buckets and paying requesters, for each client of ours."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.local import ObjectStore
+from pipelines.errors import ItemError, RequestError
+from pipelines.inference.write import write_table
+from pipelines.storage import bulk, listing, retry, s3, uris
+from pipelines.storage.filesystem import (
+    download,
+    is_there,
+    list_with_sizes,
+    open_filesystem,
+    read_bytes,
+    remove,
+    write_bytes,
+)
+from pipelines.storage.listing import list_objects
+from tests.support.certificates import write_certificates
+from tests.support.regional_s3 import RegionalS3
+
+CONFIGURED_REGION = "us-west-2"
+# obstore's paths hold the first, but not the second.
+KEYS = ("in/plain.jpg", "in/100%.jpg")
+
+
+@pytest.fixture
+def setenv(images: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Sets variables of AWS, of which there are none at first; the settings are asked for anew."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 1.0)
+
+    def setenv(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        s3.forget()
+
+    setenv(AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=str(tmp_path / "config"))
+    yield setenv
+    s3.forget()
+
+
+@pytest.fixture
+def started(store: ObjectStore) -> Iterator[Callable[..., RegionalS3]]:
+    """Starts stand-ins."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(RegionalS3(store, **options).running())
+
+
+def keys_of(store: ObjectStore) -> dict[str, str]:
+    return {"AWS_ACCESS_KEY_ID": store.access_key, "AWS_SECRET_ACCESS_KEY": store.secret_key}
+
+
+@pytest.fixture(scope="module")
+def images(store: ObjectStore) -> str:
+    """A prefix of the bucket `images` with an object for each of `KEYS`."""
+    s3.forget()
+    root = "s3://images/regions"
+    for key in KEYS:
+        write_bytes(uris.join(root, key), key.encode())
+    return root
+
+
+def read_with_each_client(root: str, folder: Path) -> None:
+    names = [uris.join(root, key) for key in sorted(KEYS)]
+    assert is_there(root)
+    assert not is_there(uris.join(root, "absent"))
+    assert list_objects(root, []).table["uri"].to_pylist() == names
+    assert set(list_with_sizes(uris.join(root, "in"))) == {
+        uris.split_bucket(name)[1].rpartition("/")[2] for name in names
+    }
+    fetched = [one.content for one in sorted(bulk.fetch_many(names, max_bytes=1000))]
+    assert fetched == [uris.split_bucket(name)[1].partition("/")[2].encode() for name in names]
+    for name, content in zip(names, fetched):
+        assert bulk.read_object(name) == read_bytes(name) == content
+        assert Path(download(name, str(folder))).read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        bulk.read_object(uris.join(root, "absent"))
+
+
+def write_with_each_client(root: str) -> None:
+    table = pa.table({"id": [1, 2], "uri": ["a", "b"]})
+    for name in ("part.parquet", "100%.parquet"):
+        write_table(root, name, table, table.schema)
+        assert bulk.read_columns(uris.join(root, name), ["id"]).equals(table.select(["id"]))
+    large = os.urandom(6 << 20)  # in several parts
+    bulk.store_object(uris.join(root, "large"), large)
+    assert bulk.read_object(uris.join(root, "large")) == large
+    write_bytes(uris.join(root, "small"), b"x")
+    remove(uris.join(root, "small"))
+    assert not is_there(uris.join(root, "small"))
+
+
+def use_all(root: str, folder: Path) -> None:
+    read_with_each_client(root, folder)
+    write_with_each_client(f"{root}-{folder.name}")
+
+
+@pytest.mark.parametrize(
+    ("region", "is_malformed"), [("us-west-2", False), ("us-east-1", False), ("eu-west-1", True), ("cn-north-1", True)]
+)
+def test_bucket_in_another_region_is_read_and_written(
+    region: str,
+    is_malformed: bool,
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stand_in = started(regions={"images": region}, is_malformed=is_malformed)
+    setenv(**keys_of(store), AWS_REGION=CONFIGURED_REGION, AWS_ENDPOINT_URL=stand_in.endpoint)
+    with caplog.at_level(logging.INFO, "pipelines"):
+        use_all(images, tmp_path)
+    said = [record.getMessage() for record in caplog.records if "region" in record.getMessage()]
+    assert len(said) == (region != CONFIGURED_REGION)
+    assert all(f"bucket images is in region {region}" in line for line in said)
+
+
+@pytest.mark.parametrize("first", ["put", "head", "get_many", "list"])
+def test_first_request_of_a_process_follows_the_region(
+    first: str,
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listing, "ENOUGH_PREFIXES", 1)
+    stand_in = started(regions={"images": "eu-west-1"}, is_malformed=first == "head")
+    setenv(**keys_of(store), AWS_REGION=CONFIGURED_REGION, AWS_ENDPOINT_URL=stand_in.endpoint)
+    if first == "put":
+        assert bulk.store_object(f"{images}-put/x", b"x") == 0
+    elif first == "head":
+        with pytest.raises(Exception, match="Parquet"):
+            bulk.read_columns(f"{images}/{KEYS[0]}", ["id"])
+    elif first == "get_many":
+        fetched = list(bulk.fetch_many([f"{images}/{KEYS[0]}"] * 40, max_bytes=1000))
+        assert {(one.content, one.num_retries) for one in fetched} == {(KEYS[0].encode(), 0)}
+    else:
+        assert list_objects(images, []).table.num_rows == len(KEYS)
+    # The redirect is followed once, however many requests meet it, and not met again.
+    assert sum(method == "HEAD" and not region for method, _, region, _ in stand_in.requests) <= 2
+    before = len(stand_in.requests)
+    bulk.read_object(f"{images}/{KEYS[0]}")
+    assert [region for _, _, region, _ in stand_in.requests[before:]] == ["eu-west-1"]
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION", "profile"])
+def test_configured_region_is_used_by_each_client(
+    name: str,
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+) -> None:
+    stand_in = started(regions={"images": "eu-west-1"})
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=stand_in.endpoint)
+    if name == "profile":
+        (tmp_path / "config").write_text("[default]\nregion = eu-west-1\n")
+    else:
+        setenv(**{name: "eu-west-1"})
+    use_all(images, tmp_path)
+    assert {region for _, _, region, _ in stand_in.requests} == {"eu-west-1"}
+
+
+PROFILES = {
+    "endpoint_url": "[profile minio]\nregion = eu-west-1\nendpoint_url = {endpoint}\n{keys}",
+    "services": "[profile minio]\nregion = eu-west-1\n{keys}services = own\n"
+    "[services own]\ns3 =\n  endpoint_url = {endpoint}\n",
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile_gives_endpoint_region_and_credentials(
+    profile: str,
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+) -> None:
+    stand_in = started(regions={"images": "eu-west-1"})
+    keys = f"aws_access_key_id = {store.access_key}\naws_secret_access_key = {store.secret_key}\n"
+    (tmp_path / "config").write_text(PROFILES[profile].format(endpoint=stand_in.endpoint, keys=keys))
+    setenv(AWS_PROFILE="minio")
+    use_all(images, tmp_path)
+    assert {region for _, _, region, _ in stand_in.requests} == {"eu-west-1"}
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "profile"])
+def test_private_ca_is_trusted_by_each_client(
+    name: str,
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+) -> None:
+    ca_file, server_file = write_certificates(tmp_path)
+    stand_in = started(server_file=server_file)
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=stand_in.endpoint)
+    if name == "profile":
+        (tmp_path / "config").write_text(f"[default]\nca_bundle = {ca_file}\n")
+    else:
+        setenv(**{name: str(ca_file)})
+    use_all(images, tmp_path)
+
+
+def test_untrusted_certificate_is_said_without_retries(
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, server_file = write_certificates(tmp_path)
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=started(server_file=server_file).endpoint)
+    monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 60.0)
+    (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
+    assert isinstance(fetched.content, ItemError)
+    assert "certificate of the store is not trusted (UnknownIssuer)" in fetched.content.message
+    assert fetched.num_retries == 0
+    with pytest.raises(RequestError, match="certificate"):
+        is_there(images)
+    with pytest.raises(RequestError, match="certificate"):
+        list_objects(images, [])
+
+
+def test_public_bucket_is_read_without_credentials(
+    store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
+) -> None:
+    stand_in = started(public=("images",))
+    setenv(AWS_ENDPOINT_URL=stand_in.endpoint)
+    read_with_each_client(images, tmp_path)
+    assert {region for _, _, region, _ in stand_in.requests} == {""}
+
+
+def test_private_bucket_without_credentials_is_refused_in_one_line(
+    store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3]
+) -> None:
+    setenv(AWS_ENDPOINT_URL=started().endpoint)
+    with pytest.raises(RequestError, match=r"cannot reach s3://images/.*no AWS credentials were found"):
+        is_there(images)
+    (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
+    assert isinstance(fetched.content, ItemError)
+    assert (fetched.content.kind, fetched.content.message) == (
+        "access_denied",
+        "the store refuses to hand it out, and no AWS credentials are set",
+    )
+
+
+def test_images_of_a_public_bucket_and_results_in_a_private_one(
+    store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
+) -> None:
+    stand_in = started(public=("images",))
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=stand_in.endpoint, AWS_SKIP_SIGNATURE="true")
+    read_with_each_client(images, tmp_path)
+    assert {region for _, _, region, _ in stand_in.requests} == {""}
+    write_with_each_client(f"s3://results/{tmp_path.name}")
+    read_bytes(f"s3://results/{tmp_path.name}/large")
+
+
+def test_signed_requests_are_the_default_for_public_buckets(
+    store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
+) -> None:
+    stand_in = started(public=("images",))
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=stand_in.endpoint)
+    read_with_each_client(images, tmp_path)
+    assert {region for _, _, region, _ in stand_in.requests} == {"us-east-1"}
+
+
+def test_requester_pays_only_when_asked_to(
+    store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
+) -> None:
+    setenv(**keys_of(store), AWS_ENDPOINT_URL=started(paid=("images",)).endpoint)
+    with pytest.raises(RequestError, match="AccessDenied"):
+        is_there(images)
+    setenv(AWS_REQUEST_PAYER="requester")
+    use_all(images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:8333"}, r"'127.0.0.1:8333' is not a URL such as https://host:port"),
+        ({"AWS_ENDPOINT_URL_S3": "localhost:8333"}, r"'localhost:8333' is not a URL"),
+        ({"AWS_ENDPOINT_URL": "ftp://host"}, r"'ftp://host' is not a URL"),
+        ({"AWS_ENDPOINT_URL": "http://host:99999"}, r"'http://host:99999' is not a URL"),
+        ({"AWS_ENDPOINT_URL": "http://[::1"}, r"endpoint is not a URL"),
+        ({"AWS_ENDPOINT_URL": "http://user:secret@host"}, r"holds a user or password"),
+        ({"AWS_PROFILE": "absent"}, r"profile \(absent\) could not be found"),
+        ({"AWS_CA_BUNDLE": "/absent/ca.pem"}, r"cannot read the CA bundle /absent/ca.pem"),
+        ({"AWS_REGION": "not a region"}, r"'not a region'"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused_in_one_line(
+    variables: dict[str, str], message: str, setenv: Callable[..., None]
+) -> None:
+    setenv(**variables)
+    uses: list[Callable[[], Any]] = [
+        lambda: is_there("s3://bucket/x"),
+        lambda: bulk.store_object("s3://bucket/x", b""),
+        lambda: open_filesystem("s3://bucket/x"),
+        lambda: list_objects("s3://bucket/x", []),
+    ]
+    for use in uses:
+        with pytest.raises(RequestError, match=message) as refused:
+            use()
+        assert "\n" not in str(refused.value)
+        assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "bucket", "endpoint"),
+    [
+        ({"AWS_DEFAULT_REGION": "eu-west-1"}, "b-1", "https://b-1.s3.eu-west-1.amazonaws.com"),
+        ({"AWS_REGION": "eu-west-1", "AWS_DEFAULT_REGION": "x"}, "bu-1", "https://bu-1.s3.eu-west-1.amazonaws.com"),
+        ({"AWS_REGION": "cn-north-1"}, "bucket", "https://bucket.s3.cn-north-1.amazonaws.com.cn"),
+        (
+            {"AWS_REGION": "us-west-2", "AWS_USE_FIPS_ENDPOINT": "true"},
+            "bucket",
+            "https://bucket.s3-fips.us-west-2.amazonaws.com",
+        ),
+        (
+            {"AWS_REGION": "us-west-2", "AWS_USE_DUALSTACK_ENDPOINT": "true"},
+            "bucket",
+            "https://bucket.s3.dualstack.us-west-2.amazonaws.com",
+        ),
+        ({"AWS_REGION": "us-west-2"}, "with.dots", "https://s3.us-west-2.amazonaws.com"),
+        ({"AWS_ENDPOINT_URL": "https://store:9000/prefix/"}, "bucket", "https://store:9000/prefix"),
+        ({"AWS_ENDPOINT_URL_S3": "http://a", "AWS_ENDPOINT_URL": "http://b"}, "bucket", "http://a"),
+        ({"AWS_ENDPOINT_URL": ""}, "with.dots", "https://s3.amazonaws.com"),
+    ],
+)
+def test_endpoint_is_that_of_botocore(
+    variables: dict[str, str], bucket: str, endpoint: str, setenv: Callable[..., None]
+) -> None:
+    setenv(**variables)
+    config: dict[str, Any] = dict(s3.s3_store(bucket).config)
+    assert config["endpoint"] == config["endpoint_url_s3"] == endpoint
+    assert config["virtual_hosted_style_request"] == str(f"//{bucket}." in endpoint).lower()
+
+
+def test_virtual_hosted_style_is_taken_from_the_profile(setenv: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    setenv(AWS_ENDPOINT_URL="https://store.example")
+    assert s3.s3_store("bucket").config["endpoint"] == "https://bucket.store.example"
