@@ -189,18 +189,19 @@ def _fetch(position: int, uri: str, max_bytes: int, budget: ByteBudget) -> Fetch
 def _read_within(uri: str, max_bytes: int, retries: Retries, held: Reservation) -> bytes:
     """Read an object; if the budget has no room for it, drop the answer, wait without a connection, and ask again."""
 
-    def read() -> bytes:
+    def read() -> bytes | NoRoomError:
         try:
             return _read_once(uri, max_bytes, held)
+        except NoRoomError as full:
+            held.shrink(0)
+            return full.with_traceback(None)
         except BaseException:
             held.shrink(0)  # nothing is held while a retry waits
             raise
 
-    while True:
-        try:
-            return retries.send(read)
-        except NoRoomError as full:
-            held.wait_for(full.num_bytes)
+    while not isinstance(content := retries.send(read), bytes):
+        held.wait_for(content.num_bytes)
+    return content
 
 
 def _read_once(uri: str, max_bytes: int, held: Reservation) -> bytes:
