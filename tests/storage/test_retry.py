@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from obstore.exceptions import GenericError
+from obstore.store import S3Store
 
 from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local import ObjectStore
@@ -187,3 +189,50 @@ def test_no_more_requests_than_the_limit_are_in_flight() -> None:
     for thread in threads:
         thread.join()
     assert most[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (
+            "Generic S3 error: Error performing GET http://a:1/b/x.jpg in 33.9ms - Received redirect without LOCATION",
+            "Generic S3 error: Error performing GET http://a:1/b/y.jpg in 2.1s - Received redirect without LOCATION",
+            "GenericError: Received redirect without LOCATION",
+        ),
+        (
+            "Generic S3 error: Error performing GET http://a/b/x in 1ms - Server returned non-2xx status code: "
+            "400 Bad Request: <?xml version='1.0'?>\n<Error><Code>KMS.Disabled</Code><Message>The key is off.</Message>"
+            "<RequestId>AAAABBBBCCCC1111</RequestId></Error>\n\nDebug source: 1",
+            "Generic S3 error: Error performing GET http://a/b/y in 2ms - Server returned non-2xx status code: "
+            "400 Bad Request: <?xml version='1.0'?>\n<Error><Code>KMS.Disabled</Code><Message>The key is off.</Message>"
+            "<RequestId>DDDD</RequestId></Error>\n\nDebug source: 2",
+            "GenericError: KMS.Disabled: The key is off.",
+        ),
+        (
+            "no luck with https://host/a?b=c after 12.5 seconds, request id: 4f2a-9",
+            "no luck with https://host/d after 0.3 seconds, request id: 77aa-1",
+            "GenericError: no luck with URL after some time, request id",
+        ),
+    ],
+)
+def test_failures_that_differ_in_url_request_id_or_duration_read_alike(first: str, second: str, words: str) -> None:
+    assert retry.in_words(GenericError(first)) == retry.in_words(GenericError(second)) == words
+
+
+def test_errors_of_files_are_told_without_their_names(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"a\.jpg") as error:
+        os.open(tmp_path / "folder" / "a.jpg" / ("x" * 300), os.O_RDONLY)
+    assert str(tmp_path) not in retry.in_words(error.value)
+
+
+def test_panic_of_obstore_is_an_error_like_others(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    # obstore's builder panics on an endpoint that is no URL, which `s3_store` refuses before.
+    def panic(bucket: str, **_: object) -> object:
+        S3Store(bucket, endpoint="127.0.0.1:8333").get("x")
+        raise AssertionError
+
+    monkeypatch.setattr(bulk, "s3_store", panic)
+    (found,) = bulk.fetch_many(["s3://scratch/x"], max_bytes=10)
+    assert isinstance(found.content, ItemError)
+    assert found.content.kind == "storage_error"
+    assert found.content.message.startswith("GenericError: obstore failed")

@@ -1,0 +1,237 @@
+"""Limits on what a fetch holds: one object by `input.max_bytes`, the objects of a task by their budget."""
+
+import contextlib
+import gc
+import gzip
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from cluster.local import ObjectStore
+from pipelines.errors import ItemError
+from pipelines.storage import bulk
+from pipelines.storage.bounded import ByteBudget, NoRoomError, Reservation
+
+MAX_BYTES = 1000
+MIB = 1 << 20
+BODIES = {
+    "small": b"x" * MAX_BYTES,
+    "large": b"x" * 50 * MIB,
+    "short.gz": gzip.compress(b"y" * MAX_BYTES),
+    "bomb": gzip.compress(b"x" * 200 * MIB, 1),
+}
+
+
+def fetch_one(uri: str, max_bytes: int = MAX_BYTES) -> bytes | ItemError:
+    (fetched,) = bulk.fetch_many([uri], max_bytes)
+    return fetched.content
+
+
+def kind_of(content: bytes | ItemError) -> str:
+    return content.kind if isinstance(content, ItemError) else "ok"
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Answers by path: with or without a length, compressed, without end, or with a status."""
+
+    protocol_version = "HTTP/1.1"
+    num_sent = 0
+    methods: list[str] = []
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self.methods.append(self.command)
+        name = self.path.partition("?")[0].strip("/")
+        if name.isdecimal():
+            self.send_response(int(name))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        if name in ("bomb", "short.gz"):
+            self.send_header("Content-Encoding", "gzip")
+        if name in BODIES:
+            self.send_header("Content-Length", str(len(BODIES[name])))
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self._send(BODIES.get(name, b""), is_endless=name == "endless")
+
+    do_HEAD = do_GET
+
+    def _send(self, body: bytes, is_endless: bool) -> None:
+        for start in range(0, len(body), 1 << 16):
+            self.wfile.write(body[start : start + (1 << 16)])
+            type(self).num_sent += 1 << 16
+        while is_endless:
+            self.wfile.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """URL of a web server."""
+    _Server.num_sent, _Server.methods = 0, []
+    web = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to /dev/zero", "folder", "socket", "link to a fifo"])
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_becomes_a_failed_row(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    with contextlib.ExitStack() as stack:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "link to a fifo":
+            os.mkfifo(tmp_path / "fifo")
+            path.symlink_to(tmp_path / "fifo")
+        elif kind == "link to /dev/zero":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        for uri in (str(path), f"local://{path}"):
+            assert kind_of(fetch_one(uri, 1 << 40)) == "not_an_image"
+
+
+def test_files_are_bounded_by_what_they_hold_not_by_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "exact").write_bytes(b"x" * MAX_BYTES)
+    (tmp_path / "large").write_bytes(b"x" * (MAX_BYTES + 1))
+    assert fetch_one(str(tmp_path / "exact")) == b"x" * MAX_BYTES
+    assert kind_of(fetch_one(str(tmp_path / "large"))) == "too_many_bytes"
+    assert os.stat("/proc/self/maps").st_size == 0
+    assert kind_of(fetch_one("/proc/self/maps", 10)) == "too_many_bytes"
+    assert kind_of(fetch_one("/proc/self/maps", MIB)) == "ok"
+
+
+@pytest.mark.timeout(30)
+def test_http_answers_are_bounded_in_decoded_bytes(server: str) -> None:
+    assert fetch_one(f"{server}/small") == b"x" * MAX_BYTES
+    assert fetch_one(f"{server}/short.gz") == b"y" * MAX_BYTES
+    assert _Server.methods == ["GET", "GET"]
+    for name in ("large", "endless"):
+        assert kind_of(fetch_one(f"{server}/{name}")) == "too_many_bytes"
+    assert _Server.num_sent < 20 * MIB
+    before = _resident_bytes()
+    assert kind_of(fetch_one(f"{server}/bomb", 20 * MIB)) == "too_many_bytes"
+    assert _resident_bytes() - before < 100 * MIB
+
+
+def test_http_errors_are_told_apart(server: str) -> None:
+    kinds = [kind_of(fetch_one(f"{server}/{status}")) for status in (404, 403, 401, 418)]
+    assert kinds == ["not_found", "access_denied", "access_denied", "storage_error"]
+    equal = [fetch_one(f"{server}/418?{index}") for index in range(2)]
+    assert str(equal[0]) == str(equal[1])
+
+
+def test_other_stores_are_bounded() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bounded/large", b"x" * (MAX_BYTES + 1))
+    assert kind_of(fetch_one("memory://bounded/large")) == "too_many_bytes"
+    assert kind_of(fetch_one("memory://bounded/large", MAX_BYTES + 1)) == "ok"
+    assert kind_of(fetch_one("memory://bounded")) == "not_an_image"
+
+
+def test_stores_without_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bounded/large", b"x" * (MAX_BYTES + 1))
+    monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"name": path, "type": "file", "size": None})
+    assert kind_of(fetch_one("memory://bounded/large")) == "too_many_bytes"
+    assert fetch_one("memory://bounded/large", MAX_BYTES + 1) == b"x" * (MAX_BYTES + 1)
+
+
+def test_a_fetch_holds_no_more_than_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 100 * MIB)
+    # So large that glibc returns their memory when they are freed.
+    names = [str(tmp_path / f"{index}") for index in range(16)]
+    for name in names:
+        with open(name, "wb") as file:
+            file.truncate(40 * MIB)
+    gc.collect()
+    gc.disable()  # what is released must not wait for the garbage collector
+    before = most = _resident_bytes()
+    try:
+        for fetched in bulk.fetch_many(names, max_bytes=1 << 30):
+            assert isinstance(fetched.content, bytes)
+            time.sleep(0.01)  # all that may be fetched meanwhile is
+            most = max(most, _resident_bytes())
+    finally:
+        gc.enable()
+    assert most - before < (100 + 2 * 40) * MIB
+
+
+def test_objects_of_a_store_wait_for_room(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [bytes([index]) * 300_000 for index in range(12)]
+    names = [f"s3://scratch/room/{index}" for index in range(12)]
+    for name, content in zip(names, contents):
+        bulk.store_object(name, content)
+    held: list[int] = []
+    take_room, wait_for_room = ByteBudget.try_take, ByteBudget.take
+
+    def try_take(budget: ByteBudget, num_bytes: int, own_bytes: int = 0) -> bool:
+        is_taken = take_room(budget, num_bytes, own_bytes)
+        held.append(budget._held_bytes)
+        return is_taken
+
+    def take(budget: ByteBudget, num_bytes: int) -> None:
+        wait_for_room(budget, num_bytes)
+        held.append(budget._held_bytes)
+
+    monkeypatch.setattr(ByteBudget, "try_take", try_take)
+    monkeypatch.setattr(ByteBudget, "take", take)
+    monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 700_000)
+    assert [one.content for one in sorted(bulk.fetch_many(names, MIB))] == contents
+    assert max(held) == 600_000
+    monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 100)
+    assert [one.content for one in sorted(bulk.fetch_many(names, MIB))] == contents
+
+
+@pytest.mark.timeout(20)
+def test_a_fetch_that_is_left_early_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 1500)
+    names = [str(tmp_path / f"{index}") for index in range(100)]
+    for name in names:
+        Path(name).write_bytes(b"x" * 1000)
+    fetching = bulk.fetch_many(names, MAX_BYTES)
+    next(fetching)
+    fetching.close()  # type: ignore[attr-defined]
+
+
+def test_budget_lets_one_object_exceed_it_alone() -> None:
+    budget = ByteBudget(100)
+    small, large = Reservation(budget), Reservation(budget)
+    small.grow(60)
+    with pytest.raises(NoRoomError):
+        large.grow(50)
+    waiting = threading.Thread(target=large.wait_for, args=(500,))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    small.shrink(0)
+    waiting.join(5)
+    assert (large.num_bytes, budget.try_take(1)) == (500, False)
+    large.grow(600)
+    budget.close()
+    with pytest.raises(NoRoomError):
+        budget.take(1)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
