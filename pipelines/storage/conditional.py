@@ -35,7 +35,7 @@ def create_object(uri: str, content: bytes) -> bool:
         except AlreadyExistsError:
             return False
         return True
-    filesystem, path = open_filesystem(uri)
+    filesystem, path = open_filesystem(uri, is_written=True)
     try:
         filesystem.pipe_file(path, content, mode="create")
     except FileExistsError:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import fsspec
+from pyarrow.fs import FSSpecHandler
 
 from pipelines.errors import RequestError, RunError
 from pipelines.storage import s3, uris
@@ -48,6 +49,21 @@ def _retry_transient_errors(filesystem: fsspec.AbstractFileSystem) -> None:
 
     filesystem.retries = s3.S3FS_ATTEMPTS
     set_custom_error_handler(is_transient)
+
+
+class ArrowHandler(FSSpecHandler):
+    """Handler for Arrow's `PyFileSystem` that writes to a store; a process that unpickles it opens the store itself.
+
+    Args:
+        uri: any URI of the store.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        super().__init__(open_filesystem(uri, is_written=True)[0])
+
+    def __reduce__(self) -> tuple[type["ArrowHandler"], tuple[str]]:
+        return ArrowHandler, (self._uri,)
 
 
 def read_bytes(uri: str) -> bytes:

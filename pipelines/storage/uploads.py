@@ -20,7 +20,7 @@ def abort_unfinished_uploads(folder_uri: str) -> int:
     if uris.protocol_of(folder_uri) != "s3":
         return 0
     bucket, prefix = uris.split_bucket(folder_uri)
-    filesystem, _ = open_filesystem(folder_uri)
+    filesystem, _ = open_filesystem(folder_uri, is_written=True)
     num_aborted = 0
     marks: dict[str, str] = {}
     try:

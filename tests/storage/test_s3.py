@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow.fs import PyFileSystem
 
 from cluster.local import ObjectStore
 from pipelines.errors import ItemError, RequestError
 from pipelines.inference.write import write_table
-from pipelines.storage import bulk, listing, retry, s3, uris
+from pipelines.storage import bulk, conditional, listing, retry, s3, uris
 from pipelines.storage.filesystem import (
+    ArrowHandler,
     download,
     is_there,
     list_with_sizes,
@@ -24,6 +28,7 @@ from pipelines.storage.filesystem import (
     write_bytes,
 )
 from pipelines.storage.listing import list_objects
+from pipelines.storage.uploads import abort_unfinished_uploads
 from tests.support.certificates import write_certificates
 from tests.support.regional_s3 import RegionalS3
 
@@ -97,9 +102,28 @@ def write_with_each_client(root: str) -> None:
     large = os.urandom(6 << 20)  # in several parts
     bulk.store_object(uris.join(root, "large"), large)
     assert bulk.read_object(uris.join(root, "large")) == large
+    assert conditional.create_object(uris.join(root, "lock"), b"x")
+    assert not conditional.create_object(uris.join(root, "lock"), b"y")
+    assert "lock" in bulk.list_keys(root)
+    assert abort_unfinished_uploads(root) == 0
+    write_with_arrow(f"{root}/checkpoints")
     write_bytes(uris.join(root, "small"), b"x")
     remove(uris.join(root, "small"))
     assert not is_there(uris.join(root, "small"))
+
+
+def write_with_arrow(root: str) -> None:
+    """As Ray Train does, in workers that unpickle the file system."""
+    content = pickle.dumps(PyFileSystem(ArrowHandler(root)))
+    if keys := os.environ.get("AWS_SECRET_ACCESS_KEY"):
+        assert keys.encode() not in content
+    arrow, folder = pickle.loads(content), root.removeprefix("s3://")
+    arrow.create_dir(f"{folder}/step-1")
+    with arrow.open_output_stream(f"{folder}/step-1/model") as file:
+        file.write(b"weights")
+    assert bulk.read_object(f"{root}/step-1/model") == b"weights"
+    arrow.delete_dir(f"{folder}/step-1")
+    assert not is_there(f"{root}/step-1")
 
 
 def use_all(root: str, folder: Path) -> None:
@@ -129,7 +153,7 @@ def test_bucket_in_another_region_is_read_and_written(
     assert all(f"bucket images is in region {region}" in line for line in said)
 
 
-@pytest.mark.parametrize("first", ["put", "head", "get_many", "list"])
+@pytest.mark.parametrize("first", ["put", "create", "head", "get_many", "list"])
 def test_first_request_of_a_process_follows_the_region(
     first: str,
     store: ObjectStore,
@@ -143,6 +167,8 @@ def test_first_request_of_a_process_follows_the_region(
     setenv(**keys_of(store), AWS_REGION=CONFIGURED_REGION, AWS_ENDPOINT_URL=stand_in.endpoint)
     if first == "put":
         assert bulk.store_object(f"{images}-put/x", b"x") == 0
+    elif first == "create":
+        assert conditional.create_object(f"{images}-put/lock-{time.time_ns()}", b"x")
     elif first == "head":
         with pytest.raises(Exception, match="Parquet"):
             bulk.read_columns(f"{images}/{KEYS[0]}", ["id"])

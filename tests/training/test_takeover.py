@@ -1,0 +1,98 @@
+"""Training that is taken over from a driver that was frozen, or killed right before its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import run_record
+from pipelines.config.parse import parse_config
+from pipelines.config.sections import ModelConfig
+from pipelines.config.train import TrainConfig
+from pipelines.models.weights import resolve_weights
+from pipelines.training.request import _identity, normalize
+from tests.support.infer import REPOSITORY, summary_of
+from tests.training.test_run import all_digits, arguments, digits, in_this_process
+
+__all__ = ["all_digits", "digits"]
+
+QUICK_TRAIN = """
+import pipelines.storage.lease as lease
+lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = 0.5, 4.0, 3.0
+from jobs.train import *
+main("jobs.train", TrainConfig, train, dry_run)
+"""
+
+
+def start(request: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start the job as the first process of a PID namespace: another machine, as far as a lease can tell."""
+    isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*isolated, sys.executable, "-c", QUICK_TRAIN, *request], cwd=REPOSITORY, stdout=file, stderr=file
+        )
+
+
+def members(process: "subprocess.Popen[bytes]") -> list[int]:
+    """Return the processes of a job's PID namespace."""
+    (driver,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    namespace = os.readlink(f"/proc/{driver}/ns/pid")
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.readlink(entry / "ns/pid") == namespace:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes PID namespaces")
+def test_a_frozen_training_is_taken_over_and_changes_nothing_when_it_wakes(digits: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    request = arguments(
+        digits, output, optim__epochs=4, scaling__num_workers=1, checkpoint__every_steps=5, model__name="test_resnet"
+    )
+    frozen: list[int] = []
+    first = start(request, tmp_path / "first.log")
+    try:
+        while not list(output.glob("checkpoint_*")):
+            assert first.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+            time.sleep(0.05)
+        frozen = members(first)
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        second = start(request, tmp_path / "second.log")
+        assert second.wait(200) == 0, (tmp_path / "second.log").read_text()[-3000:]
+        before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        assert first.wait(60) == 1
+    finally:
+        first.kill()
+        first.wait()
+    assert "another run" in (tmp_path / "first.log").read_text().splitlines()[-1]
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert after == before
+    summary = summary_of((tmp_path / "second.log").read_text())
+    assert summary["epochs"] == 4
+    assert resolve_weights(ModelConfig(weights=summary["checkpoint_uri"])).name == "test_resnet"
+    assert len(list(output.glob("checkpoint_*"))) <= 2  # the best and the last
+
+
+def test_a_finished_training_without_its_mark_gets_it(digits: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    request = arguments(digits, output)
+    identity = _identity(normalize(parse_config(TrainConfig, request)))
+    run_record.write_run(str(output), {"identity": identity, "summary": {"top1": 0.5}})
+    assert in_this_process(*request) == 0
+    assert (output / "_SUCCESS").exists()
+    assert json.loads((output / "_run.json").read_text())["summary"] == {"top1": 0.5}
+    assert in_this_process(*request) == 0
