@@ -172,7 +172,8 @@ class S3Settings:
             raise RequestError(f"S3 settings: {error}") from None
         # botocore does not read AWS_REGION, which all other SDKs of AWS prefer.
         self.region: str = environment.get("AWS_REGION") or region or DEFAULT_REGION
-        self.ca_bundle: str | None = ca_bundle or environment.get("SSL_CERT_FILE") or None
+        # obstore trusts what SSL_CERT_FILE names by itself.
+        self.verify: str | bool = ca_bundle or environment.get("SSL_CERT_FILE") or True
         self.skip_signature = environment.get("AWS_SKIP_SIGNATURE", "").lower() in TRUE
         self.request_payer = environment.get("AWS_REQUEST_PAYER", "").lower() in ("requester", *TRUE)
         self._root_certificates = _read_certificates(ca_bundle) if ca_bundle else None
@@ -249,7 +250,7 @@ class S3Settings:
             **({} if is_signed else {"signature_version": UNSIGNED}),
         )
         try:
-            client = self._session.create_client("s3", region_name=region, config=config, verify=self.ca_bundle)
+            client = self._session.create_client("s3", region_name=region, config=config, verify=self.verify)
         except BotoCoreError as error:
             raise RequestError(f"S3 settings: {error}") from None
         except ValueError as error:
@@ -267,7 +268,7 @@ class S3Settings:
             self._filesystems[is_signed] = s3fs.S3FileSystem(
                 anon=not is_signed,
                 endpoint_url=None,
-                client_kwargs={"region_name": self.region, "verify": self.ca_bundle},
+                client_kwargs={"region_name": self.region, "verify": self.verify},
                 config_kwargs=S3FS_CONFIG,
                 requester_pays=self.request_payer,
                 use_listings_cache=False,
@@ -372,17 +373,25 @@ class S3Settings:
         return next((bucket for base, bucket in self._buckets.items() if f"{url}/".startswith(f"{base}/")), None)
 
     def _find_region(self, bucket: str, reason: str) -> str | None:
-        """Return the region that the store says a bucket is in; S3 says it to everybody."""
+        """Return the region that the store says a bucket is in, as S3 does even where it refuses."""
         from botocore.exceptions import ClientError
 
         if said := re.search(r"<Region>([^<]+)</Region>", reason):
             return said.group(1)
+        said_regions: list[str] = []
+
+        def note(response_dict: Any, **_: Any) -> None:
+            said_regions.append((response_dict or {}).get("headers", {}).get("x-amz-bucket-region", ""))
+
+        # A client of its own: one that followed a redirect before would go on to the bucket's region, and only the
+        # answer of another region is sure to name it.
+        client = self._make_client(self.region_of(bucket), is_signed=self.credentials() is not None)
+        client.meta.events.register("response-received.s3.HeadBucket", note)
         try:
-            answer = self.client(self.region_of(bucket), is_signed=False).head_bucket(Bucket=bucket)
+            client.head_bucket(Bucket=bucket)
         except ClientError as error:
-            answer = error.response
-        found: str | None = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
-        return found
+            log.debug("HEAD of bucket %s: %s", bucket, error)
+        return next((region for region in said_regions if region), None)
 
 
 def _answer_with_url(request: Any, **_: Any) -> Any:

@@ -30,6 +30,7 @@ from pipelines.storage.filesystem import (
 from pipelines.storage.listing import list_objects
 from pipelines.storage.uploads import abort_unfinished_uploads
 from tests.support.certificates import write_certificates
+from tests.support.infer import read_kind, run_command, summary_of
 from tests.support.regional_s3 import RegionalS3
 
 CONFIGURED_REGION = "us-west-2"
@@ -178,7 +179,7 @@ def test_first_request_of_a_process_follows_the_region(
     else:
         assert list_objects(images, []).table.num_rows == len(KEYS)
     # The redirect is followed once, however many requests meet it, and not met again.
-    assert sum(method == "HEAD" and not region for method, _, region, _ in stand_in.requests) <= 2
+    assert sum(method == "HEAD" and path == "/images" for method, path, _, _ in stand_in.requests) <= 2
     before = len(stand_in.requests)
     bulk.read_object(f"{images}/{KEYS[0]}")
     assert [region for _, _, region, _ in stand_in.requests[before:]] == ["eu-west-1"]
@@ -386,3 +387,36 @@ def test_virtual_hosted_style_is_taken_from_the_profile(setenv: Callable[..., No
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
     setenv(AWS_ENDPOINT_URL="https://store.example")
     assert s3.s3_store("bucket").config["endpoint"] == "https://bucket.store.example"
+
+
+@pytest.mark.slow
+def test_job_labels_a_public_bucket_into_a_private_one_of_another_region(
+    store: ObjectStore,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    photographs: Path,
+    tmp_path: Path,
+) -> None:
+    ca_file, server_file = write_certificates(tmp_path)
+    regions = {"images": "eu-west-1", "results": "cn-north-1"}
+    stand_in = started(regions=regions, public=("images",), server_file=server_file)
+    keys = f"aws_access_key_id = {store.access_key}\naws_secret_access_key = {store.secret_key}\n"
+    (tmp_path / "config").write_text(
+        f"[profile own]\nendpoint_url = {stand_in.endpoint}\nregion = us-west-2\nca_bundle = {ca_file}\n{keys}"
+    )
+    setenv(AWS_PROFILE="own")
+    names = [path.name for path in sorted(photographs.iterdir())[:8]]
+    for name in names:
+        bulk.store_object(f"s3://images/{tmp_path.name}/{name}", (photographs / name).read_bytes())
+    setenv(AWS_SKIP_SIGNATURE="true")
+    stand_in.requests.clear()
+    done = run_command(
+        "jobs.infer",
+        *("--input.uri", f"s3://images/{tmp_path.name}", "--output.uri", f"s3://results/{tmp_path.name}"),
+        *("--model.name", "mobilenetv3_small_050", "--model.weights", "random", "--outputs.embedding", "false"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert summary_of(done.stdout)["num_ok"] == len(names)
+    assert done.stderr.count("bucket results is in region cn-north-1") == 1
+    assert read_kind(f"s3://results/{tmp_path.name}", "part").num_rows == len(names)
+    assert {region for _, path, region, _ in stand_in.requests if path.startswith("/images")} == {""}
