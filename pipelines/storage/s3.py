@@ -54,8 +54,8 @@ TRUE = ("1", "true", "yes", "on")
 ENDPOINT_VARIABLES = "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url of the profile"
 # Answers to a request that was signed for another region than the bucket's. A HEAD request gets no body, only a 400.
 WRONG_REGION = re.compile(
-    r"redirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|performing HEAD .*status code: 400",
-    re.IGNORECASE,
+    r"Received redirect|following redirect|<Code>(AuthorizationHeaderMalformed|IllegalLocationConstraint)"
+    r"|performing HEAD \S+ in \S+ - .*status code: 400"
 )
 URL_HEADER = "ecaray-url"
 
@@ -203,6 +203,9 @@ class S3Settings:
         if self._credentials is None and (asked_at is None or now - asked_at > ASK_FOR_CREDENTIALS_EVERY_S):
             self._credentials = self._session.get_credentials()
             self._asked_for_credentials_at = now
+            if self._credentials is not None:  # the unsigned clients made so far are obsolete
+                self._stores.clear()
+                s3_store.cache_clear()
         return self._credentials
 
     def is_signed(self, bucket: str, is_written: bool = False) -> bool:

@@ -107,8 +107,7 @@ def test_what_is_no_regular_file_becomes_a_failed_row(kind: str, tmp_path: Path)
             path.mkdir()
         else:
             stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
-        for uri in (str(path), f"local://{path}"):
-            assert kind_of(fetch_one(uri, 1 << 40)) == "not_an_image"
+        assert kind_of(fetch_one(str(path), 1 << 40)) == "not_an_image"
 
 
 def test_files_are_bounded_by_what_they_hold_not_by_what_they_say(tmp_path: Path) -> None:

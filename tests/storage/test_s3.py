@@ -291,6 +291,27 @@ def test_private_bucket_without_credentials_is_refused_in_one_line(
     )
 
 
+def test_credentials_that_come_late_are_found(
+    store: ObjectStore,
+    images: str,
+    setenv: Callable[..., None],
+    started: Callable[..., RegionalS3],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As those of an instance's role, whose service does not always answer at once.
+    monkeypatch.setattr(s3, "ASK_FOR_CREDENTIALS_EVERY_S", 0.0)
+    keys = tmp_path / "credentials"
+    setenv(AWS_SHARED_CREDENTIALS_FILE=str(keys), AWS_ENDPOINT_URL=started().endpoint)
+    (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
+    assert isinstance(fetched.content, ItemError)
+    lines = ("[default]", f"aws_access_key_id = {store.access_key}", f"aws_secret_access_key = {store.secret_key}")
+    keys.write_text("\n".join(lines))
+    assert s3.has_credentials()
+    (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
+    assert fetched.content == KEYS[0].encode()
+
+
 def test_images_of_a_public_bucket_and_results_in_a_private_one(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
 ) -> None:
