@@ -26,7 +26,8 @@ ErrorKind = Literal[
     "truncated",  # an image that ends too early
     "corrupt",  # an image whose content contradicts itself
     "too_many_pixels",  # larger than preprocess.max_pixels
-    "unsupported",  # a known format in a variant that the decoder does not know
+    "too_slow",  # decoding would take, or has taken, far longer than the image's size lets expect
+    "unsupported",  # a known format that no decoder reads, or a variant that its decoder does not read
     "not_finite",  # the model answers with infinities, as in float16, or with no numbers
 ]
 """The closed set of `error_kind` in `failed-*.parquet`."""

@@ -187,7 +187,8 @@ def _noise(num_images: int, input_size: tuple[int, int]) -> pa.Table:
         "height": pa.array([input_size[0]] * num_images, pa.int32()),
         "image": pa.array([image.tobytes() for image in pixels], pa.large_binary()),
     }
-    empty = {name: pa.nulls(num_images, IMAGES.field(name).type) for name in ("jpeg", "error_kind", "error_message")}
+    empty_names = ("jpeg", "error_kind", "error_message", "is_clipped")
+    empty = {name: pa.nulls(num_images, IMAGES.field(name).type) for name in empty_names}
     columns |= empty | {"num_retries": pa.array([0] * num_images, pa.int32())}
     return pa.table(columns, schema=IMAGES)
 

@@ -139,7 +139,9 @@ class PreprocessConfig(Section):
 
     max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
     """Largest source image decoded, width times height; a larger one becomes a failed row (`too_many_pixels`).
-    A decoding task holds 3 to 8 bytes per pixel, by format and mode. Default: Pillow's own limit, 178,956,970."""
+    Decoding takes up to 25 bytes per pixel (JPEG 2000; 24 for WebP, 9 for most JPEGs). Images of more than 64 MiB wait
+    for each other where those of a node would take more than a quarter of its memory. Default: Pillow's own limit,
+    178,956,970."""
 
     @property
     def max_pixels_on_device(self) -> int | None:

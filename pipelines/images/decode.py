@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+import struct
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -10,71 +12,161 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError, features
 
 from pipelines.errors import ErrorKind, ItemError
-from pipelines.images.jpeg import read_size
+from pipelines.images.formats import HEIF_NAMES, name_format
+from pipelines.images.jpeg import read_size, refuse_many_scans
+from pipelines.images.memory import BYTES_PER_PIXEL, JPEG_BYTES_PER_PIXEL, OTHER_BYTES_PER_PIXEL, Reservation
+from pipelines.images.png import drop_ancillary_chunks
+from pipelines.images.webp import read_webp_size
 
 # Pillow hands PostScript to Ghostscript, an interpreter that strangers' files have no business with.
 UNSAFE_FORMATS = frozenset({"EPS"})
+# Formats whose pixels are one JPEG or may be.
+JPEG_FORMATS = frozenset({"JPEG", "MPO", "BLP"})
+# Grey of more than 8 bits, which `convert("RGB")` clips to 0..255.
+DEEP_GREY_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
+# Key of `Image.info` for images that were converted so.
+CLIPPED_GREY = "clipped_grey"
+MAX_DECODE_S = 60.0
+"""CPU time after which Pillow gets no more bytes of a file. It ends files of millions of tiny blocks (a PNG of 256 MB
+may hold 20 million chunks, at 4 us each) and large ones in formats that Pillow decodes in Python (plain PPM, QOI)."""
 
-
-# Its results are the same to the bit, whoever calls it.
+# Pillow and simplejpeg then give the same pixels, bit for bit.
 IS_PILLOWS_JPEG_TURBO = features.check_feature("libjpeg_turbo")
+
+# Words in Pillow's messages for variants that it does not read.
+UNSUPPORTED_WORDS = (
+    "unsupported",
+    "not supported",
+    "not implemented",
+    "unimplemented",
+    "cannot find loader",
+    "cannot handle",
+    "not available",
+    "could not be identified because",  # Pillow was built without the format's library
+    "unknown pixel",
+    "unknown data organization",
+    "unknown compression",
+    "not a psd file",  # of another version: its first bytes are a PSD's
+)
+
+
+@contextlib.contextmanager
+def decoded(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Decode one image as `decode_rgb`, and reserve the memory that it takes until the end of the `with` block."""
+    with Reservation() as memory:
+        yield _decode_jpeg(content, max_pixels, memory) or decode_by_pillow(content, max_pixels, memory)
 
 
 def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
     """Decode one image to mode RGB, at its full size.
 
-    JPEGs are decoded by the library that Pillow has do it, but called directly, which takes a fifth less time.
+    Pillow decodes. JPEGs are decoded by the library that Pillow uses, but called directly, which takes a fifth less
+    time.
 
     Args:
-        content: the bytes of a file.
-        max_pixels: largest width times height.
+        content: The bytes of a file.
+        max_pixels: Largest width times height.
 
     Raises:
-        ItemError: `not_an_image`, `too_many_pixels`, `truncated`, `corrupt` or `unsupported`.
+        ItemError: `not_an_image`, `too_many_pixels`, `too_slow`, `truncated`, `corrupt` or `unsupported`.
     """
-    if IS_PILLOWS_JPEG_TURBO:
-        try:
-            read_size(content, max_pixels)
-            return Image.fromarray(simplejpeg.decode_jpeg(content))
-        except ValueError:
-            pass  # Pillow reads some of what is refused here, and says of the others what is wrong with them
-    return decode_by_pillow(content, max_pixels)
+    with decoded(content, max_pixels) as image:
+        return image
 
 
-def decode_by_pillow(content: bytes, max_pixels: int) -> Image.Image:
-    """As `decode_rgb`, whatever the format.
+def is_clipped_grey(image: Image.Image) -> bool:
+    """Return whether a decoded image was grey of more than 8 bits, most of which `convert("RGB")` turns white."""
+    return CLIPPED_GREY in image.info
+
+
+def _decode_jpeg(content: bytes, max_pixels: int, memory: Reservation) -> Image.Image | None:
+    """Decode a JPEG without Pillow; None for what Pillow has to decode, or has to say what is wrong with it."""
+    if not IS_PILLOWS_JPEG_TURBO:
+        return None
+    try:
+        width, height = read_size(content, max_pixels)
+        memory.take(width * height * JPEG_BYTES_PER_PIXEL)
+        return Image.fromarray(simplejpeg.decode_jpeg(content))
+    except ValueError:
+        return None
+
+
+def decode_by_pillow(content: bytes, max_pixels: int, memory: Reservation | None = None) -> Image.Image:
+    """Decode a file of any format with Pillow, to mode RGB.
 
     Args:
-        content: the bytes of a file.
-        max_pixels: largest width times height.
+        content: The bytes of a file.
+        max_pixels: Largest width times height.
+        memory: Takes what the decoder needs; by default, nothing is reserved.
 
     Raises:
-        ItemError: as `decode_rgb`.
+        ItemError: As `decode_rgb`.
     """
     with warnings.catch_warnings(), _pillow_limit(max_pixels):
         # Pillow warns of odd EXIF, of palettes with transparency, and of sizes that `max_pixels` judges already.
         warnings.simplefilter("ignore")
         try:
-            image = _open(content, max_pixels)
-            return image.convert("RGB")
-        except ItemError:
-            raise
-        except UnidentifiedImageError:
-            raise ItemError("not_an_image", "no decoder knows these bytes") from None
-        except Image.DecompressionBombError as error:
-            raise ItemError("too_many_pixels", str(error)) from None
+            return _load(content, max_pixels, memory)
+        except (ItemError, Image.DecompressionBombError) as error:
+            raise _item_error(error, content) from None
         except Exception as error:
-            # Decoders fail on damaged bytes in every way there is (struct.error, SyntaxError, KeyError, ...).
-            message = " ".join(str(error).split()) or "no reason given"
-            raise ItemError(_kind_of(message), f"{type(error).__name__}: {message}"[:500]) from None
+            without_extras = drop_ancillary_chunks(content)
+            if without_extras is None:
+                raise _item_error(error, content) from None
+        try:
+            return _load(without_extras, max_pixels, memory)
+        except Exception as error:
+            raise _item_error(error, without_extras) from None
 
 
-def _open(content: bytes, max_pixels: int) -> Image.Image:
-    image = Image.open(io.BytesIO(content), formats=_safe_formats())
-    width, height = image.size
+def _load(content: bytes, max_pixels: int, memory: Reservation | None) -> Image.Image:
+    webp_size = read_webp_size(content)
+    if webp_size:  # Pillow allocates its canvas as it opens it
+        _admit("WEBP", webp_size, max_pixels, memory)
+    image = Image.open(_TimedFile(content), formats=_formats_for(content))
+    if image.format in JPEG_FORMATS:
+        refuse_many_scans(content)
+    if webp_size is None:
+        _admit(image.format, image.size, max_pixels, memory)
+    converted = image.convert("RGB")
+    if image.mode in DEEP_GREY_MODES:
+        converted.info[CLIPPED_GREY] = True
+    return converted
+
+
+def _admit(format_name: str | None, size: tuple[int, int], max_pixels: int, memory: Reservation | None) -> None:
+    """Refuse an image that is too large, and reserve memory for others."""
+    width, height = size
     if width * height > max_pixels:
         raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
-    return image
+    if memory:
+        memory.take(width * height * BYTES_PER_PIXEL.get(format_name or "", OTHER_BYTES_PER_PIXEL))
+
+
+class _TimedFile(io.BytesIO):
+    """A file in memory that ends decoders which take too long.
+
+    Most of Pillow's decoders read block by block. Those that read all at once take time in proportion to the pixels.
+
+    Args:
+        content: The bytes of the file.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._stop_at = time.thread_time() + MAX_DECODE_S
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._check()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self._check()
+        return super().readline(size)
+
+    def _check(self) -> None:
+        if time.thread_time() > self._stop_at:
+            raise ItemError("too_slow", f"not decoded after {MAX_DECODE_S:g} s of CPU time")
 
 
 @contextlib.contextmanager
@@ -88,16 +180,73 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def _formats_for(content: bytes) -> tuple[str, ...]:
+    if name_format(content) in HEIF_NAMES and _register_heif():
+        return ("HEIF",)
+    return _safe_formats()
+
+
 @functools.cache
 def _safe_formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name not in UNSAFE_FORMATS)
 
 
-def _kind_of(message: str) -> ErrorKind:
-    lowered = message.lower()
+@functools.cache
+def _register_heif() -> bool:
+    """Make HEIC and HEIF known to Pillow; returns False where the extra `heif` is not installed."""
+    try:
+        import pillow_heif  # late: 26 MB that few data sets need
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+    return True
+
+
+def _item_error(error: Exception, content: bytes) -> ItemError:
+    """Return the reason that a row gives for an error of Pillow's."""
+    if isinstance(error, ItemError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):
+        return ItemError("too_many_pixels", str(error))
+    if isinstance(error, UnidentifiedImageError):
+        return _why_unidentified(content)
+    # Decoders fail on damaged bytes in every way there is (struct.error, SyntaxError, KeyError, ...).
+    return _error_of(_kind_of(error), f"{type(error).__name__}: {error}")
+
+
+def _why_unidentified(content: bytes) -> ItemError:
+    """Return why none of Pillow's plugins opens a file: by its format's own plugin, where there is one."""
+    name = name_format(content)
+    if name is None:
+        return ItemError("not_an_image", "no decoder knows these bytes")
+    if name in HEIF_NAMES and not _register_heif():
+        return ItemError("unsupported", f"{name}: to decode it, install ecaray[heif] on every node")
+    for format_name in _formats_for(content):
+        opens, accepts = Image.OPEN[format_name]
+        verdict = accepts(content[:16]) if accepts else False
+        if isinstance(verdict, str):
+            return ItemError("unsupported", f"{name}: {verdict}")
+        if verdict:
+            try:
+                opens(_TimedFile(content), "")
+            except Exception as error:
+                # libheif reports variants that it does not read as damage.
+                kind = "unsupported" if name in HEIF_NAMES else _kind_of(error)
+                return _error_of(kind, f"{name}: {error}")
+    return ItemError("unsupported", f"{name}: no decoder for this format; convert such files first")
+
+
+def _error_of(kind: ErrorKind, message: str) -> ItemError:
+    return ItemError(kind, " ".join(message.split())[:500])
+
+
+def _kind_of(error: Exception) -> ErrorKind:
+    lowered = str(error).lower()
+    if any(word in lowered for word in UNSUPPORTED_WORDS) or isinstance(error.__cause__, KeyError):
+        return "unsupported"  # a KeyError: a variant that is missing in one of Pillow's tables
     if "truncated" in lowered or "unexpected end" in lowered or "not enough" in lowered:
         return "truncated"
-    if any(word in lowered for word in ("unsupported", "not supported", "cannot find loader", "not available")):
-        return "unsupported"
+    if isinstance(error.__cause__, struct.error | IndexError | EOFError):
+        return "truncated"  # a header that ends too early
     return "corrupt"

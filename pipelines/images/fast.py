@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from pipelines.images.decode import decode_by_pillow
-from pipelines.images.jpeg import TORCH_FILTERS, read_size
-from pipelines.images.transform import EvalTransform
+from pipelines.images.decode import decode_by_pillow, is_clipped_grey
+from pipelines.images.jpeg import TORCH_FILTERS, has_coefficients_in_memory, read_size
+from pipelines.images.memory import COEFFICIENT_BYTES_PER_PIXEL, SCALED_JPEG_BYTES_PER_PIXEL, Reservation
+from pipelines.images.transform import EvalTransform, Preprocessed
 
 # What the DCT leaves is resized once more: at half as many pixels again, the filter still decides how the result looks.
 DCT_MARGIN = 1.5
@@ -27,49 +28,63 @@ DCT_FACTORS = (8, 4, 2)
 torch.set_num_threads(1)  # other images are the other cores' work
 
 
-def preprocess_fast(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[int, int, NDArray[np.uint8]]:
-    """Width and height of the source image, and height x width x 3 of the model's input size.
+def preprocess_fast(content: bytes, transform: EvalTransform, max_pixels: int) -> Preprocessed:
+    """Decode, resize and crop one image.
 
     Args:
-        content: the bytes of a file.
-        transform: the eval transform.
-        max_pixels: largest image decoded, and largest size resized to.
+        content: The bytes of a file.
+        transform: The eval transform.
+        max_pixels: Largest image decoded, and largest size resized to.
 
     Raises:
-        ItemError: as `exact` does.
+        ItemError: As `exact` does.
     """
-    width, height, pixels = _decode(content, transform, max_pixels)
+    with Reservation() as memory:
+        width, height, pixels, is_clipped = _decode(content, transform, max_pixels, memory)
+        return Preprocessed(width, height, _resize_and_crop(width, height, pixels, transform, max_pixels), is_clipped)
+
+
+def _resize_and_crop(
+    width: int, height: int, pixels: NDArray[np.uint8], transform: EvalTransform, max_pixels: int
+) -> NDArray[np.uint8]:
+    """Return the model's input, made of the pixels of an image of `width` x `height` that may be scaled down."""
     resized_width, resized_height = transform.resized_size(width, height, max_pixels)
     crop_height, crop_width = transform.input_size
     if transform.interpolation in TORCH_FILTERS and resized_width >= crop_width and resized_height >= crop_height:
-        return width, height, _resize_part(pixels, resized_width, resized_height, transform)
+        return _resize_part(pixels, resized_width, resized_height, transform)
     resized = _resize(pixels, (resized_width, resized_height), transform)
-    return width, height, np.asarray(transform.center_crop(Image.fromarray(resized)))
+    return np.asarray(transform.center_crop(Image.fromarray(resized)))
 
 
-def _decode(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[int, int, NDArray[np.uint8]]:
+def _decode(content: bytes, transform: EvalTransform, max_pixels: int, memory: Reservation) -> Preprocessed:
+    """Return width and height of the file, and its pixels, which may be scaled down."""
     try:
-        return _decode_jpeg(content, transform, max_pixels)
+        return _decode_jpeg(content, transform, max_pixels, memory)
     except ValueError:
         pass  # Pillow reads some of what is refused here, and says of the others what is wrong with them
-    image = decode_by_pillow(content, max_pixels)
-    return image.width, image.height, np.array(image)  # torch wants to be able to write to it
+    image = decode_by_pillow(content, max_pixels, memory)
+    pixels = np.array(image)  # a copy: torch wants to be able to write to it
+    return Preprocessed(image.width, image.height, pixels, is_clipped_grey(image))
 
 
-def _decode_jpeg(content: bytes, transform: EvalTransform, max_pixels: int) -> tuple[int, int, NDArray[np.uint8]]:
-    """Width and height of the file, and its pixels at that size or at a half, a quarter or an eighth of it.
+def _decode_jpeg(content: bytes, transform: EvalTransform, max_pixels: int, memory: Reservation) -> Preprocessed:
+    """Return width and height of the file, and its pixels at that size or at a half, a quarter or an eighth of it.
 
     Raises:
-        ValueError: for the other decoder.
+        ValueError: Pillow has to decode it.
     """
     width, height = read_size(content, max_pixels)
     resized_width, resized_height = transform.resized_size(width, height, max_pixels)
     spare = min(width / resized_width, height / resized_height) / DCT_MARGIN
     factor = next((factor for factor in DCT_FACTORS if factor <= spare), 1)
+    per_pixel = SCALED_JPEG_BYTES_PER_PIXEL / factor**2
+    if has_coefficients_in_memory(content):
+        per_pixel += COEFFICIENT_BYTES_PER_PIXEL
+    memory.take(width * height * per_pixel)
     pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
         content, min_width=-(-width // factor), min_height=-(-height // factor), min_factor=factor
     )
-    return width, height, pixels
+    return Preprocessed(width, height, pixels, is_clipped=False)
 
 
 def _resize_part(

@@ -6,12 +6,29 @@ and crop. The tests hold the result equal to timm's, byte for byte.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.errors import ItemError
+
+
+class Preprocessed(NamedTuple):
+    """One image, ready for the model.
+
+    Attributes:
+        width: Of the source image, in pixels.
+        height: Of the source image, in pixels.
+        pixels: uint8, height x width x 3, of the model's input size.
+        is_clipped: Whether the source is grey of more than 8 bits, most of which timm's transform turns white.
+    """
+
+    width: int
+    height: int
+    pixels: NDArray[np.uint8]
+    is_clipped: bool
 
 
 @dataclass(frozen=True)

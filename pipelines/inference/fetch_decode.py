@@ -38,7 +38,7 @@ class FetchAndDecode:
     mode: Mode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`id` and `uri` to `IMAGES`, in the same order; a failed image becomes a row with its error."""
+        """Return `IMAGES` for `id` and `uri`, in the same order. A failed image becomes a row with its error."""
         preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
@@ -58,11 +58,11 @@ class FetchAndDecode:
         return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
 
     def row_of(self, content: bytes | ItemError, preprocess: Preprocess, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-        """Of one image: its columns of `IMAGES`, those without a value left out, and `has_pixels` in place of `image`.
+        """Return one image's columns of `IMAGES` that have a value, and `has_pixels` in place of `image`.
 
         Args:
-            content: its bytes, or why there are none.
-            preprocess: of `make_preprocess`.
+            content: Its bytes, or why there are none.
+            preprocess: Of `make_preprocess`.
             pixels: height x width x 3 of the model's input size, to be written to.
         """
         if isinstance(content, ItemError):
@@ -70,10 +70,10 @@ class FetchAndDecode:
         if self.mode == "cuda" and (size := size_for_device(content, self.transform, self.max_pixels)):
             return {"has_pixels": False, "width": size.width, "height": size.height, "jpeg": content}
         try:
-            width, height, pixels[:] = preprocess(content)
+            width, height, pixels[:], is_clipped = preprocess(content)
         except ItemError as error:
             return {"has_pixels": False, "error_kind": error.kind, "error_message": error.message}
-        return {"has_pixels": True, "width": width, "height": height}
+        return {"has_pixels": True, "width": width, "height": height, "is_clipped": is_clipped}
 
 
 def _column_of(pixels: NDArray[np.uint8], is_there: NDArray[np.bool_]) -> pa.LargeBinaryArray:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
+from pipelines.images.memory import DECODING_SHARE
 from pipelines.nodes import Node
 
 
@@ -168,7 +169,7 @@ def _replicas_of(node: Node, config: ComputeConfig, need: _Need) -> int:
     most = _most_replicas_of(node, config)
     if config.use_gpu:
         return most
-    num_held = node.memory_bytes / need.num_bytes(_batch_size(config))
+    num_held = _replica_bytes(node) / need.num_bytes(_batch_size(config))
     return min(most, max(1, int(min(node.num_cpus // need.num_cpus, num_held))))
 
 
@@ -195,8 +196,13 @@ def _plan_cpu(
 
 def _threads_of(node: Node, num_replicas: int, need: _Need, batch_size: int) -> int:
     """Of each of a node's replicas: one a core, where its memory holds the batches of all."""
-    num_held = need.num_threads(node.memory_bytes / num_replicas, batch_size)
+    num_held = need.num_threads(_replica_bytes(node) / num_replicas, batch_size)
     return max(1, int(min(node.num_cpus // num_replicas, num_held)))
+
+
+def _replica_bytes(node: Node) -> float:
+    """Return the memory of a node that replicas may take; the rest is for decoding."""
+    return node.memory_bytes * (1 - DECODING_SHARE)
 
 
 def _survive_loss(cpus_each: float, nodes: list[Node], config: ComputeConfig, need: _Need) -> float:

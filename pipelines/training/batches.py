@@ -13,7 +13,7 @@ import ray
 from numpy.typing import NDArray
 
 from pipelines.errors import ItemError
-from pipelines.images.decode import decode_rgb
+from pipelines.images.decode import decoded
 from pipelines.storage.bulk import fetch_many
 from pipelines.training.augment import Pixels
 
@@ -107,7 +107,8 @@ class ShareLoader:
     def _decode(self, content: bytes | ItemError, epoch: int, index: int) -> NDArray[np.uint8]:
         if isinstance(content, ItemError):
             raise content
-        return self.pixels(decode_rgb(content, self.max_pixels), epoch, index)
+        with decoded(content, self.max_pixels) as image:
+            return self.pixels(image, epoch, index)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ import resource
 from contextlib import suppress
 from pipelines.errors import ItemError
 from pipelines.images.decode import decode_rgb
-from tests.support.broken import broken_files
-files = broken_files()
+from tests.support.broken import broken_files, strange_files
+files = [content for content, _ in broken_files().values()] + list(strange_files().values())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for content, _ in files.values():
+for content in files:
     with suppress(ItemError):
         decode_rgb(content, 178_956_970)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

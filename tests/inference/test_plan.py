@@ -2,6 +2,7 @@ import pytest
 
 from pipelines.config.sections import ComputeConfig
 from pipelines.errors import RequestError
+from pipelines.images.memory import DECODING_SHARE
 from pipelines.inference.plan import plan_compute
 from pipelines.nodes import Node
 
@@ -34,11 +35,12 @@ def test_compiled_code_has_a_replica_for_each_cpu() -> None:
 
 
 def test_replicas_fit_the_memory_and_share_the_cores() -> None:
-    plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)], is_compiled=True)
+    memory_bytes = 7e9 / (1 - DECODING_SHARE)
+    plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=memory_bytes)], is_compiled=True)
     assert (plan.num_workers, plan.num_threads_per_worker) == (4, 4)
-    plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=7e9)])
+    plan = plan_compute(ComputeConfig(), [Node(16, 0, memory_bytes=memory_bytes)])
     assert (plan.num_workers, plan.num_threads_per_worker) == (2, 6)  # eight each would not fit
-    plan = plan_compute(ComputeConfig(batch_size=64), [Node(16, 0, memory_bytes=7e9)])
+    plan = plan_compute(ComputeConfig(batch_size=64), [Node(16, 0, memory_bytes=memory_bytes)])
     assert (plan.num_workers, plan.num_threads_per_worker) == (1, 3)
     assert plan_compute(ComputeConfig(num_workers=8), [Node(16, 0, memory_bytes=7e9)]).num_workers == 8
     assert plan_compute(ComputeConfig(), [Node(2, 0, memory_bytes=5e8)]).num_workers == 1

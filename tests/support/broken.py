@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import struct
 import zlib
 from typing import Any
@@ -30,8 +31,8 @@ def broken_files() -> dict[str, tuple[bytes, set[str]]]:
         "empty.jpg": (b"", {"empty"}),
         "text.jpg": (b"This is no image.\n" * 50, {"not_an_image"}),
         "page.jpg": (b"<!doctype html><html><body>404 Not Found</body></html>", {"not_an_image"}),
-        "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", {"not_an_image"}),
-        "print.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run showpage\n", {"not_an_image"}),
+        "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>", {"unsupported"}),
+        "print.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run showpage\n", {"unsupported"}),
         "zeros.jpg": (bytes(5000), {"not_an_image"}),
         "noise.jpg": (np.random.default_rng(3).bytes(5000), {"not_an_image"}),
         "answer.json": (b'{"Code": "AccessDenied"}', {"not_an_image"}),
@@ -40,7 +41,10 @@ def broken_files() -> dict[str, tuple[bytes, set[str]]]:
         "bomb.png": (_png(40_000, 40_000, b"\0" * 50_000_000), {"too_many_pixels"}),
         "nothing-in-it.png": (_png(300, 300, b""), cut),
         "no-size.jpg": (_with_jpeg_size(jpeg, 0, 0), cut | {"unsupported"}),
-        "text-bomb.png": (_text_bomb(png), {"corrupt", "too_many_pixels"}),
+        "scans.jpg": (with_scans(encode(image, progressive=True), 1000), {"too_slow"}),
+        "phone.heic": (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + np.random.default_rng(4).bytes(2000), {"unsupported"}),
+        "picture.jxl": (b"\xff\x0a" + np.random.default_rng(5).bytes(1000), {"unsupported"}),
+        "paper.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", {"unsupported"}),
         "loop.tiff": (b"II*\0\x08\0\0\0" + b"\0\0" + b"\x08\0\0\0", cut),
     }
     return files
@@ -70,24 +74,32 @@ def strange_files() -> dict[str, bytes]:
         "more-behind.jpg": encode(image) + b"trailing" * 100,
         "with space #1 100% \u00fc \U0001f408.jpg": encode(image),
         "new\nline.jpg": encode(image),
+        "text-bomb.png": _text_bomb(encode(image, "PNG")),
         "..dots...jpg": encode(image),
         "k" * 200 + ".jpg": encode(image),
     }
 
 
-def _chunk(kind: bytes, body: bytes) -> bytes:
+def with_scans(jpeg: bytes, num_scans: int) -> bytes:
+    """Repeat the last scan of a progressive JPEG."""
+    scans = [found.start() for found in re.finditer(b"\xff\xda", jpeg)]
+    assert len(scans) > 1, "not progressive"
+    return jpeg[:-2] + jpeg[scans[-1] : -2] * num_scans + jpeg[-2:]
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _png(width: int, height: int, pixels: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = _chunk(b"IDAT", zlib.compress(pixels, 9))
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + data + _chunk(b"IEND", b"")
+    data = png_chunk(b"IDAT", zlib.compress(pixels, 9))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
 
 
 def _text_bomb(png: bytes) -> bytes:
     """A compressed comment of 100 MB before the pixels."""
-    comment = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 9))
+    comment = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 9))
     return png[:33] + comment + png[33:]
 
 
