@@ -28,6 +28,7 @@ class Progress:
         self.num_failed = 0
         self.num_files = 0
         self.num_retries = 0
+        self.num_clipped = 0
         self._started = time.monotonic()
         self._publish = publish
         self._is_terminal = sys.stderr.isatty()
@@ -46,12 +47,13 @@ class Progress:
         if self._publish:
             self._publish(self.figures() | {"is_running": False})
 
-    def add(self, num_ok: int, num_failed: int, num_files: int = 0, num_retries: int = 0) -> None:
+    def add(self, num_ok: int, num_failed: int, num_files: int = 0, num_retries: int = 0, num_clipped: int = 0) -> None:
         """Count what a task reports."""
         self.num_ok += num_ok
         self.num_failed += num_failed
         self.num_files += num_files
         self.num_retries += num_retries
+        self.num_clipped += num_clipped
 
     @property
     def elapsed_s(self) -> float:

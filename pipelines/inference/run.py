@@ -42,6 +42,11 @@ from pipelines.storage.uploads import abort_unfinished_uploads
 
 log = logging.getLogger(__name__)
 
+CLIPPED = (
+    "%d images are grey of more than 8 bits. timm's transform clips them to 0..255, so most of their pixels turn white "
+    "(black where values lie between 0 and 1). Convert these images to 8 bits first if that is not what you want"
+)
+
 
 def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
     """Label and embed every input with the model that `model` is resolving; returns the summary.
@@ -100,6 +105,8 @@ def _run_with_lease(
     _commit(request, digests, summary, commit_log, lease)
     if limit.num_failed:
         log.info("%d images failed: %s", limit.num_failed, limit.commonest())
+    if progress.num_clipped:
+        log.warning(CLIPPED, progress.num_clipped)
     return summary
 
 
@@ -140,7 +147,8 @@ def _execute(
         for receipt in stream(missing, decode, pickled_bundle, options, plan, write):
             failures = list(receipt["failures"])
             digests |= zip(receipt["files"], receipt["digests"])
-            progress.add(receipt["num_ok"], len(failures), len(receipt["files"]), receipt["num_retries"])
+            num_files, num_retries, num_clipped = len(receipt["files"]), receipt["num_retries"], receipt["num_clipped"]
+            progress.add(receipt["num_ok"], len(failures), num_files, num_retries, num_clipped)
             limit.add(receipt["num_ok"], failures)
             limit.check()
             lease.check()
@@ -203,6 +211,7 @@ def _summarize(request: Request, progress: Progress, limit: FailureLimit, starte
         "num_excluded": request.manifest.num_excluded,
         "num_resumed": num_inputs - request.num_todo,
         "num_retries": progress.num_retries,
+        "num_clipped": progress.num_clipped,
         "num_files": len(list_sizes(request.config.output.uri)),
         "wall_time_s": round(wall_time_s, 3),
         "images_per_s": round(request.num_todo / wall_time_s, 3),

@@ -302,7 +302,9 @@ def test_another_timm_classifier_works(ray_server: RayHead, photographs: Path, t
 
 
 @pytest.mark.slow
-def test_good_rows_are_what_they_are_without_the_broken_files(ray_server: RayHead, tmp_path: Path) -> None:
+def test_good_rows_are_what_they_are_without_the_broken_files(
+    ray_server: RayHead, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "good").mkdir()
     for name, image in crops(500, size=(160, 120)):
         (tmp_path / "good" / f"{name}.jpg").write_bytes(encode(image))
@@ -315,7 +317,9 @@ def test_good_rows_are_what_they_are_without_the_broken_files(ray_server: RayHea
     model |= {"failure": {"max_fraction": 1.0}}
     for name in ("good", "mixed"):
         where = {"input": {"uri": str(tmp_path / name)}, "output": {"uri": str(tmp_path / f"{name}-out")}}
-        infer(ray_server, **where, **model)
+        summary = infer(ray_server, **where, **model)
+        assert summary["num_clipped"] == 1  # sixteen.png
+    assert caplog.text.count("1 images are grey of more than 8 bits") == 2
     good, mixed = read_kind(str(tmp_path / "good-out"), "part"), read_kind(str(tmp_path / "mixed-out"), "part")
     failed = read_kind(str(tmp_path / "mixed-out"), "failed")
     reasons = {Path(row["uri"]).name: row["error_kind"] for row in failed.to_pylist()}

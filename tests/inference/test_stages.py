@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipelines import run_record
 from pipelines.config.sections import ModelConfig, PreprocessConfig
@@ -24,7 +25,7 @@ from pipelines.inference.predict import Predictor
 from pipelines.inference.progress import Progress
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.schema import IMAGES, parts_schema
-from pipelines.inference.write import PartWriter
+from pipelines.inference.write import PartWriter, make_writer
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.support.embeddings import cosines
@@ -156,6 +157,22 @@ def test_a_batch_of_failures_alone(predictor: Predictor) -> None:
     row = {"id": 3, "uri": "x", "error_kind": "truncated", "error_message": "y", "num_retries": 2}
     batch = pa.Table.from_pylist([row], schema=IMAGES)
     assert predictor(batch)["error_kind"].to_pylist() == ["truncated"]
+
+
+def test_rows_of_grey_beyond_8_bits_are_counted_from_decoding_to_the_write_result(
+    bundle: ModelBundle, predictor: Predictor, tmp_path: Path
+) -> None:
+    for number, mode in enumerate(["L", "I;16", "RGB", "I;16"]):
+        Image.new(mode, (40, 30)).save(tmp_path / f"{number}.png")
+    (tmp_path / "4.png").write_bytes(b"no image")
+    paths = [str(tmp_path / f"{number}.png") for number in range(5)]
+    batch = pa.table({"id": pa.array(range(5), pa.int64()), "uri": paths})
+    for mode in ("exact", "fast"):
+        decoded = FetchAndDecode(bundle.transform, 10**8, 10**8, mode)(batch)
+        assert decoded["is_clipped"].to_pylist() == [False, True, False, True, None]
+    writer = make_writer(str(tmp_path / "out"), bundle, OPTIONS.topk, OPTIONS.embedding)
+    (result,) = writer(predictor(decoded)).to_pylist()
+    assert (result["num_ok"], result["num_clipped"]) == (4, 2)
 
 
 def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table) -> None:
