@@ -16,7 +16,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.errors import RunError, root_cause
+from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.inference.calibration import every_nth, read_sample, refuse_if_unable
 from pipelines.inference.chain import describe, stream
 from pipelines.inference.cluster import plan_for_cluster
@@ -53,6 +53,8 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
         refuse_if_unable(config.compute.use_gpu, is_cluster_named())
     images = read_labelled(config.input.uri, config.input.exclude, trust_list=config.input.trust_list)
     facts = model.facts()
+    if not facts.num_classes:
+        raise RequestError(f"the weights {config.model.weights} have no classifier to evaluate; fine-tune them first")
     if facts.dtype == "int8":
         positions = every_nth(images.table.num_rows, config.model.quantization.num_images)
         rows = pa.table({"id": positions, "uri": images.table["uri"].take(positions).combine_chunks()})

@@ -166,6 +166,11 @@ def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
     """
     if config.outputs.topk <= model.num_classes:
         return config.outputs.topk
+    if not model.num_classes:
+        raise RequestError(
+            f"the weights {config.model.weights} have no classifier, so there are no classes to write; "
+            "set outputs.topk to 0 for embeddings alone"
+        )
     if config.outputs.is_set("topk"):
         raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
     return model.num_classes

@@ -37,8 +37,8 @@ class Architecture:
     """A model's outputs, found without computing anything.
 
     Attributes:
-        num_classes: length of the logits.
-        num_features: length of the pooled features that the classifier is fed.
+        num_classes: Length of the logits; 0 for a model without a classifier.
+        num_features: Length of the pooled features that the classifier is fed.
     """
 
     num_classes: int
@@ -65,8 +65,13 @@ def create(name: str, num_classes: int | None = None, **options: Any) -> TimmMod
 
 
 def classifier_prefixes(module: TimmModule) -> tuple[str, ...]:
-    """How the names of the classifier's tensors begin; distilled models have two classifiers."""
-    classifier = module.pretrained_cfg["classifier"]
+    """Return how the names of the classifier's tensors begin; distilled models have two classifiers."""
+    return prefixes_of(module.pretrained_cfg)
+
+
+def prefixes_of(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the same from timm's `pretrained_cfg`, without building the module."""
+    classifier = pretrained_cfg["classifier"]
     names = classifier if isinstance(classifier, list | tuple) else [classifier]
     return tuple(f"{name}." for name in names)
 
@@ -99,7 +104,7 @@ def describe(module: TimmModule, input_size: tuple[int, int]) -> Architecture:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         name = module.pretrained_cfg["architecture"]
         raise RequestError(f"{name} does not take images of {height} x {width} pixels: {reason}") from None
-    return Architecture(logits.shape[-1], embedding.shape[-1])
+    return Architecture(logits.shape[-1] if module.num_classes else 0, embedding.shape[-1])
 
 
 class HeadAndFeatures(nn.Module):

@@ -42,8 +42,10 @@ def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: Quan
         config: how near to float32 the program has to stay.
 
     Raises:
-        RequestError: it does not, it cannot be quantized, or torchao is not installed.
+        RequestError: it does not, it cannot be quantized, has no classifier, or torchao is not installed.
     """
+    if not bundle.num_classes:
+        raise RequestError("model.dtype = int8 is judged by its top-1, but the weights have no classifier; use float32")
     parts = {
         "float32": bundle.fingerprint,
         "images": hashlib.sha256(images.tobytes()).hexdigest(),

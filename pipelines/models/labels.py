@@ -19,16 +19,19 @@ def resolve_class_ids(label_names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def resolve_label_names(checkpoint_config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
-    """The checkpoint's names, else timm's ImageNet descriptions when there are 1,000 classes, else the indices.
+    """Return the checkpoint's names, else timm's ImageNet descriptions for 1,000 classes, else the indices.
 
     Args:
-        checkpoint_config: the `config.json` of a timm directory; empty where there is none.
-        num_classes: how many names are wanted.
+        checkpoint_config: The `config.json` of a timm directory; empty if there is none.
+        num_classes: Rows of the classifier; 0 if there is none.
 
     Raises:
-        RequestError: the checkpoint names another number of classes.
+        RequestError: The checkpoint names another number of classes.
     """
-    names = checkpoint_config.get("label_names") or checkpoint_config.get("pretrained_cfg", {}).get("label_names")
+    if not num_classes:
+        return ()
+    cfg = checkpoint_config.get("pretrained_cfg") or {}
+    names = checkpoint_config.get("label_names") or cfg.get("label_names")
     if names:
         if len(names) != num_classes:
             raise RequestError(f"config.json names {len(names)} classes, but the weights have {num_classes}")

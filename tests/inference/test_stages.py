@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipelines import run_record
 from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.images.preprocess import Mode
 from pipelines.inference.fetch_decode import FetchAndDecode
 from pipelines.inference.predict import Predictor
 from pipelines.inference.progress import Progress
@@ -167,7 +168,8 @@ def test_rows_of_grey_beyond_8_bits_are_counted_from_decoding_to_the_write_resul
     (tmp_path / "4.png").write_bytes(b"no image")
     paths = [str(tmp_path / f"{number}.png") for number in range(5)]
     batch = pa.table({"id": pa.array(range(5), pa.int64()), "uri": paths})
-    for mode in ("exact", "fast"):
+    modes: tuple[Mode, ...] = ("exact", "fast")
+    for mode in modes:
         decoded = FetchAndDecode(bundle.transform, 10**8, 10**8, mode)(batch)
         assert decoded["is_clipped"].to_pylist() == [False, True, False, True, None]
     writer = make_writer(str(tmp_path / "out"), bundle, OPTIONS.topk, OPTIONS.embedding)
