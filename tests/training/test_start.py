@@ -161,3 +161,17 @@ def test_every_family_of_timm_starts(family: str) -> None:
     )
     assert resolve_start(said, ["a", "b", "c"]).class_names == ("a", "b", "c")
     assert build_trainable_on_meta(said, name, 3).num_classes == 3
+
+
+@pytest.mark.parametrize("name", [SMALL, pytest.param("repvit_m0_9", marks=pytest.mark.slow)])
+def test_a_backbone_without_classifier_gets_a_new_one(name: str, tmp_path: Path) -> None:
+    backbone = timm.create_model(name, num_classes=0).state_dict()
+    backbone = {key: value for key, value in backbone.items() if not key.endswith("num_batches_tracked")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    wanted = config(name=name, weights=str(tmp_path / "backbone.pth"))
+    start = resolve_start(wanted, ["ant", "bee"])
+    module = build_module(wanted, start)
+    assert start.class_names == ("ant", "bee")
+    assert module.num_classes == 2
+    found = module.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in backbone.items())
