@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import simplejpeg
 from PIL import Image, UnidentifiedImageError, features
 
-from pipelines.errors import ErrorKind, ItemError
+from pipelines.errors import ErrorKind, ItemError, RunError
 from pipelines.images.formats import HEIF_NAMES, name_format
 from pipelines.images.jpeg import read_size, refuse_many_scans
 from pipelines.images.memory import BYTES_PER_PIXEL, JPEG_BYTES_PER_PIXEL, OTHER_BYTES_PER_PIXEL, Reservation
@@ -101,20 +101,23 @@ def decode_by_pillow(content: bytes, max_pixels: int, memory: Reservation | None
 
     Raises:
         ItemError: As `decode_rgb`.
+        RunError: As `Reservation.take`.
     """
     with warnings.catch_warnings(), _pillow_limit(max_pixels):
         # Pillow warns of odd EXIF, of palettes with transparency, and of sizes that `max_pixels` judges already.
         warnings.simplefilter("ignore")
         try:
             return _load(content, max_pixels, memory)
-        except (ItemError, Image.DecompressionBombError) as error:
-            raise _item_error(error, content) from None
+        except (ItemError, RunError):
+            raise
         except Exception as error:
             without_extras = drop_ancillary_chunks(content)
-            if without_extras is None:
+            if without_extras is None or isinstance(error, Image.DecompressionBombError):
                 raise _item_error(error, content) from None
         try:
             return _load(without_extras, max_pixels, memory)
+        except (ItemError, RunError):
+            raise
         except Exception as error:
             raise _item_error(error, without_extras) from None
 
@@ -205,8 +208,6 @@ def _register_heif() -> bool:
 
 def _item_error(error: Exception, content: bytes) -> ItemError:
     """Return the reason that a row gives for an error of Pillow's."""
-    if isinstance(error, ItemError):
-        return error
     if isinstance(error, Image.DecompressionBombError):
         return ItemError("too_many_pixels", str(error))
     if isinstance(error, UnidentifiedImageError):

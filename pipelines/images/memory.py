@@ -46,12 +46,15 @@ class Reservation:
         self._descriptor: int | None = None
 
     def take(self, num_bytes: float) -> None:
-        """Wait until the node has `num_bytes` for decoding. Call it once in a block: holders that wait could deadlock.
+        """Wait until the node has `num_bytes` for decoding.
+
+        A decoder that gives up hands an image on to another one, which takes its own memory in place of the first's.
+        What is held is released before: holders that wait for more could deadlock.
 
         Raises:
             RunError: The lock file of this node cannot be used.
         """
-        assert self._descriptor is None
+        self._release()
         if num_bytes > SLOT_BYTES:
             self._descriptor = node_budget().acquire(num_bytes)
 
@@ -59,6 +62,9 @@ class Reservation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._release()
+
+    def _release(self) -> None:
         if self._descriptor is not None:
             _return_freed_memory()
             os.close(self._descriptor)

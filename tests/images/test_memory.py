@@ -1,5 +1,6 @@
 """Memory for decoding: what one image takes by format, and what many take at once."""
 
+import io
 import os
 import subprocess
 import sys
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import RunError
+from pipelines.errors import ItemError, RunError
+from pipelines.images import memory
+from pipelines.images.decode import decode_rgb
 from pipelines.images.memory import BYTES_PER_PIXEL, DECODING_SHARE, SLOT_BYTES, MemoryBudget, node_budget
+from pipelines.images.preprocess import Mode, make_preprocess
+from pipelines.images.transform import EvalTransform
 from pipelines.nodes import this_machine
+from tests.support.broken import png_chunk
 from tests.support.infer import REPOSITORY
 
 MEASURE = """
@@ -71,6 +77,30 @@ def test_forty_images_at_once_stay_within_the_budget(tmp_path: Path) -> None:
     assert measure(path, budget_bytes=3e8, num_images=40) < 3.5e8
 
 
+@pytest.fixture
+def small_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = MemoryBudget(str(tmp_path / "lock"), 2 * SLOT_BYTES)
+    monkeypatch.setattr(memory, "node_budget", lambda: budget)
+
+
+@pytest.mark.usefixtures("small_budget")
+def test_a_large_image_that_one_decoder_hands_on_to_another_is_decoded_or_says_why() -> None:
+    image = Image.new("RGB", (4000, 2500), (1, 2, 3))
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    image.save(jpeg, "JPEG")
+    image.save(png, "PNG", compress_level=1)
+    damaged_text = png_chunk(b"tEXt", b"a\0b")[:-4] + bytes(4)
+    for mode in MODES:
+        preprocess = make_preprocess(mode, IMAGENET, 10**8)
+        with pytest.raises(ItemError, match="truncated"):
+            preprocess(jpeg.getvalue()[:-2000])
+        assert preprocess(png.getvalue()[:33] + damaged_text + png.getvalue()[33:]).width == 4000
+
+
+IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.5,) * 3, (0.5,) * 3)
+MODES: tuple[Mode, ...] = ("exact", "fast")
+
+
 def acquire_beside(budget: MemoryBudget, num_bytes: float) -> threading.Event:
     """Acquire in a thread; returns the event that it has."""
     acquired = threading.Event()
@@ -125,6 +155,16 @@ def test_a_link_in_place_of_the_lock_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="lock"):
         MemoryBudget(str(tmp_path / "lock"), 1e9).acquire(1e8)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_file_that_cannot_be_used_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "node_budget", lambda: MemoryBudget(str(tmp_path / "absent" / "lock"), 1e9))
+    content = io.BytesIO()
+    Image.new("L", (4000, 3000)).save(content, "PNG")
+    with pytest.raises(RunError, match="absent"):
+        decode_rgb(content.getvalue(), 10**8)
 
 
 def test_the_budget_is_the_share_that_the_plan_leaves_free() -> None:
