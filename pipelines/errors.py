@@ -1,6 +1,25 @@
 """What can go wrong: with the request, with the run, and with a single image."""
 
+import re
+from collections.abc import Iterator
 from typing import Literal
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# First line of a traceback, as Python and Ray print it.
+HEADER = re.compile(r"^.*(?:Traceback \(most recent call last\):|ray::.*\(pid=.*\))$", re.MULTILINE)
+# What stands between the tracebacks of a chain of errors.
+LINKS = re.compile(
+    r"\n\n(?:The above exception was the direct cause of|During handling of the above exception, another)"
+    r"[^\n]*exception[^\n]*:?\n"
+)
+# Errors by which Ray 2.60 hands on those of a task.
+WRAPPER = re.compile(r"(?:UserCodeException|RayDataUserCodeException|RayTaskError|SystemException)\b")
+OWN_ERRORS = ("RequestError", "RunError")  # their messages are whole sentences
+QUALIFIED = re.compile(r"[A-Za-z_][\w.]*")
+# In the name of Ray Data's operator: the function or class that a stage runs.
+STAGE = re.compile(r"MapBatches\((\w+)\)")
+# Enough for the reason and a file's name; some libraries put pages into an error.
+MAX_CAUSE_LENGTH = 1000
 
 
 class RequestError(ValueError):
@@ -46,13 +65,61 @@ class ItemError(Exception):
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of the innermost error that says anything; Ray Data ends its chains with an empty one."""
-    cause: BaseException | None = error
-    said = type(error).__name__
-    while cause is not None:
-        # A traceback of another process is text, the innermost error first.
-        innermost = str(cause).partition("The above exception was the direct cause")[0]
-        lines = [line.strip() for line in innermost.splitlines() if line.strip()]
-        said = f"{type(cause).__name__}: {lines[-1]}" if lines else said
-        cause = cause.__cause__ or getattr(cause, "cause", None)  # the second is Ray's
-    return said
+    """Describe a failure in one line: the stage, what its code raised, and the innermost cause.
+
+    Ray carries the errors of other processes as the text of their tracebacks, the innermost first, and wraps them in
+    errors of its own that say nothing of the reason.
+
+    Args:
+        error: what was caught, such as `ray.exceptions.RayTaskError` or an entry of `TrainingFailedError`.
+
+    Returns:
+        One line without control sequences, such as
+        `PartWriter: OSError: [Errno 28] No space left on device: '/out/part-000000000000.parquet'`.
+    """
+    texts = [_text_of(found) for found in _chain(error)]
+    raised = [message for text in reversed(texts) for message in _raised_by_user(text)]
+    stage = next((found[1] for found in map(STAGE.search, texts) if found), "")
+    if not raised:
+        return _shorten(type(error).__name__)
+    outermost, innermost = raised[-1], raised[0]
+    reason = innermost.partition(": ")[2] or innermost
+    cause = "" if reason in outermost else f" ({innermost})"
+    return _shorten(f"{stage}: {outermost}{cause}" if stage else f"{outermost}{cause}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or getattr(found, "cause", None)  # the second is Ray's
+
+
+def _text_of(error: BaseException) -> str:
+    """The error with its type, or the traceback of another process that it carries."""
+    text = ANSI.sub("", str(error)).strip()
+    return text if HEADER.search(text) else f"{type(error).__name__}: {text}" if text else ""
+
+
+def _raised_by_user(text: str) -> list[str]:
+    """The errors in a text, the innermost first, without tracebacks and without Ray's wrappers."""
+    messages = (_message_of(section) for section in LINKS.split(text))
+    return [message for message in messages if message and not WRAPPER.match(message)]
+
+
+def _message_of(section: str) -> str:
+    """The last error of a section: `Type: message` in one line, without its module."""
+    *_, frames = HEADER.split(section)
+    lines = frames.strip("\n").splitlines()
+    while lines and (lines[0].startswith("  ") or not lines[0].strip()):
+        del lines[0]
+    message = " ".join(" ".join(lines).split())
+    kind, colon, rest = message.partition(":")
+    if not QUALIFIED.fullmatch(kind):
+        return message
+    name = kind.rpartition(".")[2]
+    return rest.strip() if rest and name in OWN_ERRORS else f"{name}{colon}{rest}"
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_CAUSE_LENGTH else f"{line[:MAX_CAUSE_LENGTH]}..."

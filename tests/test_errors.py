@@ -1,17 +1,90 @@
-"""How errors are told."""
+"""One line about a failure, from the errors that Ray 2.60 hands on."""
 
-from pipelines.errors import root_cause
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.local import RayHead
+from pipelines.errors import RunError, root_cause
+from pipelines.inference.write import write_table
+from pipelines.ray_session import ray_session
+
+DISK_FULL = "OSError: [Errno 28] No space left on device: '/out/part-000000000000.parquet'"
+RAYS_HINT = "To change retry attempts"
 
 
-def test_a_failure_is_told_by_the_innermost_error_that_says_anything() -> None:
-    innermost, middle, outermost = RuntimeError(), ValueError("traceback\n\nthe weights are torn "), OSError("a task")
-    middle.__cause__, outermost.__cause__ = innermost, middle
-    assert root_cause(outermost) == "ValueError: the weights are torn"
+def test_outer_error_and_innermost_cause_are_both_named() -> None:
+    innermost, outermost = KeyError("id"), RuntimeError("a row is damaged")
+    outermost.__cause__ = innermost
+    assert root_cause(outermost) == "RuntimeError: a row is damaged (KeyError: 'id')"
     assert root_cause(RuntimeError()) == "RuntimeError"
 
 
-def test_of_a_traceback_in_another_process_the_first_error_is_told() -> None:
+def test_traceback_text_of_another_process_is_reduced_to_its_error() -> None:
     text = (
-        "ray::Map()\n  File x\nKeyError: 'id'\n\nThe above exception was the direct cause of the following exception:\n"
+        "ray::Map() (pid=1)\n  File x\nKeyError: 'id'\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "Traceback (most recent call last):\n  File y\nobstore.exceptions.GenericError: denied\n\nDebug source: x"
     )
-    assert root_cause(RuntimeError(f"{text}\nRayTaskError: advice")) == "RuntimeError: KeyError: 'id'"
+    assert root_cause(RuntimeError(text)) == "GenericError: denied Debug source: x (KeyError: 'id')"
+
+
+def fill_disk(batch: pa.Table) -> pa.Table:
+    raise OSError(28, "No space left on device", "/out/part-000000000000.parquet")
+
+
+def refuse_write(batch: pa.Table) -> pa.Table:
+    try:
+        raise PermissionError(13, "AccessDenied")
+    except PermissionError:
+        raise RunError("cannot write s3://bucket/part-1.parquet: AccessDenied") from None
+
+
+def wrap_error(batch: pa.Table) -> pa.Table:
+    try:
+        raise KeyError("id")
+    except KeyError as error:
+        raise ValueError("two lines\nof text") from error
+
+
+class Replica:
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class BrokenReplica:
+    def __init__(self) -> None:
+        raise NotImplementedError("addmm is not implemented for 'Half'")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return batch
+
+
+def failure_of(stage: Callable[..., Any], **options: Any) -> str:
+    import ray.data
+
+    rows = ray.data.from_arrow(pa.table({"id": [1]}))
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        rows.map_batches(stage, batch_format="pyarrow", num_cpus=0.5, **options).materialize()
+    return root_cause(caught.value)
+
+
+def test_failure_of_a_stage_names_stage_cause_and_file(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_server.address)
+    monkeypatch.setenv("HOME", str(ray_server.home))
+    with ray_session():
+        assert failure_of(fill_disk) == f"fill_disk: {DISK_FULL}"
+        assert failure_of(refuse_write) == "refuse_write: cannot write s3://bucket/part-1.parquet: AccessDenied"
+        assert failure_of(wrap_error) == "wrap_error: ValueError: two lines of text (KeyError: 'id')"
+        expected = "Replica: RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
+        assert failure_of(Replica, concurrency=1) == expected
+        expected = "BrokenReplica: NotImplementedError: addmm is not implemented for 'Half'"
+        assert failure_of(BrokenReplica, concurrency=1) == expected
+
+
+def test_writer_names_the_file_that_it_cannot_write() -> None:
+    table = pa.table({"id": [3], "uri": ["a.jpg"]})
+    with pytest.raises(RunError, match=r"cannot write /dev/null/out/part-3\.parquet: "):
+        write_table("/dev/null/out", "part-3.parquet", table, table.schema)

@@ -11,12 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import metrics
+from pipelines.errors import RunError
 from pipelines.inference.commit_log import withdraw_if_over
 from pipelines.inference.files import Kind, file_name
 from pipelines.inference.schema import FAILED, RECEIPTS, parts_schema
 from pipelines.models.bundle import ModelFacts
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
+from pipelines.storage.filesystem import in_plain_words
 from pipelines.storage.lease import Fence
 
 # With an embedding, 8 KB a row: what a reader that wants a few rows has to read.
@@ -108,6 +110,7 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema, 
     Raises:
         LeaseLostError: the lease is over. The file is not written, or is removed again unless the run that has the
             lease now counts it.
+        RunError: the store refuses it or has no room; names the file.
     """
     table = table.sort_by("id")
     buffer = io.BytesIO()
@@ -118,7 +121,8 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema, 
             writer.write_table(table.slice(start, ROWS_PER_GROUP).cast(schema))
     metrics.count("ecaray_written_bytes", buffer.tell())
     uri, content = uris.join(output_uri, name), buffer.getvalue()
-    num_retries = store_object(uri, content, check=fence.check if fence else None)
+    with in_plain_words("write", uri, RunError):
+        num_retries = store_object(uri, content, check=fence.check if fence else None)
     if fence:
         withdraw_if_over(fence, [name])
     return Written(name, digest_of(content), num_retries)
