@@ -39,7 +39,7 @@ from pipelines.inference.write import make_writer
 from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import list_nodes, this_machine
-from pipelines.ray_session import is_cluster_named, ray_session
+from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
 from pipelines.storage.filesystem import in_plain_words, is_there, list_names, remove, write_bytes
 from pipelines.storage.listing import Listing, list_objects
@@ -74,6 +74,7 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         RunError: a stage failed.
     """
     watch = Watch()
+    refuse_if_ray_cannot_start()
     is_compiled = config.model.dtype == "int8"
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
     if is_compiled:

@@ -28,7 +28,7 @@ from pipelines.inference.source import TableSource, cut_into_tasks, rows_per_tas
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.nodes import this_machine
-from pipelines.ray_session import is_cluster_named, ray_session
+from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage.labelled import LabelledImages, read_labelled
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
         RunError: the run failed, or not one image could be had.
     """
     started = time.monotonic()
+    refuse_if_ray_cannot_start()
     is_compiled = config.model.dtype == "int8"
     plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
     if is_compiled:

@@ -19,7 +19,7 @@ from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import Node, can_grow, list_nodes, this_machine
-from pipelines.ray_session import is_cluster_named, ray_session
+from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
 from pipelines.storage.filesystem import ArrowHandler, in_plain_words, is_there, list_names, remove_folder, write_bytes
 from pipelines.storage.lease import Fence, Lease
@@ -28,6 +28,7 @@ from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
 from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
+from pipelines.training.process_group import LOOPBACK_INTERFACE, OneMachineConfig
 from pipelines.training.request import TrainRequest, find_summary, has_checkpoint, normalize, resolve_request
 from pipelines.training.resources import WorkerResources, plan_workers
 from pipelines.training.worker import run_worker
@@ -54,6 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         _mark_finished(config.output.uri)
         log.info("nothing to do: %s holds a finished run", config.output.uri)
         return summary
+    refuse_if_ray_cannot_start()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
     found = run_record.find_run(config.output.uri) if is_there(config.output.uri) else None
@@ -173,6 +175,7 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
     trainer = TorchTrainer(
         run_worker,  # type: ignore[arg-type] # it returns something, which Ray hands on
         train_loop_config={"job": job},
+        torch_config=None if is_cluster_named() else OneMachineConfig(),
         # The same fields; Ray's annotations leave out those that are new.
         scaling_config=ray.train.ScalingConfig(**config.scaling.model_dump() | {"resources_per_worker": per_worker}),
         run_config=ray.train.RunConfig(
@@ -181,7 +184,7 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # The best by score, and always the last.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
-            worker_runtime_env={"env_vars": {} if config.scaling.use_gpu else KEEP_FREED_MEMORY},
+            worker_runtime_env={"env_vars": _worker_variables(config.scaling.use_gpu)},
             callbacks=[RestartPolicy()],  # type: ignore[list-item] # what Ray Train's second version takes
             # Ray Train logs the traceback of every error; `RestartPolicy` says the same in a line.
             logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
@@ -206,6 +209,11 @@ def _failure(error: ray.train.TrainingFailedError, output_uri: str) -> RequestEr
     if has_checkpoint(output_uri):
         return RunError(f"{reason}; checkpoints stay, and the same command goes on from the last")
     return RunError(f"{reason}; no checkpoint was made yet")
+
+
+def _worker_variables(use_gpu: bool) -> dict[str, str]:
+    memory = {} if use_gpu else KEEP_FREED_MEMORY
+    return dict(memory) if is_cluster_named() else {**memory, **LOOPBACK_INTERFACE}
 
 
 def _summary(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
