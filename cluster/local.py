@@ -21,15 +21,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pipelines.ray_session import RAYLET_CONFIG
+from pipelines.ray_session import LOOPBACK_VARIABLES, RAYLET_CONFIG
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
-# weed listens at each of its ports and at that port + 10,000 (gRPC).
+# weed listens at each of its ports and at that port + 10,000 (gRPC). Both stay below 32,768, where Linux begins to hand
+# out ports to any program that connects to another, and above 20,000, where those of Ray's workers end.
 GRPC_OFFSET = 10_000
-PORT_RANGE = (20_000, 44_000)
+PORT_RANGE = (20_000, 22_700)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -102,7 +104,7 @@ class RayHead:
     Attributes:
         address: for drivers, as `RAY_ADDRESS`.
         job_server: for `ray job submit`, as `RAY_ADDRESS`.
-        home: HOME of the head and its clients; Ray keeps its access token there.
+        home: HOME of the head and its clients; holds the access token at `.ray/auth_token`.
     """
 
     address: str
@@ -110,8 +112,8 @@ class RayHead:
     home: Path
 
     def environment(self) -> dict[str, str]:
-        """The variables that lead `ray job` to this head."""
-        return {"HOME": str(self.home), "RAY_ADDRESS": self.job_server}
+        """Variables with which `ray job` and drivers reach this head."""
+        return {"HOME": str(self.home), "RAY_ADDRESS": self.job_server, "RAY_AUTH_MODE": "token", **LOOPBACK_VARIABLES}
 
 
 @contextlib.contextmanager
@@ -119,6 +121,8 @@ def ray_head(
     num_cpus: int | None = None, environment: Mapping[str, str] | None = None, num_gpus: int | None = None
 ) -> Iterator[RayHead]:
     """Run `ray start --head` with its job server for the length of a `with` block.
+
+    All of it listens on loopback only, and answers only to who has the token in its HOME.
 
     Args:
         num_cpus: what it offers; the machine's by default.
@@ -133,6 +137,7 @@ def ray_head(
         zip(("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port"), free_ports(4))
     )
     command = [_program("ray"), "start", "--head", "--block", "--include-dashboard=true", f"--temp-dir={home}/ray"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
     command += [] if num_gpus is None else [f"--num-gpus={num_gpus}"]
@@ -140,8 +145,10 @@ def ray_head(
     # Jobs begin with `python`: on a node, that is the one this package is installed for.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     tuning = {f"RAY_{name}": str(value) for name, value in RAYLET_CONFIG.items()}
-    variables = inherited | tuning | {"PATH": path, "HOME": str(home)} | dict(environment or {})
+    variables = inherited | tuning | {"PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **LOOPBACK_VARIABLES}
+    variables |= dict(environment or {})
     try:
+        _write_token(home / ".ray" / "auth_token")
         with open(home / "ray.log", "wb") as log:
             process = subprocess.Popen(
                 command, env=variables, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
@@ -165,12 +172,16 @@ def ray_node(head: RayHead, num_cpus: int, environment: Mapping[str, str]) -> It
         num_cpus: what it offers.
         environment: variables for its workers.
     """
-    command = [_program("ray"), "start", "--block", f"--address={head.address}", f"--num-cpus={num_cpus}"]
+    command = [_program("ray"), "start", "--block", f"--num-cpus={num_cpus}"]
+    # Ray takes 127.0.0.1 for this machine's other address, where the head does not listen; its other spelling it keeps.
+    command += [f"--address={head.address.replace('127.0.0.1', '127.1')}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # gRPC's own resolver does not know that spelling, the system's does.
+    variables = {"HOME": str(head.home), "RAY_AUTH_MODE": "token", "GRPC_DNS_RESOLVER": "native"}
     with open(head.home / "node.log", "wb") as log:
         process = subprocess.Popen(
             command,
-            env=inherited | {"HOME": str(head.home)} | dict(environment),
+            env=inherited | variables | dict(environment),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -180,6 +191,12 @@ def ray_node(head: RayHead, num_cpus: int, environment: Mapping[str, str]) -> It
         yield process.pid
     finally:
         _stop(process, [signal.SIGTERM, signal.SIGKILL])
+
+
+def _write_token(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
 
 
 def _program(name: str) -> str:
@@ -206,17 +223,57 @@ def _start_weed(
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
     # weed takes credentials in its environment, such as another store's, for identities of its own.
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
     with open(folder / "weed.log", "wb") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=variables,
+            env=variables | _weed_credentials(folder),
             stdout=log,
             stderr=log,
             start_new_session=True,
             preexec_fn=_be_killed_with_parent,
         )
+
+
+def _weed_credentials(folder: Path) -> dict[str, str]:
+    """Variables that make weed's own services ask for credentials that only this weed has.
+
+    gRPC and the master's HTTP accept TLS clients with this certificate only. The HTTP of filer and volume server
+    accepts signed requests only.
+    """
+    certificate = _make_certificate(folder)
+    signing = ("JWT_SIGNING", "JWT_SIGNING_READ", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
+    variables = {f"WEED_{name}_KEY": secrets.token_urlsafe(32) for name in signing}
+    for name in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT"):
+        variables |= {f"WEED_GRPC_{name}_{kind}": str(certificate) for kind in ("CERT", "KEY")}
+    variables |= {f"WEED_HTTPS_MASTER_{kind}": str(certificate) for kind in ("CERT", "KEY", "CA")}
+    return variables | {"WEED_GRPC_CA": str(certificate)}
+
+
+def _make_certificate(folder: Path) -> Path:
+    """Write a key and its self-signed certificate, with which both sides of a connection show who they are."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ecaray")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=3650))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "weed.pem"
+    path.touch(mode=0o600)
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
 
 
 def _make_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subprocess.Popen[bytes]") -> None:

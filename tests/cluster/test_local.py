@@ -13,6 +13,7 @@ from cluster.processes import is_running, wait_until_gone
 from tests.support.infer import REPOSITORY
 
 
+@pytest.mark.integration
 def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Those of a first store, as a user has them who starts a second beside it.
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
@@ -28,6 +29,7 @@ def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPa
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.integration
 def test_the_store_dies_with_its_starter(own_home: Path) -> None:
     code = "import cluster.local as c, time\nwith c.object_store() as s:\n print(s.pid, flush=True); time.sleep(60)"
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
