@@ -1,6 +1,5 @@
-"""What every job does around its `run`: parse, run, print the summary, end with the right status."""
+"""Entry point of every job: parse the config, run, print the summary, exit with the right status."""
 
-import contextlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 
 from pipelines.config.parse import parse_config
 from pipelines.errors import RequestError, RunError
-from pipelines.logs import log_to_stderr
+from pipelines.logs import log_to_stderr, safe_streams
 from pipelines.signals import end_as_interrupted
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -27,16 +26,15 @@ def main(
     run: Callable[[Schema], Mapping[str, Any]],
     dry_run: Callable[[Schema], None] | None = None,
 ) -> NoReturn:
-    """`run_job` for a whole process, which ends with its status.
+    """Run `run_job` as a whole process, which ends with its status.
 
-    It ends without the interpreter's teardown: what has to be closed is closed by then, while threads of Ray, Arrow and
-    obstore that still run in a teardown have been seen to crash it, after the summary of a job that had done well.
+    The process ends without the interpreter's teardown. All that has to be closed is closed by then, and threads of
+    Ray, Arrow and obstore have been seen to crash a teardown after the summary of a job that had succeeded.
+    Nobody has to read its output: a closed stdout or stderr changes neither the run nor its status.
     """
-    status = run_job(prog, schema, run, dry_run=dry_run)
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it is gone
-            stream.flush()
+    with safe_streams():
+        status = run_job(prog, schema, run, dry_run=dry_run)
+        logging.shutdown()
     os._exit(status)
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.logs import CLEAR_LINE
+
 LINE_EVERY_S = 5.0
 
 
@@ -101,7 +103,7 @@ class Progress:
                 published = time.monotonic()
 
     def _print(self, end: str) -> None:
-        clear = "\x1b[2K\r" if self._is_terminal else ""
+        clear = CLEAR_LINE if self._is_terminal else ""
         print(f"{clear}{self.line()}", end=end, file=sys.stderr, flush=True)
 
 

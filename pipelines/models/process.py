@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipelines.collector import paused_collector
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.logs import log_to_stderr
+from pipelines.logs import SafeStream, log_to_stderr
 
 if TYPE_CHECKING:
     from pipelines.models.bundle import ModelFacts
@@ -131,6 +131,7 @@ def serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver answers it
+    sys.stderr = cast("TextIO", SafeStream(sys.stderr))
     log_to_stderr()
     with contextlib.suppress(ConnectionError):  # the driver has ended
         serve(Connection(int(sys.argv[1])))
