@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import metrics
+from pipelines.cache import use_private_compiler_cache
 from pipelines.errors import ItemError
 from pipelines.inference.pixels import PixelLoader, with_errors
 from pipelines.inference.replica import PredictOptions
@@ -74,7 +75,10 @@ class Predictor:
             return logits, features
 
         # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
-        return torch.compile(forward, dynamic=False) if self.options.compile else forward
+        if not self.options.compile:
+            return forward
+        use_private_compiler_cache()
+        return torch.compile(forward, dynamic=False)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""

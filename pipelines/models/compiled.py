@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._C._aoti import AOTIModelPackageLoader
 
-from pipelines.cache import cached
+from pipelines.cache import cached, use_private_compiler_cache
 from pipelines.cpu import cpu_flags, why_no_int8
 from pipelines.errors import RunError
 
@@ -61,6 +61,7 @@ def quiet_compiler() -> Iterator[None]:
 
 def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads: int) -> None:
     images = torch.zeros(shape, dtype=torch.uint8)
+    use_private_compiler_cache()
     with torch.no_grad(), quiet_compiler():
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the operators
 

@@ -58,7 +58,8 @@ def quantize_bundle(bundle: ModelBundle, images: NDArray[np.uint8], config: Quan
     try:
         path = cached(f"{own_fingerprint}.pt2", lambda path: _quantize_to(path, bundle, images, config.min_agreement))
     except OSError as error:
-        raise RequestError(f"model.dtype = int8 keeps its program in ~/.cache/ecaray: {error}") from None
+        advice = "set XDG_CACHE_HOME to a folder that only you can write to"
+        raise RequestError(f"model.dtype = int8 keeps its program in a cache: {error}; {advice}") from None
     return replace(bundle, module=path.read_bytes(), fingerprint=own_fingerprint)
 
 

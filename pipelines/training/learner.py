@@ -16,6 +16,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipelines.cache import use_private_compiler_cache
 from pipelines.config.train import TrainConfig
 from pipelines.models.build import TimmModule
 from pipelines.models.layout import memory_format_for
@@ -198,6 +199,8 @@ class Learner:
     def _wrapped(self) -> Any:
         if self.config.model.sync_batch_norm:
             self.module = convert_sync_batchnorm(self.module)  # timm's keeps the activations that some norms hold
+        if self.config.optim.compile:
+            use_private_compiler_cache()
         model: Any = torch.compile(self.module) if self.config.optim.compile else self.module
         if self.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
