@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 LIMIT := timeout --kill-after=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-multinode test-gpu checks bench lock clean
+.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu checks bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ demo: setup  ## label photographs, and learn digits, from an S3 store on this ma
 
 test: setup  ## the fast tests
 	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
+
+test-unit: setup  ## the tests that start neither Ray nor a store
+	$(LIMIT) 300 $(RUN) -m pytest -m unit
 
 test-slow: setup  ## the slow tests: all five models, every way between stores, job submission
 	$(LIMIT) 3300 $(RUN) -m pytest -m "slow and not gpu and not multinode"

@@ -13,7 +13,41 @@ from tests.support.photographs import write_photographs
 REPOSITORY = Path(__file__).parents[1]
 NUM_PHOTOGRAPHS = 66
 BUCKETS = ("images", "results", "scratch")
+# Fixtures that start services, and markers of what takes long or starts some itself.
+SERVICES = {"store", "ray_server"}
+NOT_UNIT = ("integration", "slow", "gpu", "multinode")
+# Modules that start a Ray or whole jobs of their own, or run and compile whole models, most of them for many seconds.
+NOT_UNIT_MODULES = {
+    "benchmark/test_stages.py",
+    "jobs/test_benchmark_command.py",
+    "jobs/test_infer_command.py",
+    "inference/test_cluster.py",
+    "inference/test_damaged_output.py",
+    "inference/test_declared_gpus.py",
+    "inference/test_stages.py",
+    "models/test_int8.py",
+    "models/test_prepare.py",
+    "models/test_process.py",
+    "models/test_rounding.py",
+    "models/test_winograd.py",
+    "training/test_learner.py",
+    "training/test_run.py",
+}
 EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `unit` each test that starts neither Ray nor a store nor a whole job."""
+    for item in items:
+        if not (_uses_services(item) or any(item.get_closest_marker(name) for name in NOT_UNIT)):
+            item.add_marker("unit")
+
+
+def _uses_services(item: pytest.Item) -> bool:
+    # Tests for each kind of store are parametrized by its name, and ask for the fixture while they run.
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    module = item.path.relative_to(REPOSITORY / "tests").as_posix()
+    return bool(SERVICES & set(getattr(item, "fixturenames", ()))) or "s3" in parameters or module in NOT_UNIT_MODULES
 
 
 @pytest.hookimpl(trylast=True)
