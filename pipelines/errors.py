@@ -14,7 +14,7 @@ LINKS = re.compile(
 )
 # Errors by which Ray 2.60 hands on those of a task.
 WRAPPER = re.compile(r"(?:UserCodeException|RayDataUserCodeException|RayTaskError|SystemException)\b")
-OWN_ERRORS = ("RequestError", "RunError")  # their messages are whole sentences
+OWN_ERRORS = ("RequestError", "RunError", "LeaseLostError")  # their messages are whole sentences
 QUALIFIED = re.compile(r"[A-Za-z_][\w.]*")
 # In the name of Ray Data's operator: the function or class that a stage runs.
 STAGE = re.compile(r"MapBatches\((\w+)\)")
