@@ -58,7 +58,8 @@ def main() -> None:
 def _plan(output: str, manifest: ManifestInfo) -> MissingSource:
     num_rows = rows_per_task(manifest.num_inputs, BATCH_SIZE, NUM_THREADS)
     starts = cut_into_tasks(manifest.num_inputs, num_rows, BATCH_SIZE, NUM_THREADS)
-    return MissingSource(output, manifest, IdSet(manifest.num_inputs), starts)
+    none = IdSet(manifest.num_inputs)
+    return MissingSource(output, manifest, none, none, starts)
 
 
 def _make_manifest(output: str, num_keys: int) -> ManifestInfo:

@@ -36,6 +36,7 @@ class RunError(RuntimeError):
 
 ErrorKind = Literal[
     "not_found",  # listed, but gone when it was fetched
+    "changed",  # no longer the object that was listed: its etag is another one
     "access_denied",  # the store or the file system refuses to hand it out
     "timeout",  # the store did not answer in time, retries included
     "storage_error",  # any other failure of the store, retries included

@@ -38,12 +38,14 @@ class Done:
         ids: those with a row that stays.
         names: of the Parquet files that stay.
         removed: of those that go: files of failed rows that are retried, and files whose rows other files hold.
+        retried: ids of the rows that are retried.
         failures: how often each reason was given in the failed rows that stay.
     """
 
     ids: IdSet
     names: frozenset[str]
     removed: frozenset[str]
+    retried: IdSet
     failures: Counter[str]
 
 
@@ -64,7 +66,7 @@ def find_done(output_uri: str, num_inputs: int, epoch: int, retried_kinds: Conta
     tables = _read_all(output_uri, _in_order(list_files(output_uri), history))
     uncounted = {name for name in tables if not history.may_count(name, epoch_of(name))}
     uncounted |= _replaced_by_merges(output_uri, history, tables)
-    ids, names = IdSet(num_inputs), set[str]()
+    ids, retried, names = IdSet(num_inputs), IdSet(num_inputs), set[str]()
     failures: Counter[str] = Counter()
     for name, table in tables.items():
         if isinstance(table, DamagedFileError):
@@ -72,13 +74,17 @@ def find_done(output_uri: str, num_inputs: int, epoch: int, retried_kinds: Conta
                 continue
             raise table
         _refuse_unknown_ids(table, num_inputs, uris.join(output_uri, name))
-        is_retried = is_failed(name) and any(kind in retried_kinds for kind in table["error_kind"].to_pylist())
-        if name in uncounted or is_retried or not _add_ids(ids, table, uris.join(output_uri, name)):
+        if name in uncounted:
+            continue
+        if is_failed(name) and any(kind in retried_kinds for kind in table["error_kind"].to_pylist()):
+            retried.add(table["id"].to_numpy())
+            continue
+        if not _add_ids(ids, table, uris.join(output_uri, name)):
             continue
         names.add(name)
         if is_failed(name):
             count_reasons(failures, Counter(reasons_of(table)))
-    return Done(ids, frozenset(names), frozenset(tables.keys() - names), failures)
+    return Done(ids, frozenset(names), frozenset(tables.keys() - names), retried, failures)
 
 
 def is_as_recorded(output_uri: str, done: Done) -> bool:

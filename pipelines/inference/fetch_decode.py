@@ -38,14 +38,18 @@ class FetchAndDecode:
     mode: Mode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return `IMAGES` for `id` and `uri`, in the same order. A failed image becomes a row with its error."""
+        """Return `IMAGES` for `id`, `uri` and, where there is one, `etag`, in the same order.
+
+        A failed image becomes a row with its error; so does one whose etag is no longer the given one.
+        """
         preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
         object_uris = batch["uri"].to_pylist()
         rows: list[dict[str, Any]] = [{}] * len(object_uris)
         # Each image is copied once, to where Arrow's column has it.
         pixels = np.empty((len(object_uris), *self.transform.input_size, 3), np.uint8)
         started, decode_s = time.monotonic(), 0.0
-        for fetched in fetch_many(object_uris, self.max_bytes):
+        etags = batch["etag"].to_pylist() if "etag" in batch.column_names else None
+        for fetched in fetch_many(object_uris, self.max_bytes, etags):
             decode_started = time.monotonic()
             row = self.row_of(fetched.content, preprocess, pixels[fetched.position])
             rows[fetched.position] = {"num_retries": fetched.num_retries, **row}

@@ -27,9 +27,13 @@ class IdSet:
             raise ValueError(f"ids from {ids.min()} to {ids.max()} among {self.size}")
         np.bitwise_or.at(self._bits, ids >> 3, np.uint8(0x80) >> (ids & 7).astype(np.uint8))
 
+    def contains(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each id whether it is in the set."""
+        return np.asarray(self._bits[ids >> 3] & (np.uint8(0x80) >> (ids & 7).astype(np.uint8)), np.bool_)
+
     def overlaps(self, ids: NDArray[np.int64]) -> bool:
         """Return whether one of the ids is in the set."""
-        return bool((self._bits[ids >> 3] & (np.uint8(0x80) >> (ids & 7).astype(np.uint8))).any())
+        return bool(self.contains(ids).any())
 
     def missing(self, start: int, stop: int) -> NDArray[np.int64]:
         """The ids from `start` to `stop` - 1 that are not in it, in order."""

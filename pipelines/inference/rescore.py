@@ -13,7 +13,7 @@ from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.calibration import refuse_if_unable
 from pipelines.inference.replica import PredictOptions
 from pipelines.inference.request import SAMPLED_IDS, make_decode, sample_of_manifest
-from pipelines.storage.manifest import ManifestInfo
+from pipelines.storage.manifest import ManifestInfo, read_manifest_rows
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,12 @@ CUDA_TOLERANCES = (0.1, 0.1)
 CUDA_KINDS: tuple[ErrorKind, ...] = ("truncated", "corrupt")
 
 
-def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
+def rescore(record: dict[str, Any], output_uri: str, manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
     """Compare rows with what the model says of their images now.
 
     Args:
         record: `_run.json` of the output.
+        output_uri: where the output is now; the record holds where it was written.
         manifest: of the output.
         rows: good rows of it.
 
@@ -47,7 +48,8 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
     # The record holds every key, and cannot tell the default name from one that was given. The name that the run
     # settled on is right either way.
     named = config.model.model_copy(update={"name": record["identity"]["model.name"]})
-    config = config.model_copy(update={"model": named})
+    moved = config.output.model_copy(update={"uri": output_uri})
+    config = config.model_copy(update={"model": named, "output": moved})
     try:
         bundle = resolve_bundle(config.model, config.preprocess)
         if bundle.dtype == "int8":
@@ -72,9 +74,11 @@ def rescore(record: dict[str, Any], manifest: ManifestInfo, rows: pa.Table) -> I
     )
     is_cuda = config.preprocess.mode == "cuda"
     tolerances = CUDA_TOLERANCES if is_cuda else TOLERANCES[bundle.dtype]
-    says_nothing = TRANSIENT_KINDS + (CUDA_KINDS if is_cuda else ())
+    says_nothing = (*TRANSIENT_KINDS, "changed") + (CUDA_KINDS if is_cuda else ())
     decode = make_decode(config, bundle)
-    again = Predictor(prepare_bundle(bundle), options)(decode(rows.select(["id", "uri"])))
+    rows = rows.sort_by("id")
+    pinned = read_manifest_rows(config.output.uri, rows["id"].to_numpy(), manifest)
+    again = Predictor(prepare_bundle(bundle), options)(decode(pinned))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
         if new["error_kind"] in says_nothing:
             log.warning("row %d is not computed again: %s", old["id"], new["error_message"])

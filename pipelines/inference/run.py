@@ -139,7 +139,7 @@ def _execute(
     options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, plan.num_threads, config.output.commit_rows)
     starts = cut_into_tasks(request.num_todo, num_rows, plan.batch_size, plan.num_threads)
-    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, starts)
+    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, request.done.retried, starts)
     writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding, lease.fence)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 
@@ -105,13 +106,16 @@ class MissingSource:
         output_uri: the output.
         manifest: its inputs.
         done: ids that are not missing.
+        retried: ids of failed rows that are retried: what they name may have been mended since it was listed.
         starts: of `cut_into_tasks`, for as many rows as are missing.
     """
 
-    def __init__(self, output_uri: str, manifest: ManifestInfo, done: IdSet, starts: NDArray[np.int64]) -> None:
+    def __init__(
+        self, output_uri: str, manifest: ManifestInfo, done: IdSet, retried: IdSet, starts: NDArray[np.int64]
+    ) -> None:
         self._output_uri = output_uri
         self._manifest = manifest
-        self._done = done
+        self._done, self._retried = done, retried
         self._starts: NDArray[np.int64] = np.append(done.missing_at(starts[:-1]), done.size)
 
     @property
@@ -120,9 +124,11 @@ class MissingSource:
         return len(self._starts) - 1
 
     def rows_of(self, task: int) -> pa.Table:
-        """`id` and `uri` of one task."""
+        """Return `id`, `uri` and `etag` of one task; the etag is empty where it does not matter."""
         start, stop = self._starts[task : task + 2].tolist()
-        return read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._manifest)
+        rows = read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._manifest)
+        is_retried = pa.array(self._retried.contains(rows["id"].to_numpy()))
+        return rows.set_column(2, "etag", pc.if_else(is_retried, "", rows["etag"]))
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     problems += _problems_of_record(record, found)
     sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
-        problems += rescore(raw, expected.manifest, sample)
+        problems += rescore(raw, output_uri, expected.manifest, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:

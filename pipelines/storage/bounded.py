@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pipelines.errors import ItemError
 from pipelines.storage import uris
-from pipelines.storage.filesystem import open_filesystem
+from pipelines.storage.filesystem import etag_of_entry, etag_of_file, open_filesystem
 
 CHUNK_BYTES, MIN_CHUNK_BYTES = 1 << 20, 1 << 16
 FILE_KINDS = {
@@ -124,22 +124,32 @@ def refuse_large(num_bytes: int, max_bytes: int) -> None:
         raise ItemError("too_many_bytes", f"{num_bytes} bytes, more than input.max_bytes = {max_bytes}")
 
 
-def read_local(path: str, max_bytes: int, held: Reservation) -> bytes:
+def refuse_changed(etag: str, listed_etag: str) -> None:
+    """Raise ItemError for an object whose etag is not the listed one; where one of them is unknown, it passes."""
+    if etag and listed_etag and etag != listed_etag:
+        raise ItemError("changed", "it changed after the inputs were listed")
+
+
+def read_local(path: str, max_bytes: int, held: Reservation, listed_etag: str = "") -> bytes:
     """Read a regular file.
 
     Raises:
-        ItemError: it is too large, or no regular file: reading one of those may never end.
+        ItemError: it is too large, it changed since it was listed, or it is no regular file: reading one of those may
+            never end.
     """
     _refuse_special(os.stat(path).st_mode)
     # Were the file replaced by a FIFO now, opening it would not block.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         _refuse_special(status.st_mode)
+        refuse_changed(etag_of_file(status), listed_etag)
         refuse_large(status.st_size, max_bytes)
         held.grow(status.st_size)
         # In one piece; but files of /proc have no size, and others may have grown.
         chunk_bytes = max(status.st_size + 1, MIN_CHUNK_BYTES)
-        return read_up_to(lambda num_bytes: file.read(num_bytes) or b"", max_bytes, held, chunk_bytes=chunk_bytes)
+        content = read_up_to(lambda num_bytes: file.read(num_bytes) or b"", max_bytes, held, chunk_bytes=chunk_bytes)
+        refuse_changed(etag_of_file(os.fstat(file.fileno())), listed_etag)
+        return content
 
 
 def _refuse_special(mode: int) -> None:
@@ -148,11 +158,11 @@ def _refuse_special(mode: int) -> None:
         raise ItemError("not_an_image", f"{kind} in place of a file")
 
 
-def read_with_fsspec(uri: str, max_bytes: int, held: Reservation) -> bytes:
+def read_with_fsspec(uri: str, max_bytes: int, held: Reservation, listed_etag: str = "") -> bytes:
     """Read an object of a store that fsspec knows.
 
     Raises:
-        ItemError: it is too large, or no file.
+        ItemError: it is too large, it changed since it was listed, or it is no file.
     """
     filesystem, path = open_filesystem(uri)
     if uris.protocol_of(uri) in ("http", "https"):
@@ -167,6 +177,7 @@ def read_with_fsspec(uri: str, max_bytes: int, held: Reservation) -> bytes:
     info = filesystem.info(path)
     if info.get("type", "file") != "file":
         raise ItemError("not_an_image", f"no file, but of type {info['type']}")
+    refuse_changed(etag_of_entry(info), listed_etag)
     if info.get("size") is None:
         with filesystem.open(path, "rb") as file:
             return read_up_to(file.read, max_bytes, held)

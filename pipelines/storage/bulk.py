@@ -24,6 +24,7 @@ from pipelines.storage.bounded import (
     Reservation,
     read_local,
     read_with_fsspec,
+    refuse_changed,
     refuse_large,
 )
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes, write_bytes
@@ -56,25 +57,27 @@ class Fetched(NamedTuple):
     num_retries: int
 
 
-def fetch_many(object_uris: list[str], max_bytes: int) -> Iterator[Fetched]:
+def fetch_many(object_uris: list[str], max_bytes: int, etags: list[str] | None = None) -> Iterator[Fetched]:
     """Fetch whole objects, with many requests in flight and at most `MAX_HELD_BYTES` in memory.
 
     Args:
         object_uris: what to read.
         max_bytes: largest object read.
+        etags: of the objects when they were listed, `""` where it is not known or does not matter. An object with
+            another one is `changed`.
 
     Yields:
         One for each URI, as they arrive. Its bytes count as held until the next one is asked for.
     """
     budget = ByteBudget(MAX_HELD_BYTES)
     pool = ThreadPoolExecutor(min(MAX_IN_FLIGHT, max(1, len(object_uris))))
-    waiting = enumerate(object_uris)
+    waiting = enumerate(zip(object_uris, etags or itertools.repeat("")))
     # `concurrent.futures.wait` would look at all that are in flight for each that arrives.
     arrived: SimpleQueue[Future[Fetched]] = SimpleQueue()
 
     def submit(count: int) -> None:
-        for position, uri in itertools.islice(waiting, count):
-            pool.submit(_fetch, position, uri, max_bytes, budget).add_done_callback(arrived.put)
+        for position, (uri, etag) in itertools.islice(waiting, count):
+            pool.submit(_fetch, position, uri, etag, max_bytes, budget).add_done_callback(arrived.put)
 
     try:
         submit(MAX_AHEAD)  # no more: what has arrived lies in memory until it is taken
@@ -175,10 +178,10 @@ class _S3File(io.RawIOBase):
         return len(found)
 
 
-def _fetch(position: int, uri: str, max_bytes: int, budget: ByteBudget) -> Fetched:
+def _fetch(position: int, uri: str, etag: str, max_bytes: int, budget: ByteBudget) -> Fetched:
     retries, held = Retries(), Reservation(budget)
     try:
-        content = _read_within(uri, max_bytes, retries, held)
+        content = _read_within(uri, etag, max_bytes, retries, held)
         held.shrink(len(content))
     except Exception as error:  # whatever a client raises costs one image, never the run
         held.shrink(0)
@@ -186,12 +189,12 @@ def _fetch(position: int, uri: str, max_bytes: int, budget: ByteBudget) -> Fetch
     return Fetched(position, content or ItemError("empty", "the object holds no bytes"), retries.num)
 
 
-def _read_within(uri: str, max_bytes: int, retries: Retries, held: Reservation) -> bytes:
+def _read_within(uri: str, etag: str, max_bytes: int, retries: Retries, held: Reservation) -> bytes:
     """Read an object; if the budget has no room for it, drop the answer, wait without a connection, and ask again."""
 
     def read() -> bytes | NoRoomError:
         try:
-            return _read_once(uri, max_bytes, held)
+            return _read_once(uri, etag, max_bytes, held)
         except NoRoomError as full:
             held.shrink(0)
             return full.with_traceback(None)
@@ -204,16 +207,17 @@ def _read_within(uri: str, max_bytes: int, retries: Retries, held: Reservation) 
     return content
 
 
-def _read_once(uri: str, max_bytes: int, held: Reservation) -> bytes:
+def _read_once(uri: str, etag: str, max_bytes: int, held: Reservation) -> bytes:
     if uris.is_local(uri):
-        return read_local(uri, max_bytes, held)
+        return read_local(uri, max_bytes, held, etag)
     bucket, key = uris.split_bucket(uri)
     if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
         answer = obstore.get(s3_store(bucket), key)
+        refuse_changed((answer.meta["e_tag"] or "").strip('"'), etag)
         refuse_large(answer.meta["size"], max_bytes)
         held.grow(answer.meta["size"])
         return bytes(answer.bytes())
-    return read_with_fsspec(uri, max_bytes, held)
+    return read_with_fsspec(uri, max_bytes, held, etag)
 
 
 def _item_error(error: BaseException, uri: str) -> ItemError:

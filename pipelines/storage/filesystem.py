@@ -8,7 +8,8 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import fsspec
 from pyarrow.fs import FSSpecHandler
@@ -51,7 +52,7 @@ def _retry_transient_errors(filesystem: fsspec.AbstractFileSystem) -> None:
     set_custom_error_handler(is_transient)
 
 
-class ArrowHandler(FSSpecHandler):
+class ArrowHandler(FSSpecHandler):  # type: ignore[misc] # pyarrow has no types
     """Handler for Arrow's `PyFileSystem` that writes to a store; a process that unpickles it opens the store itself.
 
     Args:
@@ -64,6 +65,16 @@ class ArrowHandler(FSSpecHandler):
 
     def __reduce__(self) -> tuple[type["ArrowHandler"], tuple[str]]:
         return ArrowHandler, (self._uri,)
+
+
+def etag_of_file(status: os.stat_result) -> str:
+    """Return what tells two states of a local file apart: the time of its last change, and its size."""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def etag_of_entry(info: Mapping[str, Any]) -> str:
+    """Return the etag, or the time of the last change, in what fsspec says of an object; empty if it says neither."""
+    return str(info.get("etag") or info.get("ETag") or info.get("mtime") or "").strip('"')
 
 
 def read_bytes(uri: str) -> bytes:
@@ -115,7 +126,7 @@ def remove(uri: str) -> None:
 
 def remove_folder(uri: str) -> None:
     """Remove a folder and all that is below it; where there is none, nothing happens."""
-    filesystem, path = open_filesystem(uri)
+    filesystem, path = open_filesystem(uri, is_written=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
 

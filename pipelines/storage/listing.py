@@ -22,7 +22,7 @@ from obstore.exceptions import InvalidPathError
 from pipelines.errors import RequestError
 from pipelines.storage import s3, uris
 from pipelines.storage.bulk import is_obstore_path
-from pipelines.storage.filesystem import in_plain_words, open_filesystem
+from pipelines.storage.filesystem import etag_of_entry, in_plain_words, open_filesystem
 from pipelines.storage.local_listing import Entry, LocalLister, as_text, entry_of
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,7 @@ def _local_file(path: str) -> Entry:
 def _fsspec_entries(uri: str) -> Iterator[Entry]:
     filesystem, path = open_filesystem(uri)
     for name, info in filesystem.find(path, detail=True).items():
-        etag = info.get("etag") or info.get("ETag") or info.get("mtime") or ""
-        yield filesystem.unstrip_protocol(name), int(info.get("size") or 0), str(etag)
+        yield filesystem.unstrip_protocol(name), int(info.get("size") or 0), etag_of_entry(info)
 
 
 def _s3_tables(uri: str) -> Iterator[pa.Table]:

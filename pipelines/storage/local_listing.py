@@ -5,6 +5,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
+from pipelines.storage.filesystem import etag_of_file
+
 log = logging.getLogger(__name__)
 
 Entry = tuple[str, int, str]
@@ -127,7 +129,7 @@ def entry_of(path: str, found: os.stat_result | None) -> Entry:
     """Return the entry of a path; size 0 and no etag unless it is known to be a regular file."""
     if found is None or not stat.S_ISREG(found.st_mode):
         return path, 0, ""
-    return path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}"
+    return path, found.st_size, etag_of_file(found)
 
 
 def as_text(path: str) -> str:

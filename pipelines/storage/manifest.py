@@ -123,7 +123,7 @@ def read_manifest(output_uri: str, info: ManifestInfo) -> pa.Table:
 
 
 def read_manifest_rows(output_uri: str, ids: NDArray[np.int64], info: ManifestInfo) -> pa.Table:
-    """Read `id` and `uri` of some ids, given in order.
+    """Read `id`, `uri` and `etag` of some ids, given in order.
 
     Args:
         output_uri: the output.
@@ -144,7 +144,7 @@ def read_manifest_rows(output_uri: str, ids: NDArray[np.int64], info: ManifestIn
 # Tasks come in the order of their ids: one file after the other is read, once in each process.
 @functools.lru_cache(maxsize=2)
 def _cached_file(uri: str) -> pa.Table:
-    return _read_file(uri, columns=["id", "uri"])
+    return _read_file(uri, columns=["id", "uri", "etag"])
 
 
 def _read_file(uri: str, columns: list[str]) -> pa.Table:

@@ -21,11 +21,19 @@ from pipelines.malloc import KEEP_FREED_MEMORY
 from pipelines.nodes import Node, can_grow, list_nodes, this_machine
 from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
-from pipelines.storage.filesystem import ArrowHandler, in_plain_words, is_there, list_names, remove_folder, write_bytes
+from pipelines.storage.filesystem import (
+    in_plain_words,
+    is_there,
+    list_names,
+    open_filesystem,
+    remove_folder,
+    write_bytes,
+)
 from pipelines.storage.lease import Fence, Lease
 from pipelines.storage.uploads import abort_unfinished_uploads
 from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
+from pipelines.training.fenced_storage import FencedHandler
 from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.process_group import LOOPBACK_INTERFACE, OneMachineConfig
@@ -165,13 +173,6 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
     )
     per_worker = resources.per_worker
     parent, name = posixpath.split(config.output.uri)
-    storage: dict[str, Any] = {"storage_path": parent}
-    if uris.protocol_of(parent) == "s3":
-        # Arrow's own client of S3 would ask for endpoint, region and certificates in its own way.
-        storage = {
-            "storage_path": parent.removeprefix("s3://"),
-            "storage_filesystem": PyFileSystem(ArrowHandler(parent)),
-        }
     trainer = TorchTrainer(
         run_worker,  # type: ignore[arg-type] # it returns something, which Ray hands on
         train_loop_config={"job": job},
@@ -180,7 +181,9 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
         scaling_config=ray.train.ScalingConfig(**config.scaling.model_dump() | {"resources_per_worker": per_worker}),
         run_config=ray.train.RunConfig(
             name=name,
-            **storage,
+            storage_path=open_filesystem(parent)[1],
+            # Arrow's own clients would ask for endpoint, region and certificates in their own way, and for no fence.
+            storage_filesystem=PyFileSystem(FencedHandler(parent, fence)),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
             # The best by score, and always the last.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),

@@ -39,6 +39,7 @@ def test_an_idset_is_a_set(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_idset_knows_whether_ids_overlap() -> None:
     ids = IdSet(13)
     ids.add(np.array([0, 9]))
+    assert ids.contains(np.array([0, 1, 9, 12])).tolist() == [True, False, True, False]
     assert ids.overlaps(np.array([3, 9]))
     assert not ids.overlaps(np.array([1, 8, 12]))
     assert not ids.overlaps(np.array([], np.int64))
@@ -59,10 +60,22 @@ def test_missing_rows_come_once_in_order_from_any_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(manifest, "ROWS_PER_FILE", 70)  # what a later version cuts does not matter
     done = IdSet(1234)
     done.add(np.flatnonzero(np.arange(1234) % 5))
-    source = MissingSource(str(tmp_path), written, done, cut_into_tasks(247, 48, 16, num_threads=2))
+    source = MissingSource(str(tmp_path), written, done, IdSet(done.size), cut_into_tasks(247, 48, 16, num_threads=2))
     rows = pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)])
     assert source.num_tasks == 8
-    assert rows.to_pydict() == {"id": list(range(0, 1234, 5)), "uri": names[::5]}
+    assert rows.select(["id", "uri"]).to_pydict() == {"id": list(range(0, 1234, 5)), "uri": names[::5]}
+
+
+def test_rows_that_are_retried_have_no_etag(tmp_path: Path) -> None:
+    """Their images may have been mended since they were listed."""
+    columns = [pa.array(["a", "b", "c", "d"]), pa.array([1] * 4, pa.int64()), pa.array(["e1", "e2", "e3", "e4"])]
+    listing = Listing(pa.table(columns, schema=LISTING_SCHEMA), 0)
+    written = manifest.write_manifest(str(tmp_path), "/images", [], listing)
+    done, retried = IdSet(4), IdSet(4)
+    done.add(np.array([0]))
+    retried.add(np.array([2]))
+    source = MissingSource(str(tmp_path), written, done, retried, np.array([0, 3]))
+    assert source.rows_of(0).to_pydict() == {"id": [1, 2, 3], "uri": ["b", "c", "d"], "etag": ["e2", "", "e4"]}
 
 
 def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
     starts = cut_into_tasks(0, 16, 16, num_threads=2)
     listing = Listing(LISTING_SCHEMA.empty_table(), 0)
     written = manifest.write_manifest(str(tmp_path), "/images", [], listing)
-    assert MissingSource(str(tmp_path), written, done, starts).num_tasks == 0
+    assert MissingSource(str(tmp_path), written, done, IdSet(done.size), starts).num_tasks == 0
 
 
 def test_a_table_is_cut_into_tasks() -> None:

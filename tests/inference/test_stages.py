@@ -201,10 +201,10 @@ def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tm
     again = writer(predictions).to_pylist()
     assert again == receipt
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "failed-000000000004.parquet",
-        "part-000000000000.parquet",
+        "failed-000000000004-e000000.parquet",
+        "part-000000000000-e000000.parquet",
     ]
-    part = pq.read_table(tmp_path / "part-000000000000.parquet")
+    part = pq.read_table(tmp_path / "part-000000000000-e000000.parquet")
     assert part.schema.field("embedding").type == pa.list_(pa.float32(), 2022)
     assert part.schema.metadata[b"fingerprint"] == b"f"
     assert all(column.null_count == 0 for column in part.columns)
@@ -252,5 +252,5 @@ def test_progress_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pyt
 
 def test_parquet_bytes_hold_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
     PartWriter(str(tmp_path), parts_schema(5, 2022), {})(predictions)
-    schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000.parquet").read_bytes()))
+    schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000-e000000.parquet").read_bytes()))
     assert not any(isinstance(field.type, pa.ExtensionType) for field in schema)

@@ -234,9 +234,9 @@ def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) 
     manifest = find_manifest(str(output))
     assert manifest is not None
     exact = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
-    assert list(rescore(record, manifest, exact)) == []
+    assert list(rescore(record, str(output), manifest, exact)) == []
     others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
-    problems = list(rescore(record, manifest, others))
+    problems = list(rescore(record, str(output), manifest, others))
     assert len(problems) > exact.num_rows / 2
     assert "its embedding lies" in problems[0]
 

@@ -17,8 +17,11 @@ import pytest
 
 from cluster.local import ObjectStore
 from pipelines.errors import ItemError
-from pipelines.storage import bulk
+from pipelines.storage import bulk, uris
 from pipelines.storage.bounded import ByteBudget, NoRoomError, Reservation
+from pipelines.storage.bulk import fetch_many
+from pipelines.storage.filesystem import write_bytes
+from pipelines.storage.listing import list_objects
 
 MAX_BYTES = 1000
 MIB = 1 << 20
@@ -234,3 +237,25 @@ def test_budget_lets_one_object_exceed_it_alone() -> None:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("place", ["local", "s3", "s3 by s3fs"])
+def test_an_object_that_changed_since_it_was_listed_is_an_error_of_its_own(
+    place: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if place != "local":
+        request.getfixturevalue("store")
+    folder = str(tmp_path) if place == "local" else f"s3://scratch/{tmp_path.name}"
+    names = ["a%41.jpg" if place == "s3 by s3fs" else "a.jpg", "b.jpg"]  # obstore's paths hold no percent sign
+    for name in names:
+        write_bytes(uris.join(folder, name), b"before")
+    listed = list_objects(folder, []).table
+    object_uris, etags = listed["uri"].to_pylist(), listed["etag"].to_pylist()
+    assert all(etags)
+    assert [found.content for found in fetch_many(object_uris, 100, etags)] == [b"before"] * 2
+    write_bytes(object_uris[0], b"later!")
+    contents = {found.position: found.content for found in fetch_many(object_uris, 100, etags)}
+    assert isinstance(contents[0], ItemError)
+    assert (contents[0].kind, contents[1]) == ("changed", b"before")
+    unpinned = {found.position: found.content for found in fetch_many(object_uris, 100, ["", etags[1]])}
+    assert unpinned == {0: b"later!", 1: b"before"}

@@ -10,7 +10,7 @@ MEASURED = {"model_top1": 0.5, "average_top1": 0.75, "top1": 0.75, "of": "averag
 
 
 def test_best_epoch_has_the_highest_score_and_is_the_last_of_equals() -> None:
-    history = [
+    history: list[dict[str, Any]] = [
         {"epoch": 1, "top1": 0.5},
         {"epoch": 2, "top1": 0.75},
         {"epoch": 3, "top1": 0.75},

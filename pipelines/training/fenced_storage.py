@@ -1,0 +1,66 @@
+"""Ray Train's storage behind the fence of the run's lease.
+
+Ray Train uploads checkpoints, removes older ones and rewrites its list of them by itself, in workers and in its
+controller. All of it goes through one Arrow file system, which is the place to look at the fence.
+"""
+
+from typing import Any
+
+from pipelines.storage.filesystem import ArrowHandler
+from pipelines.storage.lease import Fence
+
+
+class FencedHandler(ArrowHandler):
+    """Handler for Arrow's `PyFileSystem` that refuses to change anything once the lease is over.
+
+    Args:
+        uri: any URI of the store.
+        fence: of the run's lease.
+    """
+
+    def __init__(self, uri: str, fence: Fence) -> None:
+        super().__init__(uri)
+        self._fence = fence
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FencedHandler, (self._uri, self._fence)
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Create a folder."""
+        self._fence.check()
+        super().create_dir(path, recursive)
+
+    def delete_dir(self, path: str) -> None:
+        """Delete a folder and all below it."""
+        self._fence.check()
+        super().delete_dir(path)
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        """Delete all below a folder."""
+        self._fence.check()
+        super().delete_dir_contents(path, missing_dir_ok)
+
+    def delete_file(self, path: str) -> None:
+        """Delete a file."""
+        self._fence.check()
+        super().delete_file(path)
+
+    def move(self, src: str, dest: str) -> None:
+        """Move a file or folder."""
+        self._fence.check()
+        super().move(src, dest)
+
+    def copy_file(self, src: str, dest: str) -> None:
+        """Copy a file."""
+        self._fence.check()
+        super().copy_file(src, dest)
+
+    def open_output_stream(self, path: str, metadata: Any) -> Any:
+        """Open a file for writing."""
+        self._fence.check()
+        return super().open_output_stream(path, metadata)
+
+    def open_append_stream(self, path: str, metadata: Any) -> Any:
+        """Open a file for appending."""
+        self._fence.check()
+        return super().open_append_stream(path, metadata)
