@@ -58,6 +58,7 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "empty prefix": ({"input.uri": "s3://images/absent/"}, {}, "nothing lies under s3://images/absent"),
     "no such bucket": ({"input.uri": "s3://absent/x"}, {}, "s3://absent/x"),
     "unreachable endpoint": ({"input.uri": "s3://images/x"}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
+    "endpoint without a scheme": ({"input.uri": "s3://images/x"}, {"AWS_ENDPOINT_URL": "localhost:1"}, "is not a URL"),
     "wrong credentials": (
         {"input.uri": "s3://images/x"},
         {"AWS_SECRET_ACCESS_KEY": "wrong"},
