@@ -70,4 +70,4 @@ class RestartPolicy(UserCallback):
             raise RunError(f"{reason}, and the same after a restart")
         self._last_reason = reason
         log_to_stderr()
-        log.warning("training worker %d failed: %s", rank, reason)
+        log.warning("training worker %d failed, to be restarted if failure.max_failures allows: %s", rank, reason)
