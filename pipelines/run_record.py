@@ -104,7 +104,7 @@ def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str,
     Args:
         output_uri: the output.
         found: its `_run.json`. One that an earlier version wrote may lack keys of the identity: they are taken from its
-            config, and keys that it did not know are not compared.
+            config. Keys that only one of the versions knows are not compared.
         identity: of this run.
 
     Raises:
@@ -114,8 +114,7 @@ def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str,
     if "label_names" in found:
         recorded[LABEL_NAMES_KEY] = label_names_digest(found["label_names"])
     before = {key: recorded[key] for key in identity if key in recorded} | found["identity"]
-    keys = sorted(key for key in before.keys() | identity.keys() if key in before)
-    pairs = [(key, before[key], identity.get(key)) for key in keys]
+    pairs = [(key, before[key], identity[key]) for key in sorted(before.keys() & identity.keys())]
     differing = [(key, _brief(old), _brief(new)) for key, old, new in pairs if old != new]
     if differing:
         log.info("%s", _as_table([("", "was", "is"), *differing]))
