@@ -101,10 +101,10 @@ REQUESTS = RequestLimit(MAX_IN_FLIGHT)
 
 
 class Retries:
-    """Sends requests, again where it is worth it.
+    """Sends requests, and retries those that failed for a transient reason.
 
     Attributes:
-        num: attempts so far that were not the first of their request.
+        num: number of retries so far.
     """
 
     def __init__(self) -> None:
