@@ -24,10 +24,11 @@ CPUS = "[(node.num_cpus, node.num_gpus) for node in list_nodes()]"
 def ask(address: str, home: Path, question: str) -> str:
     """Evaluate a question about the cluster in a process of its own, connected to it."""
     code = (
-        "import ray; from pipelines.config.sections import ComputeConfig; "
-        "from pipelines.inference.cluster import plan_for_cluster; "
-        "from pipelines.nodes import can_grow, list_nodes; "
-        f"ray.init(logging_level='error'); print('answer:', {question})"
+        "from pipelines.config.sections import ComputeConfig\n"
+        "from pipelines.inference.cluster import plan_for_cluster\n"
+        "from pipelines.nodes import can_grow, list_nodes\n"
+        "from pipelines.ray_session import ray_session\n"
+        f"with ray_session(): print('answer:', {question})"
     )
     environment = os.environ | {"RAY_ADDRESS": address, "HOME": str(home)}
     done = subprocess.run(

@@ -144,6 +144,7 @@ def _predict(rows: pa.Table) -> pa.Table:
         "error_kind": ["empty" if failed else None for failed in is_failed],
         "error_message": ["the object holds no bytes" if failed else None for failed in is_failed],
         "num_retries": [0] * len(is_failed),
+        "is_clipped": [False] * len(is_failed),
     }
     return pa.table(values, schema=predictions_schema(TOPK, 0))
 

@@ -1,6 +1,5 @@
 """Shares by themselves, and on their way through Ray Data."""
 
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from cluster.local import RayHead
 from pipelines.config.train import AugmentConfig
 from pipelines.images.decode import decode_rgb
 from pipelines.images.transform import EvalTransform
+from pipelines.ray_session import ray_session
 from pipelines.training.augment import EvalPixels, TrainPixels
 from pipelines.training.batches import PADDING_ID, Order, SequentialOrder, ShareLoader
 from pipelines.training.ingest import errors_of, iterate_shares, split_among_workers
@@ -90,10 +90,10 @@ def test_an_image_left_alone_equals_its_resize(images: pa.Table) -> None:
 
 @pytest.fixture
 def connected(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_ADDRESS", ray_server.address)
     monkeypatch.setenv("HOME", str(ray_server.home))
-    ray.init(ray_server.address, logging_level=logging.WARNING)
-    yield
-    ray.shutdown()
+    with ray_session():
+        yield
 
 
 def shares_of_all_workers(order: EpochOrder, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
