@@ -148,7 +148,9 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         "num_failed": num_rows["failed"],
         "num_files": len(names),
     }
-    problems += _problems_of_record(record, found)
+    if record.identity.fingerprint != record.fingerprint:
+        problems.append(f"{run_record.RUN_FILE}: it names two fingerprints")
+    problems = problems or _wrong_counts(record, found)  # other counts follow from files that came or went
     sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
         problems += rescore(raw, output_uri, expected.manifest, sample)
@@ -208,14 +210,14 @@ def _expected(output_uri: str, record: InferRecord, num_sampled: int) -> Expecte
     )
 
 
-def _problems_of_record(record: InferRecord, found: dict[str, int]) -> Iterator[str]:
-    """Compare `_run.json` with itself and with what the files hold."""
-    if record.identity.fingerprint != record.fingerprint:
-        yield f"{run_record.RUN_FILE}: it names two fingerprints"
-    for name, value in found.items():
-        recorded = getattr(record.summary, name)
-        if recorded != value:
-            yield f"{run_record.RUN_FILE}: its {name} is {recorded}, and the files hold {value}"
+def _wrong_counts(record: InferRecord, found: dict[str, int]) -> list[str]:
+    """Compare the counts of `_run.json` with what the files hold."""
+    recorded = {name: getattr(record.summary, name) for name in found}
+    return [
+        f"{run_record.RUN_FILE}: its {name} is {recorded[name]}, and the files hold {value}"
+        for name, value in found.items()
+        if recorded[name] != value
+    ]
 
 
 def check_file(expected: Expected, name: str) -> FileReport:

@@ -93,17 +93,9 @@ def test_metrics_are_written_beside_the_steps(tmp_path: Path) -> None:
     log = TrainingLog(config(tmp_path), steps_per_epoch=3)
     log.add_step(1, torch.tensor(1.0), lr=0.1)
     log.add_step(2, torch.tensor(1.0), lr=0.1)
-    wait_for(tmp_path / "metrics.jsonl")
+    log._writing.result(timeout=10)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 2
-    wait_for(tmp_path / "tensorboard")
     assert ("step/loss", 2, 1.0) in events_of(tmp_path / "tensorboard")
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 10
-    while not path.exists() or (path.is_dir() and not list(path.iterdir())):
-        assert time.monotonic() < deadline, f"{path} was not written"
-        time.sleep(0.01)
 
 
 def test_store_that_refuses_metrics_does_not_end_the_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
