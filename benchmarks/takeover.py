@@ -70,7 +70,7 @@ class Count(NamedTuple):
 
 @dataclass
 class Bench:
-    """What the rounds share.
+    """Parameters and services that the rounds share.
 
     Attributes:
         store: the object store.

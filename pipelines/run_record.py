@@ -30,7 +30,7 @@ MAX_SHOWN = 100
 
 
 class RunRecord(Document):
-    """What `_run.json` holds of every job.
+    """Fields of `_run.json` that every job writes.
 
     Attributes:
         identity: what another run must share to go on in the same output.

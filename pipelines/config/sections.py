@@ -61,8 +61,8 @@ class LabelledInputConfig(Section):
     On the command line each pattern has a flag of its own. Default: nothing more is left out."""
 
     trust_list: bool = False
-    """Whether a list that does not lie on this machine may name files of this machine and addresses of its private
-    network. A list on this machine may always. Default: false."""
+    """Allow a list that lies elsewhere to name files of this machine and addresses of its private network. A list on
+    this machine may always name them. Default: false."""
 
 
 class OutputConfig(Section):

@@ -25,7 +25,7 @@ from pipelines.errors import RunError
 DECODING_SHARE = 0.25
 """Part of a node's memory (Ray's object store left out) that decoding may take; the plan leaves it free."""
 SLOT_BYTES = 2**26
-"""What each decoding task may take without asking: a photograph of 6 megapixels."""
+"""Bytes that each decoding task may take without asking: a photograph of 6 megapixels."""
 BYTES_PER_PIXEL = {"JPEG2000": 25, "WEBP": 24, "AVIF": 19, "HEIF": 16}
 """Peak of the resident memory while an image of 3,000 x 3,000 pixels is decoded, converted and resized, by Pillow's
 name of the format: the most of its variants (alpha, lossless, animated, full chroma) and of `exact` and `fast`."""

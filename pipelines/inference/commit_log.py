@@ -131,7 +131,7 @@ def list_logs(output_uri: str) -> dict[int, str]:
 
 @dataclass(frozen=True)
 class History:
-    """What earlier runs on an output decided.
+    """Decisions of earlier runs on an output.
 
     Attributes:
         epoch: of the last commit log; -1 where there is none, so that every file may count.

@@ -9,7 +9,7 @@ RETRIES_FIELD = pa.field("num_retries", pa.int32())
 """Attempts at fetching an image before the last one."""
 
 CLIPPED_FIELD = pa.field("is_clipped", pa.bool_())
-"""Whether an image is grey of more than 8 bits, most of which timm's transform turns white. Null if it failed."""
+"""True for grey images of more than 8 bits, most of which timm's transform turns white. Null if it failed."""
 
 SOURCE_FIELDS = [
     pa.field("id", pa.int64()),

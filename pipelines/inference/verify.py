@@ -58,7 +58,7 @@ class _Summary(BaseModel):
 
 
 class InferRecord(Document):
-    """What `_run.json` holds of a finished `infer`.
+    """Fields of the `_run.json` of a finished `infer`.
 
     Attributes:
         identity: what decides the rows.

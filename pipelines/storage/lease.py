@@ -161,7 +161,7 @@ class Lease:
 
     @property
     def is_lost(self) -> bool:
-        """Whether another run has taken over, or may have."""
+        """True once another run has taken over, or may have."""
         return self._loss is not None
 
     def take(self) -> None:

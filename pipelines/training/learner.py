@@ -101,7 +101,7 @@ class Learner:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether a GradScaler skips updates whose gradients are not finite."""
+        """True if a GradScaler skips updates whose gradients are not finite."""
         return self._scaler is not None
 
     @property

@@ -1,4 +1,4 @@
-"""What the request of `jobs.train` takes."""
+"""Values that the request of `jobs.train` takes."""
 
 from typing import Any
 
