@@ -62,6 +62,7 @@ bench: setup  ## fetching, decoding, the forward pass, labelling and training be
 	$(LIMIT) 900 $(RUN) -m benchmarks.scale
 	$(LIMIT) 600 $(RUN) -m benchmarks.sizing
 	$(LIMIT) 1800 $(RUN) -m benchmarks.chaos
+	$(LIMIT) 14400 $(RUN) -m benchmarks.takeover
 
 lock: setup  ## resolve requirements.lock anew
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-header --quiet \

@@ -71,6 +71,7 @@ def infer_on(head: RayHead, sections: dict[str, Any], name: str, mode: str, use_
     return output_uri
 
 
+@pytest.mark.slow
 def test_infer_writes_the_rows_of_cpus_in_every_mode(
     gpu_head: RayHead, ray_server: RayHead, sections: dict[str, Any], photographs: Path
 ) -> None:
