@@ -378,7 +378,7 @@ def test_validation_counts_each_image_once_at_any_number_of_workers(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODEL_CARDS)
 def test_each_of_the_five_takes_two_steps(ray_server: RayHead, name: str, digits: Path, tmp_path: Path) -> None:
-    images = sorted(path for path in (digits / "train").rglob("*.png") if path.stem != "torn")[:16]
+    images = sorted(path for path in (digits / "train").rglob("*.png") if path.stem != "torn")[::18][:16]
     (tmp_path / "train.csv").write_text("\n".join(["uri,label", *[f"{path},{path.parent.name}" for path in images]]))
     data = {"data__train__uri": tmp_path / "train.csv", "data__validation__uri": tmp_path / "train.csv"}
     keys = {"model__name": name, "optim__global_batch_size": 8, "optim__epochs": 1, "scaling__num_workers": 1}
