@@ -98,15 +98,15 @@ def test_what_stays_wrong_is_asked_once(behind: Callable[[Faults], Proxy], conte
 @pytest.mark.parametrize(
     ("faults", "kind", "words"),
     [
-        (Faults(unavailable=1), "storage_error", "the store asks for fewer requests, for 1 s"),
-        (Faults(reset=1), "storage_error", "(the connection broke off|no connection to the store), for 1 s"),
-        (Faults(stalled=1, stall_s=9), "timeout", "no answer in time, for 1 s"),
+        (Faults(unavailable=1), "storage_error", "the store asks for fewer requests, for 3 s"),
+        (Faults(reset=1), "storage_error", "(the connection broke off|no connection to the store), for 3 s"),
+        (Faults(stalled=1, stall_s=9), "timeout", "no answer in time, for 3 s"),
     ],
 )
 def test_what_is_given_up_is_said_in_our_words(
     faults: Faults, kind: str, words: str, behind: Callable[[Faults], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 1.0)
+    monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 3.0)
     monkeypatch.setattr(s3, "READ_TIMEOUT", timedelta(seconds=0.6))
     behind(faults)
     (found,), num_retries = fetch(URIS[:1])
