@@ -1,4 +1,4 @@
-"""What reaches a terminal or a log file from a job, and from Ray within it."""
+"""Output of a job, and of Ray within it, on terminals and in log files."""
 
 import io
 import os

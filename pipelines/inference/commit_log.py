@@ -22,7 +22,7 @@ from pipelines.errors import RequestError
 from pipelines.inference.files import epoch_of, is_file, list_files
 from pipelines.storage import uris
 from pipelines.storage.bulk import list_keys, read_object, store_object
-from pipelines.storage.documents import Document, parse_document, parse_json, to_json
+from pipelines.storage.documents import Document, parse_json, read_document, to_json
 from pipelines.storage.filesystem import remove
 from pipelines.storage.lease import LOCK_FOLDER, Fence, LeaseLostError, current_epoch, lock_uri
 
@@ -159,7 +159,7 @@ def read_history(output_uri: str, before_epoch: int) -> History:
     logs = {epoch: uri for epoch, uri in list_logs(output_uri).items() if epoch < before_epoch}
     if logs:
         epoch = max(logs)
-        return History(epoch, parse_document(logs[epoch], read_object(logs[epoch]), Commits, ADVICE))
+        return History(epoch, read_document(logs[epoch], Commits, ADVICE))
     old = uris.join(output_uri, OLD_COMPACTION_FILE)
     try:
         content = read_object(old)
@@ -224,7 +224,7 @@ def _commits_of_successor(fence: Fence) -> Commits | None:
     def read() -> Commits | None:
         uri = lock_uri(fence.output_uri, f"commits-{current_epoch(fence.output_uri):06d}.json")
         try:
-            return parse_document(uri, read_object(uri), Commits, ADVICE)
+            return read_document(uri, Commits, ADVICE)
         except (FileNotFoundError, RequestError):
             return None
 

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 from pipelines.errors import RequestError, RunError
 from pipelines.storage import uris
-from pipelines.storage.bulk import list_keys, read_object, store_object
+from pipelines.storage.bulk import list_keys, store_object
 from pipelines.storage.conditional import create_object
-from pipelines.storage.documents import Document, parse_document, to_json
+from pipelines.storage.documents import Document, read_document, to_json
 from pipelines.storage.filesystem import remove
 
 log = logging.getLogger(__name__)
@@ -302,11 +302,7 @@ class Lease:
         return lock_uri(self._output_uri, f"epoch-{epoch:06d}.json")
 
     def _read(self, epoch: int) -> Holder | None:
-        uri = self._uri_of(epoch)
-        try:
-            return parse_document(uri, read_object(uri), Holder, ADVICE)
-        except FileNotFoundError:
-            return None
+        return _read_holder(self._uri_of(epoch))
 
 
 def refuse_old_lock(output_uri: str) -> None:
@@ -316,16 +312,16 @@ def refuse_old_lock(output_uri: str) -> None:
         RequestError: such a run is alive, or its lock is damaged.
     """
     uri = uris.join(output_uri, OLD_LOCK_FILE)
-
-    def read() -> Holder | None:
-        try:
-            return parse_document(uri, read_object(uri), Holder, ADVICE)
-        except FileNotFoundError:
-            return None
-
-    holder = read()
-    if holder and _is_alive(holder, read):
+    holder = _read_holder(uri)
+    if holder and _is_alive(holder, lambda: _read_holder(uri)):
         raise RequestError(f"another run is at work on {output_uri}: process {holder.pid} on {holder.host}")
+
+
+def _read_holder(uri: str) -> Holder | None:
+    try:
+        return read_document(uri, Holder, ADVICE)
+    except FileNotFoundError:
+        return None
 
 
 def _list_epochs(output_uri: str) -> list[int]:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def failing_worker(config: dict[str, Any]) -> Any:
-    """What Ray Train runs in place of `run_worker`: the last worker fails in its second step."""
+    """Stand in for `run_worker`: the last worker fails in its second step."""
     from pipelines.training.learner import Learner
     from pipelines.training.worker import run_worker
 

@@ -104,7 +104,7 @@ def open_pages(listener: Listener) -> list[str]:
 
 
 def _status(listener: Listener, page: str, is_tls: bool) -> int:
-    """Of an answer; 999 where the listener speaks no HTTP or closes the connection."""
+    """Return the status of an answer; 999 where the listener speaks no HTTP or closes the connection."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     address = ("127.0.0.1", listener.port)

@@ -1,4 +1,4 @@
-"""What two runs must share to use the same output."""
+"""Identity that two runs must share to use the same output."""
 
 import json
 from pathlib import Path
