@@ -144,6 +144,7 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     with in_plain_words("write to", output_uri):
         lease.take()
     run_record.refuse_if_changed(output_uri, found)
+    lease.confirm()
     if not places.is_complete:
         run_record.write_run(output_uri, describe_run(config, model, identity, found or {}))
     epoch = lease.fence.epoch

@@ -120,7 +120,7 @@ def _begin(request: Request, lease: Lease) -> CommitLog:
     output_uri = request.config.output.uri
     commit_log = CommitLog(lease.fence)
     with in_plain_words("write to", output_uri):
-        lease.fence.check()
+        lease.confirm()
         if lease.is_takeover:
             abort_unfinished_uploads(output_uri)
         run_record.mark_incomplete(output_uri)
@@ -170,7 +170,7 @@ def _tidy(
     output_uri = request.config.output.uri
     known = {*request.done.names, *written}
     lease.wait_for_stragglers()
-    lease.check()
+    lease.confirm()
     sizes = _remove_strays(output_uri, known, commit_log)
     if gone := known - sizes.keys():
         raise RunError(
@@ -234,6 +234,5 @@ def _commit(
             functools.partial(run_record.mark_complete, output_uri),
         )
         for step in steps:
-            lease.check()
-            lease.fence.check(max_age_s=0)
+            lease.confirm()
             step()

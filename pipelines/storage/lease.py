@@ -194,6 +194,15 @@ class Lease:
         if self._loss is not None:
             raise LeaseLostError(self._loss)
 
+    def confirm(self) -> None:
+        """Ask the store whether the lease still stands, before a write that others would take for the current state.
+
+        Raises:
+            LeaseLostError: another run has taken over, or may have.
+        """
+        self.check()
+        self.fence.check(max_age_s=0)
+
     def wait_for_stragglers(self) -> None:
         """After a takeover, wait until what the dead run's workers had in flight has arrived or failed."""
         left_s = self._taken_at_s + STRAGGLERS_S - _seconds_since_boot()

@@ -72,6 +72,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with in_plain_words("write to", config.output.uri):
             lease.take()
         run_record.refuse_if_changed(config.output.uri, found)
+        lease.confirm()
         if lease.is_takeover:
             abort_unfinished_uploads(config.output.uri)
         request.pin()
@@ -91,7 +92,7 @@ def _mark_finished(output_uri: str) -> None:
         return
     with Lease(output_uri) as lease, in_plain_words("write to", output_uri):
         lease.take()
-        lease.fence.check(max_age_s=0)
+        lease.confirm()
         run_record.mark_complete(output_uri)
 
 
@@ -106,15 +107,13 @@ def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) ->
     if "of" in best and request.config.optim.ema_decay:
         log.info("%s", explain_choice(best))
     lease.wait_for_stragglers()
-    lease.check()
-    lease.fence.check(max_age_s=0)
+    lease.confirm()
     _remove_orphaned_checkpoints(output_uri, result, lease.fence)
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
     write_bytes(uris.join(output_uri, CURVES_FILE), curves)
     run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
     run_record.write_progress(output_uri, {"is_running": False, **summary})
-    lease.check()
-    lease.fence.check(max_age_s=0)
+    lease.confirm()
     run_record.mark_complete(output_uri)
     return summary
 
