@@ -7,7 +7,11 @@ its driver is killed, while its workers live on for some seconds; or it is froze
 its PID namespace, as for a paused VM); or its driver alone is frozen, or cut off from the store. A second run, in
 another PID namespace and so on another machine as far as the lease can tell, takes over and ends. Then the first one
 wakes. Rows are counted in every file that a reader finds by `part-*.parquet` and `failed-*.parquet`: when the second
-run has ended, and again some time after the first one woke. Heartbeats are more frequent than in a real run.
+run has ended, and again 60 s after the first one woke; by then it has to have stopped by itself. Heartbeats are more
+frequent than in a real run.
+
+In the rounds called "at once" nobody is hurt: two runs come to taking the lease at the same moment. One has to end
+with status 0, the other with status 2.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,18 +45,27 @@ from pipelines.storage.filesystem import list_names
 # In place of 5, 16 and 14.5 s.
 BEAT_EVERY_S, WATCH_S, GIVE_UP_S = 0.5, 4.0, 3.0
 RUN_TIMEOUT_S = 300
-# In place of the 60 s that a person would wait: what is in flight has arrived by then.
-SETTLE_S = 12.0
-# Runs the job with quick heartbeats, and with a compaction of files of any size.
+SETTLE_S = 60.0
+# Runs the job with quick heartbeats, and with a compaction of files of any size. Where a folder is named, as many runs
+# as it says wait for each other before they take the lease.
 RUNNER = f"""
+import os, pathlib, time
 import pipelines.storage.lease as lease
+if folder := os.environ.get("LINE_UP"):
+    take = lease.Lease.take
+    def take_together(self):
+        pathlib.Path(folder, str(os.getpid())).touch()
+        while len(os.listdir(folder)) < 2:
+            time.sleep(0.001)
+        take(self)
+    lease.Lease.take = take_together
 lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {WATCH_S}, {GIVE_UP_S}
 import pipelines.inference.compact as compact
 compact.MIN_BYTES, compact.FULL_BYTES, compact.MIN_FAILED_FILES = 30_000, 60_000, 3
 from jobs.infer import InferConfig, label_and_embed, main
 main("jobs.infer", InferConfig, label_and_embed)
 """
-FAULTS = ("killed", "frozen", "driver frozen", "cut off")
+FAULTS = ("killed", "frozen", "driver frozen", "cut off", "at once")
 
 
 class Count(NamedTuple):
@@ -60,12 +74,12 @@ class Count(NamedTuple):
     Attributes:
         num_lost: inputs without a row.
         num_doubled: inputs with more than one row.
-        is_complete: whether `_SUCCESS` is there.
+        is_as_expected: whether `_SUCCESS` is there, and each run has ended as it should.
     """
 
     num_lost: int
     num_doubled: int
-    is_complete: bool
+    is_as_expected: bool
 
 
 @dataclass
@@ -79,6 +93,7 @@ class Bench:
         folder: for the photographs and local outputs.
         num_images: photographs, a tenth of them broken.
         chance: decides the moments.
+        later: counts of the rows some time after a run woke, while other rounds run.
     """
 
     store: ObjectStore
@@ -87,6 +102,7 @@ class Bench:
     folder: Path
     num_images: int
     chance: random.Random
+    later: ThreadPoolExecutor
 
     @property
     def input_uri(self) -> str:
@@ -125,7 +141,7 @@ class Bench:
         """The end of what the jobs printed."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
-    def count(self, output_uri: str) -> Count:
+    def count(self, output_uri: str, is_as_expected: bool = True) -> Count:
         """Count the rows that a reader of the folder finds."""
         ids = [np.zeros(0, np.int64)]
         for name in list_files(output_uri):
@@ -133,7 +149,8 @@ class Bench:
                 content = read_object(uris.join(output_uri, name))
                 ids.append(pq.read_table(io.BytesIO(content), columns=["id"])["id"].to_numpy())
         counts = np.bincount(np.concatenate(ids), minlength=self.num_images)
-        return Count(int(np.sum(counts == 0)), int(np.sum(counts > 1)), "_SUCCESS" in list_names(output_uri))
+        is_as_expected &= "_SUCCESS" in list_names(output_uri)
+        return Count(int(np.sum(counts == 0)), int(np.sum(counts > 1)), is_as_expected)
 
 
 def main() -> None:
@@ -145,24 +162,30 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, object_store(buckets=("results",)) as store:
+    print("place  fault          moment                             lost, doubled, as expected: then, and after 60 s")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        object_store(buckets=("results",)) as store,
+        ThreadPoolExecutor(args.rounds) as later,
+    ):
         os.environ.update(store.environment())
         environment = store.environment() | {"PYTHONPATH": os.getcwd()}
         with faulty_proxy(store.endpoint, Faults()) as proxy, ray_head(2, environment) as head:
-            bench = Bench(store, proxy, head, Path(folder), args.num_images, random.Random(args.seed))
+            bench = Bench(store, proxy, head, Path(folder), args.num_images, random.Random(args.seed), later)
             write_images(bench)
-            totals = {
-                (place, fault): [run_round(bench, place, fault, number) for number in range(args.rounds)]
+            rounds = {
+                (place, fault): [start_round(bench, place, fault, number) for number in range(args.rounds)]
                 for place in args.places
                 for fault in args.faults
                 if (place, fault) != ("local", "cut off")
             }
-    print(f"\n{'place':8}{'fault':16}{'rounds':>8}{'lost':>8}{'doubled':>9}{'incomplete':>12}")
-    for (place, fault), rounds in totals.items():
-        counts = [count for counts in rounds for count in counts]
+            totals = {key: [one.result() for one in started] for key, started in rounds.items()}
+    print(f"\n{'place':8}{'fault':16}{'rounds':>8}{'lost':>8}{'doubled':>9}{'not as expected':>17}")
+    for (place, fault), pairs in totals.items():
+        counts = [count for pair in pairs for count in pair]
         lost, doubled = sum(count.num_lost for count in counts), sum(count.num_doubled for count in counts)
-        incomplete = sum(not count.is_complete for count in counts)
-        print(f"{place:8}{fault:16}{len(rounds):>8}{lost:>8}{doubled:>9}{incomplete:>12}")
+        unexpected = sum(not count.is_as_expected for count in counts)
+        print(f"{place:8}{fault:16}{len(pairs):>8}{lost:>8}{doubled:>9}{unexpected:>17}")
 
 
 def write_images(bench: Bench) -> None:
@@ -173,31 +196,63 @@ def write_images(bench: Bench) -> None:
         (folder / f"{name}.jpg").write_bytes(b"no image" if index % 10 == 3 else encode(image))
 
 
-def run_round(bench: Bench, place: str, fault: str, number: int) -> tuple[Count, Count]:
-    """Run one job, break it, let another take over; count before and after the first one wakes."""
+def start_round(bench: Bench, place: str, fault: str, number: int) -> "Future[tuple[Count, Count]]":
+    """Do all of a round but its last count; returns both counts, of which the last comes with time."""
     name = f"{fault.replace(' ', '-')}-{number}"
     output_uri = f"s3://results/{name}" if place == "s3" else str(bench.folder / name)
     is_retry = number % 4 == 3
     keys = ["--failure.retry", "all"] if is_retry else []
     if is_retry:
         bench.finish(output_uri)
+    with contextlib.ExitStack() as stack:
+        if fault == "at once":
+            moment, ended, first = start_together(bench, stack, output_uri, keys)
+        else:
+            moment, ended, first = take_over(bench, stack, output_uri, keys, fault)
+        woken = stack.pop_all()
+    return bench.later.submit(count_later, bench, woken, first, output_uri, f"{place:6} {fault:14} {moment:34}", ended)
+
+
+def take_over(
+    bench: Bench, stack: contextlib.ExitStack, output_uri: str, keys: list[str], fault: str
+) -> tuple[str, Count, "subprocess.Popen[bytes]"]:
+    """Run one job, break it, let another take over, and wake the first."""
     variables = {}
     if fault == "cut off":
         variables = {"RAY_ADDRESS": bench.head.address, "HOME": str(bench.head.home)}
         variables |= {"AWS_ENDPOINT_URL": bench.proxy.endpoint}
-    started = time.monotonic()
-    with bench.job(output_uri, *keys, **variables) as first:
-        moment = wait_for_moment(bench, output_uri, first, is_retry)
-        wake = break_run(bench, first, fault)
-        bench.finish(output_uri)
-        ended = bench.count(output_uri)
-        wake()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            first.wait(SETTLE_S)
+    first = stack.enter_context(bench.job(output_uri, *keys, **variables))
+    moment = wait_for_moment(bench, output_uri, first, is_retry=bool(keys))
+    wake = break_run(bench, first, fault)
+    bench.finish(output_uri)
+    ended = bench.count(output_uri)
+    wake()
+    return moment, ended, first
+
+
+def start_together(
+    bench: Bench, stack: contextlib.ExitStack, output_uri: str, keys: list[str]
+) -> tuple[str, Count, "subprocess.Popen[bytes]"]:
+    """Start two jobs that take the lease at the same moment."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
+    jobs = [stack.enter_context(bench.job(output_uri, *keys, LINE_UP=folder)) for _ in range(2)]
+    statuses = sorted(job.wait(RUN_TIMEOUT_S) for job in jobs)
+    return f"statuses {statuses}", bench.count(output_uri, is_as_expected=statuses == [0, 2]), jobs[0]
+
+
+def count_later(
+    bench: Bench,
+    woken: contextlib.ExitStack,
+    first: "subprocess.Popen[bytes]",
+    output_uri: str,
+    title: str,
+    ended: Count,
+) -> tuple[Count, Count]:
+    """Count again, after a time in which a run that woke should have stopped; then remove the output."""
+    with woken:
         time.sleep(SETTLE_S)
-        later = bench.count(output_uri)
-    took_s = time.monotonic() - started
-    print(f"{place:6} {fault:14} {moment:34} {took_s:4.0f} s  at the end {ended}  later {later}", flush=True)
+        later = bench.count(output_uri, is_as_expected=first.poll() is not None)
+    print(title, *ended, "  ", *later, flush=True)
     if uris.is_local(output_uri):
         shutil.rmtree(output_uri)
     return ended, later
