@@ -29,7 +29,7 @@ test: setup  ## the fast tests
 	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
 
 test-unit: setup  ## the tests that start neither Ray nor a store
-	$(LIMIT) 300 $(RUN) -m pytest -m unit
+	$(LIMIT) 300 $(RUN) -m pytest -m unit --numprocesses 2 --dist loadfile
 
 test-slow: setup  ## the slow tests: all five models, every way between stores, job submission
 	$(LIMIT) 3300 $(RUN) -m pytest -m "slow and not gpu and not multinode"

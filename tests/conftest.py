@@ -63,7 +63,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     Threads of Ray, Arrow and obstore outlive the tests, and one that wakes while modules are being torn down
     can end a run whose tests all passed with a segmentation fault.
     """
-    if EXIT_STATUS in config.stash:
+    if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):  # pytest-xdist ends its workers itself
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[EXIT_STATUS])
