@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 setup: $(VENV)/.installed  ## make the environment, in .venv
 
 demo: setup  ## label photographs, and learn digits, from an S3 store on this machine
-	$(LIMIT) 900 $(RUN) -m cluster.demo
+	$(LIMIT) 900 $(RUN) -m cluster.local.demo
 
 test: setup  ## the fast tests
 	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"

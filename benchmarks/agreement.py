@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.photographs import write_crops
+from cluster.local.photographs import write_crops
 
 MODEL = "ecaresnet50d_pruned"
 TRAIN_SIZE, TEST_SIZE = 128, 160  # networks see larger objects in training than in use (FixRes, arXiv:1906.06423)

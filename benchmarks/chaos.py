@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
-from cluster.local import ObjectStore, object_store, ray_head, ray_node
-from cluster.photographs import crops, encode
-from cluster.processes import descendants, kill_tree
-from pipelines.inference.files import list_files
+from cluster.local.faulty_proxy import Faults, Proxy, faulty_proxy
+from cluster.local.object_store import ObjectStore, object_store
+from cluster.local.photographs import crops, encode
+from cluster.local.processes import descendants, kill_tree
+from cluster.local.ray_head import ray_head, ray_node
+from pipelines.outputs.file_names import list_files
 from pipelines.storage import uris
 from pipelines.storage.bulk import read_object, store_object
 

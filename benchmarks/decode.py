@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch.nn.functional import interpolate
 
-from cluster.photographs import crops, encode
+from cluster.local.photographs import crops, encode
 from pipelines.images.preprocess import make_preprocess
 from pipelines.images.transform import EvalTransform
 

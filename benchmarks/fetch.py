@@ -18,12 +18,12 @@ from typing import NamedTuple
 import pyarrow.fs
 import s3fs
 
-from cluster.faulty_proxy import Faults, faulty_proxy
-from cluster.local import object_store
-from cluster.photographs import write_crops
+from cluster.local.faulty_proxy import Faults, faulty_proxy
+from cluster.local.object_store import object_store
+from cluster.local.photographs import write_crops
 from pipelines.errors import ItemError
+from pipelines.inputs.listing import list_objects
 from pipelines.storage.bulk import fetch_many, s3_store
-from pipelines.storage.listing import list_objects
 from pipelines.storage.retry import MAX_IN_FLIGHT
 
 BUCKET_URI = "s3://images"

@@ -22,14 +22,14 @@ import timm
 import torch
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig, QuantizationConfig
-from pipelines.cpu import why_no_int8
-from pipelines.inference.plan import CPU_BATCH_SIZE
-from pipelines.malloc import KEEP_FREED_MEMORY
-from pipelines.models import convolutions
-from pipelines.models.compiled import compile_program
-from pipelines.models.int8 import quantize_bundle
+from pipelines.engine.plan import CPU_BATCH_SIZE
+from pipelines.models.cpu import packing as convolutions
+from pipelines.models.cpu.compiled import compile_program
+from pipelines.models.cpu.int8 import quantize_bundle
 from pipelines.models.prepare import prepare_for_inference
 from pipelines.models.resolve import resolve_bundle
+from pipelines.runtime.cpu import why_no_int8
+from pipelines.runtime.malloc import KEEP_FREED_MEMORY
 
 MODELS = ["ecaresnet50d_pruned", "ecaresnet50d", "ecaresnetlight", "ecaresnet101d_pruned", "ecaresnet101d"]
 WAYS = ["timm", "timm, channels-last", "ecaray without Winograd", "ecaray"]

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from cluster.photographs import write_crops
+from cluster.local.photographs import write_crops
 
 NUM_CLASSES = 4
 NUM_WARM_UP_STEPS, MIN_STEP_S = 5, 10.0

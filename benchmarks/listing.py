@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipelines.inference.idset import IdSet
-from pipelines.inference.source import MissingSource, cut_into_tasks, rows_per_task
-from pipelines.storage.listing import list_objects
-from pipelines.storage.manifest import ManifestInfo, write_manifest
+from pipelines.engine.source import PendingInputs, cut_into_tasks, rows_per_task
+from pipelines.inputs.idset import IdSet
+from pipelines.inputs.listing import list_objects
+from pipelines.inputs.manifest import ManifestInfo, write_manifest
 
 INPUT_URI = "s3://bucket/images"
 KEYS_PER_PAGE = 1000
@@ -55,11 +55,11 @@ def main() -> None:
     server.terminate()
 
 
-def _plan(output: str, manifest: ManifestInfo) -> MissingSource:
+def _plan(output: str, manifest: ManifestInfo) -> PendingInputs:
     num_rows = rows_per_task(manifest.num_inputs, BATCH_SIZE, NUM_THREADS)
     starts = cut_into_tasks(manifest.num_inputs, num_rows, BATCH_SIZE, NUM_THREADS)
     none = IdSet(manifest.num_inputs)
-    return MissingSource(output, manifest, none, none, starts)
+    return PendingInputs(output, manifest, none, none, starts)
 
 
 def _make_manifest(output: str, num_keys: int) -> ManifestInfo:

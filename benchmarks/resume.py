@@ -19,16 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from cluster.local import object_store
-from cluster.photographs import crops, encode
-from cluster.processes import descendants, memory_bytes
-from pipelines import run_record
-from pipelines.inference.files import list_files
-from pipelines.inference.schema import parts_schema
-from pipelines.inference.write import PartWriter
+from cluster.local.object_store import object_store
+from cluster.local.photographs import crops, encode
+from cluster.local.processes import descendants, memory_bytes
+from pipelines.inputs.listing import LISTING_SCHEMA, Listing
+from pipelines.inputs.manifest import write_manifest
+from pipelines.outputs import run_record
+from pipelines.outputs.file_names import list_files
+from pipelines.outputs.schema import parts_schema
+from pipelines.outputs.writer import PartWriter
 from pipelines.storage.bulk import store_object
-from pipelines.storage.listing import LISTING_SCHEMA, Listing
-from pipelines.storage.manifest import write_manifest
 
 INPUT_URI = "s3://images/many"
 COMMIT_ROWS = 2048

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.local import object_store
-from cluster.photographs import crops, encode
-from cluster.processes import descendants, memory_bytes
-from pipelines.inference.files import list_files
+from cluster.local.object_store import object_store
+from cluster.local.photographs import crops, encode
+from cluster.local.processes import descendants, memory_bytes
+from pipelines.outputs.file_names import list_files
 from pipelines.storage.bulk import store_object
 
 INPUT_URI, OUTPUT_URI = "s3://images/many", "s3://results/many"

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 
-from pipelines.ray_session import ray_session
+from pipelines.runtime.ray_session import ray_session
 
 NUM_GPUS = (1, 8, 64, 512)
 # The first tasks bring the workers up.

@@ -34,10 +34,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
-from cluster.local import ObjectStore, RayHead, object_store, ray_head
-from cluster.photographs import crops, encode
-from pipelines.inference.files import is_failed, list_files
+from cluster.local.faulty_proxy import Faults, Proxy, faulty_proxy
+from cluster.local.object_store import ObjectStore, object_store
+from cluster.local.photographs import crops, encode
+from cluster.local.ray_head import RayHead, ray_head
+from pipelines.outputs.file_names import is_failed, list_files
 from pipelines.storage import uris
 from pipelines.storage.bulk import read_object
 from pipelines.storage.filesystem import list_names
@@ -50,17 +51,17 @@ SETTLE_S = 60.0
 # as it says wait for each other before they take the lease.
 RUNNER = f"""
 import os, pathlib, time
-import pipelines.storage.lease as lease
+import pipelines.outputs.lease as lease
 if folder := os.environ.get("LINE_UP"):
-    take = lease.Lease.take
-    def take_together(self):
+    acquire = lease.Lease.acquire
+    def acquire_together(self):
         pathlib.Path(folder, str(os.getpid())).touch()
         while len(os.listdir(folder)) < 2:
             time.sleep(0.001)
-        take(self)
-    lease.Lease.take = take_together
+        acquire(self)
+    lease.Lease.acquire = acquire_together
 lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {WATCH_S}, {GIVE_UP_S}
-import pipelines.inference.compact as compact
+import pipelines.outputs.compaction as compact
 compact.MIN_BYTES, compact.FULL_BYTES, compact.MIN_FAILED_FILES = 30_000, 60_000, 3
 from jobs.infer import InferConfig, label_and_embed, main
 main("jobs.infer", InferConfig, label_and_embed)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cluster.photographs import write_crops
+from cluster.local.photographs import write_crops
 
 RUN_TIMEOUT_S = 1200
 NUM_CLASSES = 4

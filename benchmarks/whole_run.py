@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.local import object_store
-from cluster.photographs import write_crops
+from cluster.local.object_store import object_store
+from cluster.local.photographs import write_crops
 
 RUN_TIMEOUT_S = 1800
 INPUT_URI = "s3://images/photographs"

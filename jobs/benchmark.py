@@ -3,8 +3,8 @@
 from typing import Any
 
 from pipelines.config.benchmark import BenchmarkConfig
-from pipelines.job import main
 from pipelines.models.process import ModelProcess
+from pipelines.runtime.job import main
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:

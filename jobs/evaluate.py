@@ -3,8 +3,8 @@
 from typing import Any
 
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.job import main
 from pipelines.models.process import ModelProcess
+from pipelines.runtime.job import main
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.config.export import ExportConfig
-from pipelines.job import main
+from pipelines.runtime.job import main
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

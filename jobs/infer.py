@@ -3,8 +3,8 @@
 from typing import Any
 
 from pipelines.config.infer import InferConfig
-from pipelines.job import main
 from pipelines.models.process import ModelProcess
+from pipelines.runtime.job import main
 
 
 def label_and_embed(config: InferConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.config.models import ModelsConfig
-from pipelines.job import main
+from pipelines.runtime.job import main
 
 
 def print_models(config: ModelsConfig) -> dict[str, Any]:

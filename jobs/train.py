@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.config.train import TrainConfig
-from pipelines.job import main
+from pipelines.runtime.job import main
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

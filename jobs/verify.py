@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.config.verify import VerifyConfig
-from pipelines.job import main
+from pipelines.runtime.job import main
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import ObjectStore, RayHead, object_store, ray_head
+from cluster.local.object_store import ObjectStore, object_store
+from cluster.local.ray_head import RayHead, ray_head
 from tests.support.photographs import write_photographs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,15 +22,15 @@ NOT_UNIT_MODULES = {
     "benchmark/test_stages.py",
     "jobs/test_benchmark_command.py",
     "jobs/test_infer_command.py",
-    "inference/test_cluster.py",
-    "inference/test_damaged_output.py",
-    "inference/test_declared_gpus.py",
-    "inference/test_stages.py",
-    "models/test_int8.py",
+    "engine/test_autoscaling.py",
+    "outputs/test_damaged_output.py",
+    "engine/test_declared_gpus.py",
+    "engine/test_stages.py",
+    "models/cpu/test_int8.py",
     "models/test_prepare.py",
     "models/test_process.py",
-    "models/test_rounding.py",
-    "models/test_winograd.py",
+    "models/cpu/test_rounding.py",
+    "models/cpu/test_winograd.py",
     "training/test_learner.py",
     "training/test_run.py",
 }
@@ -58,7 +59,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the process as `pipelines.job.main` ends a job's: without the interpreter's teardown.
+    """End the process as `pipelines.runtime.job.main` ends a job's: without the interpreter's teardown.
 
     Threads of Ray, Arrow and obstore outlive the tests, and one that wakes while modules are being torn down
     can end a run whose tests all passed with a segmentation fault.

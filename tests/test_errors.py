@@ -6,10 +6,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.local import RayHead
+from cluster.local.ray_head import RayHead
 from pipelines.errors import RunError, root_cause
-from pipelines.inference.write import write_table
-from pipelines.ray_session import ray_session
+from pipelines.outputs.writer import write_table
+from pipelines.runtime.ray_session import ray_session
 
 DISK_FULL = "OSError: [Errno 28] No space left on device: '/out/part-000000000000.parquet'"
 RAYS_HINT = "To change retry attempts"

@@ -1,4 +1,4 @@
-"""Imports point one way: jobs -> pipelines -> pipelines.config."""
+"""Imports point one way, from the jobs down to the config."""
 
 import ast
 from pathlib import Path
@@ -14,6 +14,18 @@ ALLOWED = {
     "benchmarks": {"benchmarks", "cluster", "pipelines"},
 }
 OURS = set(ALLOWED) | {"tests"}
+# Rooms of `pipelines`, lowest first. A room imports from rooms of lower lines only, and from itself.
+LAYERS = (
+    {"errors"},
+    {"config"},
+    {"runtime"},
+    {"storage"},
+    {"inputs", "images", "models"},
+    {"engine", "outputs"},
+    {"inference", "training", "downstream", "benchmark"},
+)
+# Within a layer.
+NEIGHBOURS = {("models", "images"), ("downstream", "inference"), ("benchmark", "inference"), ("engine", "outputs")}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -23,8 +35,13 @@ def imported_modules(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "pipelines" else {node.module}
     return found
+
+
+def layer_of(room: str) -> int:
+    return next(layer for layer, rooms in enumerate(LAYERS) if room in rooms)
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -34,11 +51,27 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
         assert ours <= ALLOWED[package], path
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines").rglob("*.py")), ids=lambda path: path.stem)
+def test_rooms_import_only_from_rooms_below_them(path: Path) -> None:
+    room = path.relative_to(REPOSITORY / "pipelines").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for name in imported_modules(path):
+        if name.startswith("pipelines."):
+            other = name.split(".")[1]
+            is_below = layer_of(other) < layer_of(room)
+            assert is_below or other == room or (room, other) in NEIGHBOURS, f"{path} imports {name}"
+
+
+def test_no_module_lies_beside_the_rooms() -> None:
+    loose = {path.name for path in (REPOSITORY / "pipelines").glob("*.py")}
+    assert loose == {"__init__.py", "errors.py"}
+
+
 def test_config_needs_nothing_but_pydantic_and_yaml() -> None:
     for path in (REPOSITORY / "pipelines" / "config").glob("*.py"):
         for name in imported_modules(path):
             assert name.partition(".")[0] not in {"torch", "ray", "timm", "numpy", "pyarrow", "fsspec"}, path
-            assert not name.startswith("pipelines.") or name.startswith(("pipelines.config", "pipelines.errors")), path
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.py")), ids=lambda path: path.stem)

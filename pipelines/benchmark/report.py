@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.benchmark.stages import StageCost
-from pipelines.inference.plan import ComputePlan
+from pipelines.engine.plan import ComputePlan
 
 GPU_DECODE = "GPU decode"
 

@@ -30,19 +30,19 @@ from pipelines.benchmark.stages import (
 )
 from pipelines.benchmark.whole import WholeRate, measure_whole
 from pipelines.config.benchmark import BenchmarkConfig
+from pipelines.engine.autoscaling import plan_for_cluster
+from pipelines.engine.plan import plan_compute
+from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.inference.calibration import every_nth, read_sample, refuse_if_unable
-from pipelines.inference.cluster import plan_for_cluster
-from pipelines.inference.plan import plan_compute
 from pipelines.inference.request import make_decode, resolve_topk
-from pipelines.inference.write import make_writer
-from pipelines.malloc import KEEP_FREED_MEMORY
+from pipelines.inputs.listing import Listing, list_objects
 from pipelines.models.process import ModelProcess
-from pipelines.nodes import list_nodes, this_machine
-from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
+from pipelines.outputs.writer import make_writer
+from pipelines.runtime.malloc import KEEP_FREED_MEMORY
+from pipelines.runtime.nodes import list_nodes, this_machine
+from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, is_there, list_names, remove, write_bytes
-from pipelines.storage.listing import Listing, list_objects
+from pipelines.storage.filesystem import exists, list_names, remove, translate_storage_errors, write_bytes
 
 log = logging.getLogger(__name__)
 Cost = TypeVar("Cost", StageCost, StageCost | None)
@@ -110,7 +110,7 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     bounds = find_bounds(costs, plan, num_cpus, setup.num_readers)
     summary = _summarize(setup, costs, bounds, whole, watch)
     print(format_report(summary), flush=True)
-    with in_plain_words("write to", output_uri, RunError):
+    with translate_storage_errors("write to", output_uri, RunError):
         write_bytes(uris.join(output_uri, REPORT_FILE), json.dumps(summary, indent=2).encode())
     return summary
 
@@ -120,7 +120,7 @@ def _sample(listing: Listing, num_images: int) -> pa.ChunkedArray:
 
 
 def _remove_all(folder_uri: str) -> None:
-    with in_plain_words("write to", folder_uri, RunError):
+    with translate_storage_errors("write to", folder_uri, RunError):
         for name in list_names(folder_uri):
             remove(uris.join(folder_uri, name))
         if uris.is_local(folder_uri):
@@ -130,8 +130,8 @@ def _remove_all(folder_uri: str) -> None:
 def _free_output(config: BenchmarkConfig) -> str:
     output_uri = uris.normalize(config.output.uri)
     uris.refuse_overlap(output_uri, {"input.uri": config.input.uri})
-    with in_plain_words("write to", output_uri):
-        if is_there(output_uri) and set(list_names(output_uri)) - {REPORT_FILE, ROWS_FOLDER}:
+    with translate_storage_errors("write to", output_uri):
+        if exists(output_uri) and set(list_names(output_uri)) - {REPORT_FILE, ROWS_FOLDER}:
             raise RequestError(f"{output_uri} is not empty: a benchmark wants a place of its own")
     return output_uri
 

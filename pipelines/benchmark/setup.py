@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.config.benchmark import BenchmarkConfig
-from pipelines.inference.chain import rows_per_file
-from pipelines.inference.plan import ComputePlan
-from pipelines.inference.replica import PredictOptions
+from pipelines.engine.chain import rows_per_file
+from pipelines.engine.plan import ComputePlan
+from pipelines.engine.replica import PredictOptions
+from pipelines.engine.source import rows_per_task
 from pipelines.inference.request import make_options, resolve_topk
-from pipelines.inference.source import rows_per_task
-from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelFacts
+from pipelines.outputs.writer import PartWriter
 
 # For a stage alone, whose every process is sent their URIs: on GPUs some seconds of the fastest.
 MAX_STAGE_IMAGES = 20_000

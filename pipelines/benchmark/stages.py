@@ -14,14 +14,14 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.replica import PredictOptions
+from pipelines.engine.schema import IMAGES
 from pipelines.errors import RunError
 from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import make_preprocess
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.replica import PredictOptions
-from pipelines.inference.schema import IMAGES
-from pipelines.inference.write import PartWriter
 from pipelines.models.bundle import ModelBundle
+from pipelines.outputs.writer import PartWriter
 from pipelines.storage.bulk import fetch_many
 
 Item = TypeVar("Item")
@@ -95,8 +95,8 @@ def measure_device_decode(
     """
     import torch  # late
 
+    from pipelines.engine.pixels import cut_by_pixels
     from pipelines.images.device import DeviceDecoder
-    from pipelines.inference.pixels import cut_by_pixels
     from pipelines.models.device import replica_device
 
     contents = _fetch_some(object_uris, options.batch_size, decode.max_bytes)
@@ -126,7 +126,7 @@ def _fetch_some(object_uris: list[str], num_images: int, max_bytes: int) -> list
 
 def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:
     """Images of noise through one replica, from uint8 to rows, `num_threads` batches at a time."""
-    from pipelines.inference.predict import Predictor  # late: torch
+    from pipelines.engine.predict import Predictor  # late: torch
 
     predict = Predictor(bundle, options)
     batch = _noise(options.batch_size, bundle.transform.input_size)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.benchmark.setup import Setup
-from pipelines.inference.chain import describe, stream, writing
-from pipelines.inference.progress import Progress
+from pipelines.engine.chain import describe, stream, writing
+from pipelines.engine.source import TableSource, cut_into_tasks
 from pipelines.inference.request import make_decode
-from pipelines.inference.source import TableSource, cut_into_tasks
+from pipelines.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
 

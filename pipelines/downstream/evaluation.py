@@ -16,20 +16,20 @@ import ray.data
 from numpy.typing import NDArray
 
 from pipelines.config.evaluate import EvaluateConfig
+from pipelines.engine.autoscaling import plan_for_cluster
+from pipelines.engine.chain import describe, stream
+from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.plan import ComputePlan, plan_compute
+from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
+from pipelines.engine.replica import PredictOptions
+from pipelines.engine.source import TableSource, cut_into_tasks, rows_per_task
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.inference.calibration import every_nth, read_sample, refuse_if_unable
-from pipelines.inference.chain import describe, stream
-from pipelines.inference.cluster import plan_for_cluster
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.plan import ComputePlan, plan_compute
-from pipelines.inference.progress import Progress
-from pipelines.inference.replica import PredictOptions
-from pipelines.inference.source import TableSource, cut_into_tasks, rows_per_task
+from pipelines.inputs.labelled import LabelledImages, read_labelled
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
-from pipelines.nodes import this_machine
-from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
-from pipelines.storage.labelled import LabelledImages, read_labelled
+from pipelines.runtime.nodes import this_machine
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 
 log = logging.getLogger(__name__)
 

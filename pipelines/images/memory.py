@@ -121,7 +121,7 @@ class MemoryBudget:
 @functools.cache
 def node_budget() -> MemoryBudget:
     """Return the budget of this node, which all runs of a user share."""
-    from pipelines.nodes import this_machine  # late: Ray
+    from pipelines.runtime.nodes import this_machine  # late: Ray
 
     path = os.path.join(tempfile.gettempdir(), f"ecaray-decoding-{os.getuid()}.lock")
     return MemoryBudget(path, this_machine().memory_bytes * DECODING_SHARE)

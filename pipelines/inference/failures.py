@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 from pipelines.errors import RunError
+from pipelines.outputs.reasons import count_reasons
 
 # Of the first few images of a run any share may fail by chance.
 MIN_IMAGES = 1000
 NUM_REASONS = 10
-# Messages may hold sizes or a store's request ids; those that come late are counted by their kind.
-MAX_REASONS = 10_000
 
 
 class FailureLimit:
@@ -55,10 +54,3 @@ class FailureLimit:
             f"{self._max_fraction}: {self.commonest()}. "
             "What is done stays; with a higher limit the run goes on from there"
         )
-
-
-def count_reasons(counts: Counter[str], more: Counter[str]) -> None:
-    """Add to counts that stay small, however many different reasons there are."""
-    for reason, count in more.items():
-        is_kept = reason in counts or len(counts) < MAX_REASONS
-        counts[reason if is_kept else reason.partition(":")[0] + ": other reasons"] += count

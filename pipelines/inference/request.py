@@ -8,22 +8,22 @@ from typing import Any, get_args
 import numpy as np
 import pyarrow as pa
 
-from pipelines import run_record
 from pipelines.config.infer import InferConfig
+from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.plan import ComputePlan
+from pipelines.engine.quantization_sample import Sample, every_nth, read_sample
+from pipelines.engine.replica import PredictOptions
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
-from pipelines.inference.calibration import Sample, every_nth, read_sample
-from pipelines.inference.commit import Done, find_done, is_as_recorded
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.files import list_files
-from pipelines.inference.plan import ComputePlan
-from pipelines.inference.replica import PredictOptions
+from pipelines.inputs.listing import Listing, list_objects
+from pipelines.inputs.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
+from pipelines.outputs import run_record
+from pipelines.outputs.contents import Done, find_done, is_as_recorded
+from pipelines.outputs.file_names import list_files
+from pipelines.outputs.lease import Lease
 from pipelines.storage import uris
-from pipelines.storage.filesystem import in_plain_words, is_there
-from pipelines.storage.lease import Lease
-from pipelines.storage.listing import Listing, list_objects
-from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest_rows, write_manifest
+from pipelines.storage.filesystem import exists, translate_storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,14 @@ def find_places(config: InferConfig) -> Places:
     uris.refuse_overlap(output_uri, {"input.uri": input_uri})
     output = config.output.model_copy(update={"uri": output_uri})
     config = config.model_copy(update={"input": config.input.model_copy(update={"uri": input_uri}), "output": output})
-    found = run_record.find_run(output_uri) if is_there(output_uri) else None
+    found = run_record.find_run(output_uri) if exists(output_uri) else None
     manifest = find_manifest(output_uri) if found else None
     if found and manifest is None and (files := list_files(output_uri)):
         raise RequestError(
             f"{output_uri} holds {files[0]} but no _manifest/manifest.json, without which its ids mean nothing: "
             "restore the manifest from a copy, or write to a new output"
         )
-    if manifest is None and not is_there(input_uri):
+    if manifest is None and not exists(input_uri):
         raise RequestError(f"no input: nothing lies under {input_uri}")
     return Places(config, found, manifest, manifest is not None and run_record.is_complete(output_uri))
 
@@ -141,8 +141,8 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     identity = identify(config, model, topk, sampled_ids)
     if found:
         run_record.refuse_other_run(output_uri, found, identity)
-    with in_plain_words("write to", output_uri):
-        lease.take()
+    with translate_storage_errors("write to", output_uri):
+        lease.acquire()
     run_record.refuse_if_changed(output_uri, found)
     lease.confirm()
     if not places.is_complete:
@@ -151,7 +151,7 @@ def resolve_request(places: Places, process: ModelProcess, lease: Lease) -> Requ
     if listing is not None:
         manifest = write_manifest(output_uri, config.input.uri, config.input.exclude, listing, epoch)
     assert manifest is not None
-    with in_plain_words("read", output_uri):
+    with translate_storage_errors("read", output_uri):
         done = find_done(output_uri, manifest.num_inputs, epoch, RETRIED_KINDS[config.failure.retry])
         is_finished = places.is_complete and is_as_recorded(output_uri, done)
     if places.is_complete and not is_finished and config.failure.retry == "none":

@@ -11,17 +11,12 @@ from typing import Any
 
 import ray
 
-from pipelines import run_record
 from pipelines.config.infer import InferConfig
+from pipelines.engine.plan import ComputePlan, plan_compute
+from pipelines.engine.quantization_sample import refuse_if_unable
+from pipelines.engine.source import PendingInputs, cut_into_tasks, rows_per_task
 from pipelines.errors import RunError, root_cause
-from pipelines.inference.calibration import refuse_if_unable
-from pipelines.inference.commit import complete_digests, write_digests
-from pipelines.inference.commit_log import CommitLog, withdraw_late_files
-from pipelines.inference.compact import compact, plan_compaction
 from pipelines.inference.failures import FailureLimit
-from pipelines.inference.files import list_sizes
-from pipelines.inference.plan import ComputePlan, plan_compute
-from pipelines.inference.progress import Progress
 from pipelines.inference.request import (
     Places,
     Request,
@@ -31,13 +26,18 @@ from pipelines.inference.request import (
     make_options,
     resolve_request,
 )
-from pipelines.inference.source import MissingSource, cut_into_tasks, rows_per_task
-from pipelines.inference.write import make_writer
 from pipelines.models.process import ModelProcess
-from pipelines.nodes import this_machine
-from pipelines.ray_session import is_cluster_named, ray_session_beside
-from pipelines.storage.filesystem import in_plain_words
-from pipelines.storage.lease import Lease
+from pipelines.outputs import run_record
+from pipelines.outputs.commit_log import CommitLog, withdraw_late_files
+from pipelines.outputs.compaction import compact, plan_compaction
+from pipelines.outputs.contents import complete_digests, write_digests
+from pipelines.outputs.file_names import list_sizes
+from pipelines.outputs.lease import Lease
+from pipelines.outputs.writer import make_writer
+from pipelines.runtime.nodes import this_machine
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.ray_session import is_cluster_named, ray_session_beside
+from pipelines.storage.filesystem import translate_storage_errors
 from pipelines.storage.uploads import abort_unfinished_uploads
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def _run_with_lease(
     may_be_done = places.is_complete and places.config.failure.retry == "none"
     with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
         # Ray Data takes half a second to import: here, Ray starts meanwhile.
-        from pipelines.inference.chain import describe
-        from pipelines.inference.cluster import plan_for_cluster
+        from pipelines.engine.autoscaling import plan_for_cluster
+        from pipelines.engine.chain import describe
 
         request = resolve_request(places, model, lease)
         config = request.config
@@ -119,7 +119,7 @@ def _begin(request: Request, lease: Lease) -> CommitLog:
     """Publish which files count, and remove the others; from here on, workers may write."""
     output_uri = request.config.output.uri
     commit_log = CommitLog(lease.fence)
-    with in_plain_words("write to", output_uri):
+    with translate_storage_errors("write to", output_uri):
         lease.confirm()
         if lease.is_takeover:
             abort_unfinished_uploads(output_uri)
@@ -132,24 +132,29 @@ def _execute(
     request: Request, pickled_bundle: bytes, plan: ComputePlan, progress: Progress, limit: FailureLimit, lease: Lease
 ) -> dict[str, str]:
     """Do what is missing; returns the SHA-256 of each file written, by its name."""
-    from pipelines.inference.chain import rows_per_file, stream, writing
+    from pipelines.engine.chain import rows_per_file, stream, writing
 
     config = request.config
     decode = make_decode(config, request.model)
     options = make_options(config, plan, request.topk)
     num_rows = rows_per_task(request.num_todo, plan.batch_size, plan.num_threads, config.output.commit_rows)
     starts = cut_into_tasks(request.num_todo, num_rows, plan.batch_size, plan.num_threads)
-    missing = MissingSource(config.output.uri, request.manifest, request.done.ids, request.done.retried, starts)
+    missing = PendingInputs(config.output.uri, request.manifest, request.done.ids, request.done.retried, starts)
     writer = make_writer(config.output.uri, request.model, request.topk, config.outputs.embedding, lease.fence)
     write = writing(writer, rows_per_file(request.num_todo, num_rows, config.output.commit_rows), plan)
     digests: dict[str, str] = {}
     try:
-        for receipt in stream(missing, decode, pickled_bundle, options, plan, write):
-            failures = list(receipt["failures"])
-            digests |= zip(receipt["files"], receipt["digests"])
-            num_files, num_retries, num_clipped = len(receipt["files"]), receipt["num_retries"], receipt["num_clipped"]
-            progress.add(receipt["num_ok"], len(failures), num_files, num_retries, num_clipped)
-            limit.add(receipt["num_ok"], failures)
+        for write_result in stream(missing, decode, pickled_bundle, options, plan, write):
+            failures = list(write_result["failures"])
+            digests |= zip(write_result["files"], write_result["digests"])
+            progress.add(
+                write_result["num_ok"],
+                len(failures),
+                num_files=len(write_result["files"]),
+                num_retries=write_result["num_retries"],
+                num_clipped=write_result["num_clipped"],
+            )
+            limit.add(write_result["num_ok"], failures)
             limit.check()
             lease.check()
         return digests
@@ -192,7 +197,7 @@ def _remove_strays(output_uri: str, known: Collection[str], commit_log: CommitLo
     Returns:
         The bytes of the files that stay, by name.
     """
-    with in_plain_words("write to", output_uri, RunError):
+    with translate_storage_errors("write to", output_uri, RunError):
         sizes = list_sizes(output_uri)
         strays = sizes.keys() - known
         for name in sorted(strays):
@@ -225,7 +230,7 @@ def _commit(
     """Write `_files.json`, `_run.json` and the end of the commit log, then `_SUCCESS`."""
     output_uri = request.config.output.uri
     described = describe_run(request.config, request.model, request.identity, {"summary": summary})
-    with in_plain_words("write to", output_uri, RunError):
+    with translate_storage_errors("write to", output_uri, RunError):
         digests = complete_digests(output_uri, digests)
         steps: tuple[Callable[[], None], ...] = (
             functools.partial(write_digests, output_uri, digests),

@@ -20,18 +20,18 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines import run_record
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import DamagedFileError, RequestError, RunError
-from pipelines.inference.commit import FILES_FILE, read_digests
-from pipelines.inference.rescore import rescore
-from pipelines.inference.schema import FAILED, parts_schema
-from pipelines.inference.write import digest_of
+from pipelines.inference.spot_check import spot_check
+from pipelines.inputs.listing import list_objects
+from pipelines.inputs.manifest import ManifestInfo, find_manifest, read_manifest
+from pipelines.outputs import run_record
+from pipelines.outputs.contents import FILES_FILE, read_digests
+from pipelines.outputs.schema import FAILED, parts_schema
+from pipelines.outputs.writer import digest_of
 from pipelines.storage import uris
 from pipelines.storage.documents import Document, read_document
-from pipelines.storage.filesystem import in_plain_words, is_there, read_bytes
-from pipelines.storage.listing import list_objects
-from pipelines.storage.manifest import ManifestInfo, find_manifest, read_manifest
+from pipelines.storage.filesystem import exists, read_bytes, translate_storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     problems = problems or _wrong_counts(record, found)  # other counts follow from files that came or went
     sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
-        problems += rescore(raw, output_uri, expected.manifest, sample)
+        problems += spot_check(raw, output_uri, expected.manifest, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:
@@ -166,7 +166,7 @@ def _parquet_below(output_uri: str) -> list[str]:
 
     pandas and Arrow also read subfolders, and leave out what begins with `_` or `.`; others read any case.
     """
-    with in_plain_words("list", output_uri, RunError):
+    with translate_storage_errors("list", output_uri, RunError):
         listing = list_objects(output_uri, ["_*", ".*"])
     paths = [uri.removeprefix(output_uri).lstrip("/") for uri in listing.table["uri"].to_pylist()]
     return [path for path in paths if path.lower().endswith(".parquet")]
@@ -180,7 +180,7 @@ def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
 
 
 def _record(output_uri: str) -> tuple[dict[str, Any], InferRecord]:
-    found = run_record.find_run(output_uri) if is_there(output_uri) else None
+    found = run_record.find_run(output_uri) if exists(output_uri) else None
     if found is None or not run_record.is_complete(output_uri):
         raise RequestError(f"{output_uri} holds no output of a finished infer")
     uri = uris.join(output_uri, run_record.RUN_FILE)

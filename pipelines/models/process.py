@@ -1,6 +1,6 @@
 """A model, resolved and folded in a process of its own.
 
-Importing torch and timm takes longer than anything else that a driver does before Ray starts. Beside the driver, it
+Importing torch and timm takes longer than anything else that a driver does before Ray starts. SideStream the driver, it
 costs no time while the driver looks at the stores, and folding none while Ray starts; the driver needs neither.
 """
 
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.collector import paused_collector
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.logs import SafeStream, log_to_stderr
+from pipelines.runtime.garbage_collector import paused_gc
+from pipelines.runtime.logs import SafeStream, log_to_stderr
 
 if TYPE_CHECKING:
     from pipelines.models.bundle import ModelFacts
@@ -107,7 +107,7 @@ class ModelProcess:
 
 def serve(connection: Connection) -> None:
     """Answer a `ModelProcess`: facts, or the error to raise, then the bundle."""
-    with paused_collector():
+    with paused_gc():
         from pipelines.models.resolve import prepare_bundle, resolve_bundle
 
     model, preprocess = connection.recv()
@@ -118,7 +118,7 @@ def serve(connection: Connection) -> None:
         return
     connection.send(bundle.facts())
     if model.dtype == "int8":
-        from pipelines.models.int8 import quantize_bundle
+        from pipelines.models.cpu.int8 import quantize_bundle
 
         try:
             bundle = quantize_bundle(bundle, connection.recv(), model.quantization)

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 
-class Beside:
+class SideStream:
     """Work for a device beside what it is computing: on a GPU, on a stream of its own.
 
     Args:

@@ -16,7 +16,7 @@ from pipelines.models.checkpoint_config import parse_checkpoint_config
 from pipelines.models.hub import load_pretrained
 from pipelines.models.state_dict import read_state_dict, refuse_wrong_dtypes
 from pipelines.storage import uris
-from pipelines.storage.filesystem import download, in_plain_words, list_names, read_bytes
+from pipelines.storage.filesystem import download, list_names, read_bytes, translate_storage_errors
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 DIRECTORY_WEIGHTS = "model.safetensors"
@@ -70,7 +70,7 @@ def resolve_weights(config: ModelConfig) -> Weights:
 
 
 def _from_directory(config: ModelConfig, location: str) -> Weights:
-    with in_plain_words("read the weights", location):
+    with translate_storage_errors("read the weights", location):
         names = list_names(location)
         if DIRECTORY_WEIGHTS not in names or "config.json" not in names:
             raise RequestError(
@@ -97,7 +97,7 @@ def _model_cfg(name: str) -> dict[str, Any]:
 
 
 def _load_file(location: str) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder, in_plain_words("read the weights", location):
+    with tempfile.TemporaryDirectory() as folder, translate_storage_errors("read the weights", location):
         return read_state_dict(download(location, folder), location)
 
 

@@ -162,7 +162,7 @@ def download(uri: str, folder: str) -> str:
 
 
 @contextlib.contextmanager
-def in_plain_words(what: str, uri: str, kind: type[RequestError | RunError] = RequestError) -> Iterator[None]:
+def translate_storage_errors(what: str, uri: str, kind: type[RequestError | RunError] = RequestError) -> Iterator[None]:
     """Turn the storage errors of a `with` block into one line: `what` failed on `uri`, because.
 
     Raises:
@@ -196,7 +196,7 @@ def _advice(uri: str, error: str) -> str:
     return "; no AWS credentials were found: set the standard variables, a profile or a role"
 
 
-def is_there(uri: str) -> bool:
+def exists(uri: str) -> bool:
     """Return whether there is an object, folder or prefix of that name, found within a few seconds.
 
     Raises:
@@ -204,7 +204,7 @@ def is_there(uri: str) -> bool:
     """
     if uris.is_local(uri):
         return os.path.exists(uri)
-    with in_plain_words("reach", uri):
+    with translate_storage_errors("reach", uri):
         if uris.protocol_of(uri) != "s3":
             filesystem, path = open_filesystem(uri)
             return bool(filesystem.exists(path))

@@ -29,7 +29,7 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
-class SequentialOrder:
+class SequentialSampler:
     """Each image once, in the order of the ids: for validation.
 
     Attributes:
@@ -51,7 +51,7 @@ class SequentialOrder:
 
 
 @dataclass(frozen=True)
-class ShareLoader:
+class LocalBatchLoader:
     """Fetches, decodes and transforms shares.
 
     Attributes:
@@ -112,8 +112,8 @@ class ShareLoader:
 
 
 @dataclass(frozen=True)
-class ShareTask:
-    """A `ShareLoader` as Ray Data calls it, on one row that says which share.
+class LocalBatchTask:
+    """A `LocalBatchLoader` as Ray Data calls it, on one row that says which share.
 
     Attributes:
         loader: does the work.
@@ -122,7 +122,7 @@ class ShareTask:
         steps_per_epoch: of the set.
     """
 
-    loader: ShareLoader
+    loader: LocalBatchLoader
     images: "ray.ObjectRef[pa.Table]"
     first_step: int
     steps_per_epoch: int

@@ -10,9 +10,9 @@ from pipelines.config.export import ExportConfig
 from pipelines.errors import RequestError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.build import create
-from pipelines.run_record import RUN_FILE
+from pipelines.outputs.run_record import RUN_FILE
 from pipelines.storage import uris
-from pipelines.storage.filesystem import download, in_plain_words, list_names, read_bytes, write_bytes
+from pipelines.storage.filesystem import download, list_names, read_bytes, translate_storage_errors, write_bytes
 from pipelines.training.checkpoint import STATE_FILE, TIMM_FILES, load_state, save_timm_directory
 
 
@@ -23,7 +23,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         RequestError: there is no checkpoint, or the output is not empty or lies inside the data of the run.
     """
     output_uri = uris.normalize(config.output.uri)
-    with in_plain_words("read", output_uri):
+    with translate_storage_errors("read", output_uri):
         found = list_names(output_uri)
     if found:
         raise RequestError(f"{output_uri} is not empty: found {found[0]}")
@@ -31,7 +31,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     uris.refuse_overlap(output_uri, _data_uris(checkpoint_uri))
     with tempfile.TemporaryDirectory() as folder:
         contents = _timm_files(checkpoint_uri, Path(folder))
-    with in_plain_words("write to", output_uri):
+    with translate_storage_errors("write to", output_uri):
         for name, content in contents.items():
             write_bytes(uris.join(output_uri, name), content)
     described = json.loads(contents["config.json"])
@@ -44,7 +44,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def _find_checkpoint(uri: str) -> str:
-    with in_plain_words("read", uri):
+    with translate_storage_errors("read", uri):
         names = list_names(uri)
         record = json.loads(read_bytes(uris.join(uri, RUN_FILE))) if RUN_FILE in names else None
     if record is None:
@@ -75,7 +75,7 @@ def handed_out(state: dict[str, Any]) -> str:
 
 
 def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
-    with in_plain_words("read the checkpoint", checkpoint_uri):
+    with translate_storage_errors("read the checkpoint", checkpoint_uri):
         if set(TIMM_FILES) <= set(list_names(checkpoint_uri)):
             return {name: read_bytes(uris.join(checkpoint_uri, name)) for name in TIMM_FILES}
         state = load_state(Path(download(uris.join(checkpoint_uri, STATE_FILE), str(folder))).parent)

@@ -8,7 +8,7 @@ from typing import Any
 from ray.train import Checkpoint, UserCallback
 
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.logs import log_to_stderr
+from pipelines.runtime.logs import log_to_stderr
 
 log = logging.getLogger(__name__)
 

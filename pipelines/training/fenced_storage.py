@@ -6,8 +6,8 @@ controller. All of it goes through one Arrow file system, which is the place to 
 
 from typing import Any
 
+from pipelines.outputs.lease import Fence
 from pipelines.storage.filesystem import ArrowHandler
-from pipelines.storage.lease import Fence
 
 
 class FencedHandler(ArrowHandler):

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from ray.data import DataIterator
 from ray.data._internal.datasource.range_datasource import RangeDatasource
 
-from pipelines.training.batches import ShareLoader, ShareTask
+from pipelines.training.batches import LocalBatchLoader, LocalBatchTask
 
 # Blocks are planned when a dataset starts, at about 0.1 ms each.
-MAX_SHARES_PER_DATASET = 16_384
+MAX_LOCAL_BATCHES_PER_DATASET = 16_384
 # Shares that wait for a worker: one in use, one ready.
-PREFETCH_SHARES = 2
+PREFETCH_LOCAL_BATCHES = 2
 
 
 def split_among_workers(
-    loader: ShareLoader,
+    loader: LocalBatchLoader,
     images: "ray.ObjectRef[pa.Table]",
     first_step: int,
     num_steps: int,
@@ -50,7 +50,7 @@ def split_among_workers(
         num_cpus=num_cpus_per_task,
     )
     dataset = numbers.map_batches(
-        ShareTask(loader, images, first_step, steps_per_epoch), batch_size=1, num_cpus=num_cpus_per_task
+        LocalBatchTask(loader, images, first_step, steps_per_epoch), batch_size=1, num_cpus=num_cpus_per_task
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = None  # a share is one block, however large
@@ -62,17 +62,20 @@ def split_among_workers(
 
 def max_steps_per_dataset(world_size: int) -> int:
     """How many steps one dataset may hold."""
-    return max(1, MAX_SHARES_PER_DATASET // world_size)
+    return max(1, MAX_LOCAL_BATCHES_PER_DATASET // world_size)
 
 
-def iterate_shares(
+def iterate_local_batches(
     iterator: DataIterator, rank: int, first_step: int, steps_per_epoch: int
 ) -> Iterator[dict[str, Any]]:
-    """A worker's shares, in order, as `ShareLoader.load` returns them."""
+    """A worker's shares, in order, as `LocalBatchLoader.load` returns them."""
     expected = first_step
     # None: a block as it is, which Ray's annotations leave out.
     batch_size: Any = None
-    for share in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=PREFETCH_SHARES):
+    batches = iterator.iter_batches(
+        batch_size=batch_size, batch_format="numpy", prefetch_batches=PREFETCH_LOCAL_BATCHES
+    )
+    for share in batches:
         found = (share["epoch"][0], share["step"][0], share["rank"][0])
         if found != (*divmod(expected, steps_per_epoch), rank):
             # No `AssertionError`: a restart sets the order right.

@@ -7,8 +7,8 @@ import pyarrow as pa
 import ray
 
 from pipelines.config.train import TrainConfig
-from pipelines.storage.lease import Fence
-from pipelines.training.order import EpochOrder
+from pipelines.outputs.lease import Fence
+from pipelines.training.sampler import EpochSampler
 
 if TYPE_CHECKING:
     from pipelines.training.start import StartingPoint
@@ -50,7 +50,7 @@ class TrainJob:
     fence: Fence | None = None
 
     @property
-    def order(self) -> EpochOrder:
+    def order(self) -> EpochSampler:
         """Which image is seen when."""
         optim = self.config.optim
-        return EpochOrder(self.train.num_images, optim.global_batch_size, optim.seed)
+        return EpochSampler(self.train.num_images, optim.global_batch_size, optim.seed)

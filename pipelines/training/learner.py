@@ -16,12 +16,12 @@ from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines.cache import use_private_compiler_cache
 from pipelines.config.train import TrainConfig
 from pipelines.models.build import TimmModule
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import Beside
+from pipelines.models.transfer import SideStream
+from pipelines.runtime.cache import use_private_compiler_cache
 from pipelines.training.batches import PADDING_ID
 from pipelines.training.recipe import (
     batch_norms,
@@ -92,7 +92,7 @@ class Learner:
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
         self._normalize = Normalizer(task.mean, task.std).to(device)
-        self._beside = Beside(device)
+        self._beside = SideStream(device)
 
     @property
     def lr(self) -> float:
@@ -132,7 +132,7 @@ class Learner:
         have none.
 
         Args:
-            share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `ShareLoader` makes it.
+            share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `LocalBatchLoader` makes it.
 
         Returns:
             This worker's part of the loss, to be summed over the workers: one float64 value on the device. Reading it

@@ -16,17 +16,17 @@ import ray.train.torch
 import torch
 from torch import distributed
 
-from pipelines.logs import log_to_stderr
-from pipelines.storage.lease import FENCE_AGE_S
+from pipelines.outputs.lease import FENCE_AGE_S
+from pipelines.runtime.logs import log_to_stderr
 from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
 from pipelines.training.divergence import NO_STEP, DivergenceMonitor
 from pipelines.training.history import NO_SCORE, SCORE, final_score
 from pipelines.training.ingest import errors_of, max_steps_per_dataset
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.learner import Learner, Task
-from pipelines.training.log import TrainingLog
-from pipelines.training.shares import WorkerShares
+from pipelines.training.local_batches import LocalBatches
 from pipelines.training.start import StartingPoint, build_module
+from pipelines.training.training_log import TrainingLog
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Worker:
         self.failed_in_epoch: set[int] = set()
         self.validation_failed: dict[int, str] = {}
         self.stopped_by: str | None = None
-        self._shares = WorkerShares(job, transform, self.rank, self.world_size)
+        self._shares = LocalBatches(job, transform, self.rank, self.world_size)
         self._divergence = DivergenceMonitor(device, self.learner.is_scaled)
         self._has_checkpoint = False
         self._new_errors: dict[int, str] = {}

@@ -10,10 +10,10 @@ from torch import nn
 from pipelines.config.train import LR_BASE, LR_BASE_SIZE, OptimConfig, TrainConfig, scales_lr_by_root
 from pipelines.errors import RequestError
 from pipelines.models.build import TimmModule
-from pipelines.nodes import Node
+from pipelines.runtime.nodes import Node
 from pipelines.training.augment import TrainPixels, train_transform
-from pipelines.training.order import EpochOrder
 from pipelines.training.recipe import freeze, make_optimizer, make_schedule
+from pipelines.training.sampler import EpochSampler
 from pipelines.training.start import StartingPoint, build_trainable_on_meta
 
 NUM_RATES_SHOWN = 12
@@ -103,7 +103,7 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
         RequestError: a part cannot be built, or the images make no batch.
     """
     optim = config.optim
-    order = EpochOrder(num_train, optim.global_batch_size, optim.seed)
+    order = EpochSampler(num_train, optim.global_batch_size, optim.seed)
     _check_augmentation(config, start)
     module = build_trainable_on_meta(config, start.name, len(start.class_names)).train()
     freeze(module, config)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
+from pipelines.inputs.labelled import LabelledImages, find_pinned, pin, read_labelled, refuse_one_class
+from pipelines.outputs import run_record
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names
-from pipelines.storage.labelled import LabelledImages, find_pinned, pin, read_labelled, refuse_one_class
-from pipelines.training.order import EpochOrder
 from pipelines.training.plan import TrainPlan, plan_training
+from pipelines.training.sampler import EpochSampler
 from pipelines.training.start import StartingPoint, resolve_start
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
         log.warning("%d of the validation images are training images too: their score says nothing", num_shared)
     sizes = {name: images.table.num_rows for name, images in sets.items()}
     # Refuses a set too small for one batch, before the weights are read.
-    EpochOrder(sizes["train"], config.optim.global_batch_size, config.optim.seed)
+    EpochSampler(sizes["train"], config.optim.global_batch_size, config.optim.seed)
     start = resolve_start(config, sets["train"].class_names())
     if goes_on:
         _refuse_other_classes(config.output.uri, start)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelines.config.train import ScalingConfig
 from pipelines.errors import RequestError
-from pipelines.nodes import Node
+from pipelines.runtime.nodes import Node
 
 # Workers on CPUs share half of the cores; the other half fetches and decodes.
 WORKERS_SHARE = 0.5

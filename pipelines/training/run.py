@@ -14,22 +14,22 @@ from pyarrow.fs import PyFileSystem
 from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines import run_record
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.malloc import KEEP_FREED_MEMORY
-from pipelines.nodes import Node, can_grow, list_nodes, this_machine
-from pipelines.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
+from pipelines.outputs import run_record
+from pipelines.outputs.lease import Fence, Lease
+from pipelines.runtime.malloc import KEEP_FREED_MEMORY
+from pipelines.runtime.nodes import Node, can_grow, list_nodes, this_machine
+from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
 from pipelines.storage.filesystem import (
-    in_plain_words,
-    is_there,
+    exists,
     list_names,
     open_filesystem,
     remove_folder,
+    translate_storage_errors,
     write_bytes,
 )
-from pipelines.storage.lease import Fence, Lease
 from pipelines.storage.uploads import abort_unfinished_uploads
 from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
@@ -66,11 +66,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     refuse_if_ray_cannot_start()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
-    found = run_record.find_run(config.output.uri) if is_there(config.output.uri) else None
+    found = run_record.find_run(config.output.uri) if exists(config.output.uri) else None
     request = resolve_request(config)
     with Lease(config.output.uri) as lease:
-        with in_plain_words("write to", config.output.uri):
-            lease.take()
+        with translate_storage_errors("write to", config.output.uri):
+            lease.acquire()
         run_record.refuse_if_changed(config.output.uri, found)
         lease.confirm()
         if lease.is_takeover:
@@ -90,8 +90,8 @@ def _mark_finished(output_uri: str) -> None:
     """Write the `_SUCCESS` of a finished run that was killed before it could."""
     if run_record.is_complete(output_uri):
         return
-    with Lease(output_uri) as lease, in_plain_words("write to", output_uri):
-        lease.take()
+    with Lease(output_uri) as lease, translate_storage_errors("write to", output_uri):
+        lease.acquire()
         lease.confirm()
         run_record.mark_complete(output_uri)
 

@@ -21,15 +21,15 @@ from pipelines.benchmark.stages import (
 from pipelines.benchmark.whole import steady_rate
 from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.sections import ComputeConfig, ModelConfig, PreprocessConfig
+from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.plan import plan_compute
+from pipelines.engine.replica import PredictOptions
 from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.plan import plan_compute
-from pipelines.inference.replica import PredictOptions
-from pipelines.inference.write import make_writer
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
-from pipelines.nodes import Node
+from pipelines.outputs.writer import make_writer
+from pipelines.runtime.nodes import Node
 
 STAGE_S = 0.2
 COSTS = {

@@ -13,11 +13,11 @@ from ray._private.runtime_env.validation import parse_and_validate_excludes
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from cluster.digits import write_digits
+from cluster.local.digits import write_digits
 from pipelines.config.infer import InferConfig
 from pipelines.config.parse import parse_config
 from pipelines.config.train import TrainConfig
-from pipelines.metrics import COUNTERS, GPU_MEMORY
+from pipelines.runtime.metrics import COUNTERS, GPU_MEMORY
 from tests.support.infer import REPOSITORY, run_command
 
 CLUSTER = REPOSITORY / "cluster"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.local import object_store
-from cluster.photographs import crops
-from cluster.processes import is_running, wait_until_gone
+from cluster.local.object_store import object_store
+from cluster.local.photographs import crops
+from cluster.local.processes import is_running, wait_until_gone
 from tests.support.infer import REPOSITORY
 
 
@@ -31,7 +31,10 @@ def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.integration
 def test_the_store_dies_with_its_starter(own_home: Path) -> None:
-    code = "import cluster.local as c, time\nwith c.object_store() as s:\n print(s.pid, flush=True); time.sleep(60)"
+    code = (
+        "import time; from cluster.local.object_store import object_store\n"
+        "with object_store() as s:\n    print(s.pid, flush=True); time.sleep(60)"
+    )
     starter = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     pid = int(starter.stdout.readline())

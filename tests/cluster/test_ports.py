@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import RayHead
-from cluster.processes import descendants
+from cluster.local.processes import descendants
+from cluster.local.ray_head import RayHead
 from tests.support.infer import REPOSITORY
 from tests.support.ports import answers_from, is_loopback, listeners_of, open_pages, open_services, other_address
 
@@ -51,7 +51,7 @@ def test_foreign_client_runs_nothing_on_the_ray_head(ray_server: RayHead, tmp_pa
 
 JOB = """
 import time, ray
-from pipelines.ray_session import ray_session
+from pipelines.runtime.ray_session import ray_session
 
 with ray_session():
     ray.get(ray.remote(lambda: None).remote())

@@ -248,7 +248,7 @@ def test_control_characters_in_keys_are_escaped(tmp_path: Path) -> None:
 
 def test_help_names_every_key_and_needs_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from pipelines.job import run_job; from pipelines.config.infer import InferConfig; "
+        "import sys; from pipelines.runtime.job import run_job; from pipelines.config.infer import InferConfig; "
         "status = run_job('jobs.infer', InferConfig, None, ['--help']); "
         "loaded = {'torch', 'ray', 'timm', 'pyarrow'} & set(sys.modules); "
         "assert not loaded, loaded; sys.exit(status)"

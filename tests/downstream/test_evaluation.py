@@ -10,12 +10,12 @@ import safetensors.torch
 import timm
 import torch
 
-from cluster.local import RayHead
+from cluster.local.ray_head import RayHead
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.downstream.evaluation import HitCounter, targets_of
+from pipelines.engine.schema import predictions_schema
 from pipelines.errors import RequestError, RunError
-from pipelines.inference.schema import predictions_schema
-from pipelines.storage.labelled import LABELLED_SCHEMA, LabelledImages
+from pipelines.inputs.labelled import LABELLED_SCHEMA, LabelledImages
 from tests.support.infer import infer, read_kind
 
 SMALL = {"name": "ecaresnet26t"}

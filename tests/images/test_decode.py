@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cluster.photographs import encode, photographs
+from cluster.local.photographs import encode, photographs
 from pipelines.errors import ItemError
 from pipelines.images import decode
 from pipelines.images.decode import decode_by_pillow, decode_rgb, is_clipped_grey

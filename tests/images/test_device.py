@@ -12,9 +12,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cluster.photographs import encode
-from cluster.photographs import photographs as sources
+from cluster.local.photographs import encode
+from cluster.local.photographs import photographs as sources
 from pipelines.config.sections import ModelConfig, PreprocessConfig
+from pipelines.engine import pixels
+from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.predict import Predictor
+from pipelines.engine.replica import PredictOptions
 from pipelines.errors import ItemError, RunError
 from pipelines.images import device
 from pipelines.images.decode import decode_rgb
@@ -22,10 +26,6 @@ from pipelines.images.device import DeviceDecoder
 from pipelines.images.jpeg import MAX_DEVICE_BYTES, MAX_DEVICE_PIXELS, read_size, size_for_device
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
-from pipelines.inference import pixels
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.predict import Predictor
-from pipelines.inference.replica import PredictOptions
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.images.test_fast import IMAGENET

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from cluster.photographs import encode
-from cluster.photographs import photographs as sources
+from cluster.local.photographs import encode
+from cluster.local.photographs import photographs as sources
 from pipelines.errors import ItemError
 from pipelines.images import fast
 from pipelines.images.preprocess import Mode, make_preprocess

@@ -18,7 +18,7 @@ from pipelines.images.decode import decode_rgb
 from pipelines.images.memory import BYTES_PER_PIXEL, DECODING_SHARE, SLOT_BYTES, MemoryBudget, node_budget
 from pipelines.images.preprocess import Mode, make_preprocess
 from pipelines.images.transform import EvalTransform
-from pipelines.nodes import this_machine
+from pipelines.runtime.nodes import this_machine
 from tests.support.broken import png_chunk
 from tests.support.infer import REPOSITORY
 

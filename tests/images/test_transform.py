@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from cluster.photographs import photographs as sources
+from cluster.local.photographs import photographs as sources
 from pipelines.errors import ItemError
 from pipelines.images.decode import decode_rgb
 from pipelines.images.transform import EvalTransform

@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import TRANSIENT_KINDS, RunError
-from pipelines.inference.commit import find_done
-from pipelines.inference.commit_log import CommitLog
-from pipelines.inference.failures import MAX_REASONS, FailureLimit
-from pipelines.inference.schema import FAILED
-from pipelines.storage.lease import Lease
+from pipelines.inference.failures import FailureLimit
+from pipelines.outputs.commit_log import CommitLog
+from pipelines.outputs.contents import find_done
+from pipelines.outputs.lease import Lease
+from pipelines.outputs.reasons import MAX_REASONS
+from pipelines.outputs.schema import FAILED
 
 
 def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
@@ -62,7 +63,7 @@ def test_files_that_hold_a_retried_kind_are_removed_whole(tmp_path: Path) -> Non
     write("failed-0.parquet", [(0, "timeout"), (3, "empty")])
     write("failed-1.parquet", [(1, "empty")])
     with Lease(str(tmp_path)) as lease:
-        lease.take()
+        lease.acquire()
         assert not find_done(str(tmp_path), 4, 1, ("storage_error",)).removed
         done = find_done(str(tmp_path), 4, 1, TRANSIENT_KINDS)
         assert done.ids.missing(0, 4).tolist() == [0, 2, 3]

@@ -15,11 +15,11 @@ import pytest
 import timm
 import torch
 
-from cluster.local import RayHead
-from cluster.photographs import crops, encode
-from pipelines.cpu import why_no_int8
+from cluster.local.photographs import crops, encode
+from cluster.local.ray_head import RayHead
 from pipelines.errors import RequestError, RunError
 from pipelines.models.catalogue import MODEL_CARDS
+from pipelines.runtime.cpu import why_no_int8
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
 from tests.conftest import NUM_PHOTOGRAPHS

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.local import RayHead
+from cluster.local.ray_head import RayHead
 from pipelines.config.infer import InferConfig
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
-from pipelines.inference.commit import complete_digests, write_digests
-from pipelines.inference.rescore import rescore
+from pipelines.inference.spot_check import spot_check
 from pipelines.inference.verify import run
+from pipelines.inputs.manifest import find_manifest
 from pipelines.models.resolve import resolve_bundle
-from pipelines.storage.manifest import find_manifest
+from pipelines.outputs.contents import complete_digests, write_digests
 from tests.support.infer import infer, run_command, summary_of
 
 
@@ -234,9 +234,9 @@ def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) 
     manifest = find_manifest(str(output))
     assert manifest is not None
     exact = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
-    assert list(rescore(record, str(output), manifest, exact)) == []
+    assert list(spot_check(record, str(output), manifest, exact)) == []
     others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
-    problems = list(rescore(record, str(output), manifest, others))
+    problems = list(spot_check(record, str(output), manifest, others))
     assert len(problems) > exact.num_rows / 2
     assert "its embedding lies" in problems[0]
 

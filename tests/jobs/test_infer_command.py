@@ -12,9 +12,10 @@ import pytest
 import safetensors.torch
 import timm
 
-from cluster.faulty_proxy import Faults, faulty_proxy
-from cluster.local import ObjectStore, RayHead
-from cluster.photographs import crops, encode
+from cluster.local.faulty_proxy import Faults, faulty_proxy
+from cluster.local.object_store import ObjectStore
+from cluster.local.photographs import crops, encode
+from cluster.local.ray_head import RayHead
 from pipelines.storage.bulk import store_object
 from tests.support.infer import REPOSITORY, read_kind, run_command, summary_of
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError
 from pipelines.models import hub

@@ -11,10 +11,10 @@ import timm
 import torch
 from torch import fx, nn
 
-from pipelines.models.convolutions import pack_convolutions
-from pipelines.models.onednn import PackedConv2d
+from pipelines.models.cpu.onednn import PackedConv2d
+from pipelines.models.cpu.packing import pack_convolutions
+from pipelines.models.cpu.winograd import WinogradConv2d, load_library
 from pipelines.models.prepare import prepare_for_inference
-from pipelines.models.winograd import WinogradConv2d, load_library
 
 # With channel gates, with squeeze and excitation, with depthwise convolutions, without any convolution but the first.
 MODELS = ["test_resnet", "ecaresnet26t", "seresnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"]

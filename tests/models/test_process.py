@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from cluster.processes import is_running, wait_until_gone
+from cluster.local.processes import is_running, wait_until_gone
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.models.process import ModelProcess

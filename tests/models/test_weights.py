@@ -18,7 +18,7 @@ from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError
 from pipelines.inference.request import resolve_topk
 from pipelines.models.bundle import ModelBundle
-from pipelines.models.int8 import quantize_bundle
+from pipelines.models.cpu.int8 import quantize_bundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from pipelines.models.weights import resolve_weights
 

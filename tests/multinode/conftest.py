@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.digits import write_digits
-from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
-from cluster.local import ObjectStore, object_store
-from cluster.photographs import crops, encode
-from cluster.processes import is_running
+from cluster.local.digits import write_digits
+from cluster.local.faulty_proxy import Faults, Proxy, faulty_proxy
+from cluster.local.object_store import ObjectStore, object_store
+from cluster.local.photographs import crops, encode
+from cluster.local.processes import is_running
 from pipelines.storage.bulk import store_object
 from tests.multinode.hosts import Host, Network, can_make_hosts, network
 from tests.multinode.ray_cluster import SETTINGS, RayCluster, start_cluster

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.processes import descendants, wait_until_gone
+from cluster.local.processes import descendants, wait_until_gone
 
 START_TIMEOUT_S = 20.0
 # 198.18.0.0/15 is set aside for tests of network devices (RFC 2544): no real host answers there.

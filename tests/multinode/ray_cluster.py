@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.ray_session import RAYLET_CONFIG
+from pipelines.runtime.ray_session import RAYLET_CONFIG
 from tests.multinode.hosts import Host
 from tests.support.infer import REPOSITORY, summary_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipelines.inference.files import list_files
+from pipelines.outputs.file_names import list_files
 from tests.multinode.conftest import NUM_PHOTOGRAPHS, Site
 from tests.multinode.faults import cut_link, kill_driver, kill_worker, stop_job
 from tests.multinode.ray_cluster import JOB_TIMEOUT_S

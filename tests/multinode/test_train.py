@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.storage import uris
-from pipelines.storage.filesystem import is_there, read_bytes
+from pipelines.storage.filesystem import exists, read_bytes
 from tests.multinode.conftest import Site
 from tests.multinode.faults import cut_link, kill_driver, kill_worker
 from tests.multinode.ray_cluster import JOB_TIMEOUT_S
@@ -98,6 +98,6 @@ def test_training_goes_on(
 
 def wait_for_checkpoint(output_uri: str, process: "subprocess.Popen[str]") -> None:
     """Until Ray Train has committed one."""
-    while not is_there(uris.join(output_uri, "checkpoint_manager_snapshot.json")):
+    while not exists(uris.join(output_uri, "checkpoint_manager_snapshot.json")):
         assert process.poll() is None, "the job ended before the fault"
         time.sleep(0.2)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipelines import run_record
-from pipelines.metrics import COUNTERS
+from pipelines.outputs import run_record
+from pipelines.runtime.metrics import COUNTERS
 from pipelines.storage import uris
-from pipelines.storage.filesystem import is_there, read_bytes
+from pipelines.storage.filesystem import exists, read_bytes
 from tests.multinode.conftest import ACCELERATOR, NUM_PHOTOGRAPHS, Site
 from tests.multinode.ray_cluster import METRICS_PORT
 from tests.multinode.test_infer import infer
@@ -55,7 +55,7 @@ def watched(site: Site, input_uri: str) -> Watched:
     with site.cluster.submit(*command, submission_id=SUBMISSION_ID) as process:
         while process.poll() is None:
             seen |= scrape(site)
-            progress += [read_bytes(PROGRESS_URI)] if is_there(PROGRESS_URI) else []
+            progress += [read_bytes(PROGRESS_URI)] if exists(PROGRESS_URI) else []
             time.sleep(1)
         printed, _ = process.communicate()
     assert process.returncode == 0, printed

@@ -15,13 +15,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
 from pipelines.errors import ItemError
+from pipelines.inputs.listing import list_objects
 from pipelines.storage import bulk, uris
 from pipelines.storage.bounded import ByteBudget, NoRoomError, Reservation
 from pipelines.storage.bulk import fetch_many
 from pipelines.storage.filesystem import write_bytes
-from pipelines.storage.listing import list_objects
 
 MAX_BYTES = 1000
 MIB = 1 << 20

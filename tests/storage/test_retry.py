@@ -15,10 +15,10 @@ import pytest
 from obstore.exceptions import GenericError
 from obstore.store import S3Store
 
-from cluster.faulty_proxy import Faults, Proxy, faulty_proxy
-from cluster.local import ObjectStore
+from cluster.local.faulty_proxy import Faults, Proxy, faulty_proxy
+from cluster.local.object_store import ObjectStore
 from pipelines.errors import ItemError
-from pipelines.inference.write import write_table
+from pipelines.outputs.writer import write_table
 from pipelines.storage import bulk, retry, s3
 from pipelines.storage.retry import RequestLimit
 

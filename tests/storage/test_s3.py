@@ -13,21 +13,22 @@ import pyarrow as pa
 import pytest
 from pyarrow.fs import PyFileSystem
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
 from pipelines.errors import ItemError, RequestError
-from pipelines.inference.write import write_table
-from pipelines.storage import bulk, conditional, listing, retry, s3, uris
+from pipelines.inputs import listing
+from pipelines.inputs.listing import list_objects
+from pipelines.outputs.writer import write_table
+from pipelines.storage import bulk, conditional, retry, s3, uris
 from pipelines.storage.filesystem import (
     ArrowHandler,
     download,
-    is_there,
+    exists,
     list_with_sizes,
     open_filesystem,
     read_bytes,
     remove,
     write_bytes,
 )
-from pipelines.storage.listing import list_objects
 from pipelines.storage.uploads import abort_unfinished_uploads
 from tests.support.certificates import write_certificates
 from tests.support.infer import read_kind, run_command, summary_of
@@ -80,8 +81,8 @@ def images(store: ObjectStore) -> str:
 
 def read_with_each_client(root: str, folder: Path) -> None:
     names = [uris.join(root, key) for key in sorted(KEYS)]
-    assert is_there(root)
-    assert not is_there(uris.join(root, "absent"))
+    assert exists(root)
+    assert not exists(uris.join(root, "absent"))
     assert list_objects(root, []).table["uri"].to_pylist() == names
     assert set(list_with_sizes(uris.join(root, "in"))) == {
         uris.split_bucket(name)[1].rpartition("/")[2] for name in names
@@ -110,7 +111,7 @@ def write_with_each_client(root: str) -> None:
     write_with_arrow(f"{root}/checkpoints")
     write_bytes(uris.join(root, "small"), b"x")
     remove(uris.join(root, "small"))
-    assert not is_there(uris.join(root, "small"))
+    assert not exists(uris.join(root, "small"))
 
 
 def write_with_arrow(root: str) -> None:
@@ -124,7 +125,7 @@ def write_with_arrow(root: str) -> None:
         file.write(b"weights")
     assert bulk.read_object(f"{root}/step-1/model") == b"weights"
     arrow.delete_dir(f"{folder}/step-1")
-    assert not is_there(f"{root}/step-1")
+    assert not exists(f"{root}/step-1")
 
 
 def use_all(root: str, folder: Path) -> None:
@@ -263,7 +264,7 @@ def test_untrusted_certificate_is_said_without_retries(
     assert "certificate of the store is not trusted (UnknownIssuer)" in fetched.content.message
     assert fetched.num_retries == 0
     with pytest.raises(RequestError, match="certificate"):
-        is_there(images)
+        exists(images)
     with pytest.raises(RequestError, match="certificate"):
         list_objects(images, [])
 
@@ -282,7 +283,7 @@ def test_private_bucket_without_credentials_is_refused_in_one_line(
 ) -> None:
     setenv(AWS_ENDPOINT_URL=started().endpoint)
     with pytest.raises(RequestError, match=r"cannot reach s3://images/.*no AWS credentials were found"):
-        is_there(images)
+        exists(images)
     (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
     assert isinstance(fetched.content, ItemError)
     assert (fetched.content.kind, fetched.content.message) == (
@@ -337,7 +338,7 @@ def test_requester_pays_only_when_asked_to(
 ) -> None:
     setenv(**keys_of(store), AWS_ENDPOINT_URL=started(paid=("images",)).endpoint)
     with pytest.raises(RequestError, match="AccessDenied"):
-        is_there(images)
+        exists(images)
     setenv(AWS_REQUEST_PAYER="requester")
     use_all(images, tmp_path)
 
@@ -361,7 +362,7 @@ def test_settings_that_cannot_be_right_are_refused_in_one_line(
 ) -> None:
     setenv(**variables)
     uses: list[Callable[[], Any]] = [
-        lambda: is_there("s3://bucket/x"),
+        lambda: exists("s3://bucket/x"),
         lambda: bulk.store_object("s3://bucket/x", b""),
         lambda: open_filesystem("s3://bucket/x"),
         lambda: list_objects("s3://bucket/x", []),

@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
+from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.errors import ItemError, RequestError
-from pipelines.inference.fetch_decode import FetchAndDecode
-from pipelines.inference.schema import parts_schema
-from pipelines.inference.write import PartWriter
-from pipelines.storage import bulk, filesystem, listing, uris
+from pipelines.inputs import listing
+from pipelines.inputs.listing import LISTING_SCHEMA, list_objects
+from pipelines.inputs.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
+from pipelines.outputs.schema import parts_schema
+from pipelines.outputs.writer import PartWriter
+from pipelines.storage import bulk, filesystem, uris
 from pipelines.storage.bulk import read_columns
-from pipelines.storage.filesystem import is_there, list_names, read_bytes, write_bytes
-from pipelines.storage.listing import LISTING_SCHEMA, list_objects
-from pipelines.storage.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
+from pipelines.storage.filesystem import exists, list_names, read_bytes, write_bytes
 from tests.images.test_transform import IMAGENET
 
 ODD_KEYS = (
@@ -162,7 +163,7 @@ def test_thousands_side_by_side_are_listed_whole(store: ObjectStore, tmp_path: P
 
 
 def test_nothing_there_is_said(root: str) -> None:
-    assert not is_there(uris.join(root, "absent"))
+    assert not exists(uris.join(root, "absent"))
     with pytest.raises(RequestError, match=r"no input|does not exist"):
         list_objects(uris.join(root, "absent"), [])
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.uploads import abort_unfinished_uploads
 

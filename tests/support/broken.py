@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.photographs import encode, photographs
+from cluster.local.photographs import encode, photographs
 from tests.support.photographs import as_mode
 
 TENTHS = range(1, 10)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.local import RayHead
+from cluster.local.ray_head import RayHead
 from pipelines.config.infer import InferConfig
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, read_bytes

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cluster.photographs import crops
+from cluster.local.photographs import crops
 
 # Suffix, Pillow mode, and options of `save`.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {

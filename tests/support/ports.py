@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import grpc
 
-from cluster.processes import descendants
+from cluster.local.processes import descendants
 
 LISTEN = "0A"  # TCP_LISTEN of the kernel's net/tcp_states.h
 # Not among them: what says that a service is up and nothing else (`/healthz`, weed's `/status`), and `/` of Ray's

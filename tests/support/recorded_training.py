@@ -42,11 +42,11 @@ def main() -> int:
     """Run the job."""
     from jobs.train import train
     from pipelines.config.train import TrainConfig
-    from pipelines.job import run_job
+    from pipelines.runtime.job import run_job
 
     os.environ["RECORD_FOLDER"] = sys.argv[1]
     Path(sys.argv[1]).mkdir(exist_ok=True)
-    from pipelines.logs import log_to_stderr
+    from pipelines.runtime.logs import log_to_stderr
 
     log_to_stderr()  # before Ray is imported
     from pipelines.training import run

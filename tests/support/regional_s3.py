@@ -21,7 +21,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from cluster.local import ObjectStore
+from cluster.local.object_store import ObjectStore
 
 HOP_HEADERS = ("connection", "transfer-encoding", "content-length")
 

@@ -8,7 +8,7 @@ import os
 import sys
 
 from pipelines.errors import RequestError
-from pipelines.storage.lease import Lease
+from pipelines.outputs.lease import Lease
 
 
 def main(output_uri: str, count: int) -> None:
@@ -35,7 +35,7 @@ def _take(output_uri: str, start: int, end: int, outcome: int) -> None:
     os.read(start, 1)
     with Lease(output_uri) as lease:
         try:
-            lease.take()
+            lease.acquire()
             said = None
         except RequestError as error:
             said = str(error)

@@ -11,15 +11,15 @@ import pytest
 import ray
 from PIL import Image
 
-from cluster.local import RayHead
+from cluster.local.ray_head import RayHead
 from pipelines.config.train import AugmentConfig
 from pipelines.images.decode import decode_rgb
 from pipelines.images.transform import EvalTransform
-from pipelines.ray_session import ray_session
+from pipelines.runtime.ray_session import ray_session
 from pipelines.training.augment import EvalPixels, TrainPixels
-from pipelines.training.batches import PADDING_ID, Order, SequentialOrder, ShareLoader
-from pipelines.training.ingest import errors_of, iterate_shares, split_among_workers
-from pipelines.training.order import EpochOrder
+from pipelines.training.batches import PADDING_ID, LocalBatchLoader, Order, SequentialSampler
+from pipelines.training.ingest import errors_of, iterate_local_batches, split_among_workers
+from pipelines.training.sampler import EpochSampler
 
 SIZE = (32, 32)
 MEAN = (0.5, 0.5, 0.5)
@@ -35,8 +35,8 @@ def images(photographs: Path) -> pa.Table:
     return pa.table({"uri": paths, "target": pa.array(range(100, 124), pa.int64())})
 
 
-def loader(order: Order, num_rows: int, world_size: int, pixels: Any = EVAL) -> ShareLoader:
-    return ShareLoader(order, num_rows, pixels, SIZE, world_size, max_bytes=10**8, max_pixels=10**8)
+def loader(order: Order, num_rows: int, world_size: int, pixels: Any = EVAL) -> LocalBatchLoader:
+    return LocalBatchLoader(order, num_rows, pixels, SIZE, world_size, max_bytes=10**8, max_pixels=10**8)
 
 
 def photograph(images: pa.Table, index: int) -> Image.Image:
@@ -44,7 +44,7 @@ def photograph(images: pa.Table, index: int) -> Image.Image:
 
 
 def test_a_share_holds_pixels_targets_and_errors(images: pa.Table) -> None:
-    share = loader(SequentialOrder(24, 8), 8, 2).load(images, epoch=0, step=0, rank=0)
+    share = loader(SequentialSampler(24, 8), 8, 2).load(images, epoch=0, step=0, rank=0)
     assert share["id"].tolist() == list(range(8))
     assert share["target"].tolist() == list(range(100, 108))
     assert errors_of(share) == [(5, "not_found: it was listed, but is gone")]
@@ -55,7 +55,7 @@ def test_a_share_holds_pixels_targets_and_errors(images: pa.Table) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_validation_sees_each_image_once_at_any_number_of_workers(world_size: int) -> None:
-    order = SequentialOrder(1001, 16)
+    order = SequentialSampler(1001, 16)
     seen = [
         order.share(0, step, rank, world_size).tolist()
         for step in range(order.num_steps(world_size))
@@ -65,7 +65,7 @@ def test_validation_sees_each_image_once_at_any_number_of_workers(world_size: in
 
 
 def test_short_shares_are_filled_up(images: pa.Table) -> None:
-    share = loader(SequentialOrder(24, 10), 10, 2).load(images, epoch=0, step=1, rank=0)
+    share = loader(SequentialSampler(24, 10), 10, 2).load(images, epoch=0, step=1, rank=0)
     assert share["id"].tolist() == [20, 21, 22, 23] + [PADDING_ID] * 6
     assert share["image"].shape == (10, *SIZE, 3)
 
@@ -96,12 +96,12 @@ def connected(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield
 
 
-def shares_of_all_workers(order: EpochOrder, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
+def shares_of_all_workers(order: EpochSampler, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
     share_loader = loader(order, -(-order.global_batch_size // world_size), world_size)
     split = split_among_workers(share_loader, ray.put(images), first, num, order.steps_per_epoch, 0.5)
 
     def consume(rank: int) -> list[tuple[int, int, list[int]]]:
-        shares = iterate_shares(split[rank], rank, first, order.steps_per_epoch)
+        shares = iterate_local_batches(split[rank], rank, first, order.steps_per_epoch)
         return [(int(share["epoch"][0]), int(share["step"][0]), share["id"].tolist()) for share in shares]
 
     with ThreadPoolExecutor(world_size) as workers:
@@ -110,7 +110,7 @@ def shares_of_all_workers(order: EpochOrder, images: pa.Table, world_size: int, 
 
 @pytest.mark.usefixtures("connected")
 def test_ray_hands_every_worker_its_share_of_every_step(images: pa.Table) -> None:
-    order = EpochOrder(num_images=24, global_batch_size=6, seed=1)  # 4 steps an epoch
+    order = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps an epoch
     whole = shares_of_all_workers(order, images, world_size=2, first=0, num=8)
     for rank in range(2):
         assert [(epoch, step) for epoch, step, _ in whole[rank]] == [divmod(step, 4) for step in range(8)]

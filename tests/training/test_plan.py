@@ -8,7 +8,7 @@ import torch
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
-from pipelines.nodes import Node
+from pipelines.runtime.nodes import Node
 from pipelines.training.plan import plan_training
 from pipelines.training.start import resolve_start
 

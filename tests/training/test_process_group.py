@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.digits import write_digits
-from cluster.local import RayHead
+from cluster.local.digits import write_digits
+from cluster.local.ray_head import RayHead
 from tests.support.infer import REPOSITORY
 from tests.support.ports import is_loopback, listeners_of
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config.train import ScalingConfig
 from pipelines.errors import RequestError
-from pipelines.nodes import Node
+from pipelines.runtime.nodes import Node
 from pipelines.training.resources import plan_workers
 
 CLUSTERS = {

@@ -15,17 +15,18 @@ import safetensors.torch
 import timm
 import torch
 
-from cluster.digits import write_digits
-from cluster.local import ObjectStore, RayHead
-from cluster.processes import descendants, kill_tree
+from cluster.local.digits import write_digits
+from cluster.local.object_store import ObjectStore
+from cluster.local.processes import descendants, kill_tree
+from cluster.local.ray_head import RayHead
 from pipelines.config.export import ExportConfig
 from pipelines.config.parse import parse_config
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RunError
-from pipelines.job import run_job
 from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.models.weights import resolve_weights
+from pipelines.runtime.job import run_job
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, read_bytes
 from pipelines.training import run

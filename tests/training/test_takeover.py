@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import run_record
 from pipelines.config.parse import parse_config
 from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig
 from pipelines.models.weights import resolve_weights
+from pipelines.outputs import run_record
 from pipelines.training.request import _identity, normalize
 from tests.support.infer import REPOSITORY, summary_of
 from tests.training.test_run import all_digits, arguments, digits, in_this_process
@@ -22,7 +22,7 @@ from tests.training.test_run import all_digits, arguments, digits, in_this_proce
 __all__ = ["all_digits", "digits"]
 
 QUICK_TRAIN = """
-import pipelines.storage.lease as lease
+import pipelines.outputs.lease as lease
 lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = 0.5, 4.0, 3.0
 from jobs.train import *
 main("jobs.train", TrainConfig, train, dry_run)

@@ -1,0 +1,106 @@
+"""A sample of an output's rows, computed again: by the model and the images that the run names, on this machine."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.config.infer import InferConfig
+from pipelines.engine.quantization_sample import refuse_if_unable
+from pipelines.engine.replica import PredictOptions
+from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
+from pipelines.inference.request import SAMPLED_IDS, make_decode, sample_of_manifest
+from pipelines.inputs.manifest import ManifestInfo, read_manifest_rows
+
+log = logging.getLogger(__name__)
+
+BATCH_SIZE = 8
+# What another machine, a GPU or another batch size may change: of probabilities absolute, of embeddings in proportion.
+TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01), "int8": (0.1, 0.1)}
+# A GPU's decoder rounds, and scales colours up, in its own way, and fills up what is damaged, which CPUs refuse.
+CUDA_TOLERANCES = (0.1, 0.1)
+CUDA_KINDS: tuple[ErrorKind, ...] = ("truncated", "corrupt")
+
+
+def spot_check(record: dict[str, Any], output_uri: str, manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
+    """Compare rows with what the model says of their images now.
+
+    Args:
+        record: `_run.json` of the output.
+        output_uri: where the output is now; the record holds where it was written.
+        manifest: of the output.
+        rows: good rows of it.
+
+    Yields:
+        What differs, a line for each row.
+
+    Raises:
+        RequestError: the model cannot be had any more.
+    """
+    # Late: torch and timm, which a check of the files alone does without.
+    from pipelines.engine.predict import Predictor
+    from pipelines.models.resolve import prepare_bundle, resolve_bundle
+
+    config = InferConfig.model_validate(record["config"])
+    # The record holds every key, and cannot tell the default name from one that was given. The name that the run
+    # settled on is right either way.
+    named = config.model.model_copy(update={"name": record["identity"]["model.name"]})
+    moved = config.output.model_copy(update={"uri": output_uri})
+    config = config.model_copy(update={"model": named, "output": moved})
+    try:
+        bundle = resolve_bundle(config.model, config.preprocess)
+        if bundle.dtype == "int8":
+            from pipelines.models.cpu.int8 import quantize_bundle
+
+            refuse_if_unable(use_gpu=False, is_cluster=False)
+            images, _ = sample_of_manifest(config, bundle.facts(), manifest, record["identity"][SAMPLED_IDS])
+            bundle = quantize_bundle(bundle, images, config.model.quantization)
+    except RequestError as error:
+        raise RequestError(f"{error}; with --sample.num_rows 0 no row is computed again") from None
+    if bundle.fingerprint != record["fingerprint"]:
+        raise RequestError(
+            "the weights or the libraries are no longer those of the run, so its rows cannot be computed again; "
+            "with --sample.num_rows 0 none is"
+        )
+    options = PredictOptions(
+        BATCH_SIZE,
+        record["identity"]["outputs.topk"],
+        config.outputs.embedding,
+        use_gpu=False,
+        max_pixels=config.preprocess.max_pixels_on_device,
+    )
+    is_cuda = config.preprocess.mode == "cuda"
+    tolerances = CUDA_TOLERANCES if is_cuda else TOLERANCES[bundle.dtype]
+    says_nothing = (*TRANSIENT_KINDS, "changed") + (CUDA_KINDS if is_cuda else ())
+    decode = make_decode(config, bundle)
+    rows = rows.sort_by("id")
+    pinned = read_manifest_rows(config.output.uri, rows["id"].to_numpy(), manifest)
+    again = Predictor(prepare_bundle(bundle), options)(decode(pinned))
+    for old, new in zip(rows.to_pylist(), again.to_pylist()):
+        if new["error_kind"] in says_nothing:
+            log.warning("row %d is not computed again: %s", old["id"], new["error_message"])
+            continue
+        problem = new["error_kind"] or _difference(old, new, *tolerances)
+        if problem:
+            yield f"row {old['id']}, computed again: {problem}"
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prob: float, embedding: float) -> str | None:
+    if "prob" in old:
+        before, after = _floats(old["prob"]), _floats(new["prob"])
+        is_clear = len(after) < 2 or after[0] - after[1] > 2 * prob
+        if (is_clear and old["index"][0] != new["index"][0]) or np.abs(before - after).max() > prob:
+            return f"the probability of class {old['index'][0]} was {before[0]:.5f}, is {after[0]:.5f}"
+    if "embedding" in old:
+        before, after = _floats(old["embedding"]), _floats(new["embedding"])
+        distance = float(np.linalg.norm(before - after) / np.linalg.norm(after))
+        if distance > embedding:
+            return f"its embedding lies {distance:.2g} of its length away"
+    return None
+
+
+def _floats(values: list[float]) -> NDArray[np.float64]:
+    return np.array(values, np.float64)

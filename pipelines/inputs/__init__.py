@@ -1,0 +1,1 @@
+"""Inputs: listing them, the manifest that pins them, class folders and lists."""

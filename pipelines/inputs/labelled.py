@@ -1,0 +1,146 @@
+"""Labelled images: folders named for their class, or a list of URIs and labels; pinned under the output.
+
+The id of an image is its row in the pinned table.
+"""
+
+import difflib
+import io
+import posixpath
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.errors import RequestError
+from pipelines.inputs.class_folders import label_by_folder, log_empty_folders, named
+from pipelines.inputs.listing import list_objects
+from pipelines.inputs.lists import LABELLED_SCHEMA as LABELLED_SCHEMA
+from pipelines.inputs.lists import READERS, list_suffix, read_list
+from pipelines.storage import uris
+from pipelines.storage.filesystem import exists, read_bytes, write_bytes
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A set of labelled images.
+
+    Attributes:
+        table: `LABELLED_SCHEMA`; the id of an image is its row.
+        num_excluded: objects left out by a pattern, or as hidden and system files.
+        linked: as `Listing.linked`, when the set was just listed.
+    """
+
+    table: pa.Table
+    num_excluded: int
+    linked: dict[str, str] = field(default_factory=dict)
+
+    def class_names(self) -> list[str]:
+        """Return the labels that occur, sorted."""
+        return sorted(pc.unique(self.table["label"]).to_pylist())
+
+    def num_shared(self, other: "LabelledImages") -> int:
+        """Return how many of the images are also in `other`, by URI."""
+        return int(pc.sum(pc.is_in(self.table["uri"], other.table["uri"].combine_chunks())).as_py() or 0)
+
+    def targets(self, class_names: list[str]) -> NDArray[np.int64]:
+        """Return the index of each image's label in `class_names`.
+
+        Raises:
+            RequestError: `class_names` lacks a label.
+        """
+        found = pc.index_in(self.table["label"].combine_chunks(), pa.array(class_names, pa.string()))
+        if found.null_count:
+            unknown = sorted(set(self.class_names()) - set(class_names))
+            near = difflib.get_close_matches(unknown[0], class_names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            more = f", {', '.join(map(repr, unknown[1:4]))}" if unknown[1:] else ""
+            raise RequestError(
+                f"{len(unknown)} of the images' classes are not among the model's {len(class_names)}: "
+                f"{unknown[0]!r}{hint}{more}"
+            )
+        return np.asarray(found.to_numpy(zero_copy_only=False), np.int64)
+
+
+def read_labelled(uri: str, exclude: list[str], *, trust_list: bool = False) -> LabelledImages:
+    """List a set of labelled images.
+
+    Args:
+        uri: a folder or prefix whose folders are named for the classes (`cat/1.jpg`, `dog/a/2.png`), or a list
+            (`pipelines.inputs.lists`).
+        exclude: shell patterns on the path below a folder; not used on lists.
+        trust_list: whether a list that is not on this machine may name files of this machine and hosts of its network.
+
+    Raises:
+        RequestError: nothing is there, or it is not labelled.
+    """
+    location = uris.normalize(uri)
+    if not exists(location):
+        raise RequestError(f"no input: nothing lies under {location}")
+    if list_suffix(location):
+        return LabelledImages(read_list(location, trust_list=trust_list), 0)
+    listing = list_objects(location, exclude)
+    if listing.table.num_rows == 1 and listing.table["uri"][0].as_py() == location:
+        raise RequestError(
+            f"{location} is one file, neither a folder of classes nor a list: a list ends in {', '.join(READERS)} "
+            "(unpacked, and in any case)"
+        )
+    table, num_left_out = label_by_folder(location, listing.table["uri"])
+    images = LabelledImages(table, listing.num_excluded + num_left_out, listing.linked)
+    if uris.is_local(location):
+        log_empty_folders(location, exclude, images.class_names())
+    return images
+
+
+def refuse_one_class(images: LabelledImages, key: str) -> None:
+    """Refuse to train on images of a single class, for which every loss is 0.
+
+    Args:
+        images: the training images.
+        key: that names them, such as `data.train.uri`.
+
+    Raises:
+        RequestError: there is one class; says which folders in it may be meant.
+    """
+    names = images.class_names()
+    if len(names) > 1:
+        return
+    object_uris = images.table["uri"].to_pylist()
+    common = posixpath.commonprefix([min(object_uris), max(object_uris)]).rpartition("/")[0]
+    below = [uri.removeprefix(f"{common}/") for uri in object_uris if posixpath.basename(common) == names[0]]
+    folders = sorted({path.partition("/")[0] for path in below if "/" in path})
+    hint = (
+        f"; its folders {named(folders)} look like classes: name the folder that holds them in {key}"
+        if folders
+        else "; a classifier needs two or more"
+    )
+    raise RequestError(f"all {len(object_uris)} images of {key} are of one class, {names[0]!r}{hint}")
+
+
+def pin(output_uri: str, name: str, images: LabelledImages) -> None:
+    """Write a set under an output, so that its ids mean the same images for as long as the output exists."""
+    buffer = io.BytesIO()
+    metadata = {"num_excluded": str(images.num_excluded)}
+    pq.write_table(images.table.replace_schema_metadata(metadata), buffer, compression="zstd")
+    write_bytes(_pinned_uri(output_uri, name), buffer.getvalue())
+
+
+def find_pinned(output_uri: str, name: str) -> LabelledImages | None:
+    """Return the set that an earlier run pinned; None if there is none.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(read_bytes(_pinned_uri(output_uri, name))))
+    except FileNotFoundError:
+        return None
+    except pa.ArrowInvalid:
+        raise RequestError(f"{_pinned_uri(output_uri, name)} is damaged: it is not what a job wrote there") from None
+    return LabelledImages(table, int(table.schema.metadata[b"num_excluded"]))
+
+
+def _pinned_uri(output_uri: str, name: str) -> str:
+    return uris.join(output_uri, f"_data/{name}.parquet")

@@ -1,0 +1,162 @@
+"""The manifest: the inputs of one output, listed once and pinned under it, so that a rerun never lists again.
+
+`_manifest/inputs-*.parquet` hold the rows. `_manifest/manifest.json` is created last, by a conditional write: of two
+runs that list at the same time, the manifest of one counts.
+"""
+
+import functools
+import io
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from pipelines.errors import DamagedFileError, RequestError
+from pipelines.inputs.listing import Listing
+from pipelines.storage import uris
+from pipelines.storage.conditional import create_object
+from pipelines.storage.documents import Document, read_document, to_json
+from pipelines.storage.filesystem import write_bytes
+from pipelines.storage.tables import read_own_table
+
+MANIFEST_SCHEMA = pa.schema(
+    [("id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
+)
+# A task reads a whole file of them for its few rows, and keeps it for the next task of its process.
+ROWS_PER_FILE = 250_000
+NUM_READERS = 8
+ADVICE = "restore it from a copy, or write to a new output; the rows of this one cannot be told apart without it"
+
+
+class ManifestInfo(Document):
+    """Content of `_manifest/manifest.json`.
+
+    Attributes:
+        input_uri: what was listed.
+        exclude: the shell patterns that it was listed with.
+        num_inputs: rows of the manifest.
+        num_excluded: objects that the patterns left out.
+        num_files: files that hold the rows.
+        rows_per_file: rows of each, but of the last.
+        file_prefix: beginning of the files' names.
+    """
+
+    newest_format: ClassVar[int] = 2
+
+    input_uri: str
+    exclude: list[str]
+    num_inputs: Annotated[int, Field(ge=0)]
+    num_excluded: Annotated[int, Field(ge=0)]
+    num_files: Annotated[int, Field(ge=0)]
+    rows_per_file: Annotated[int, Field(ge=1)]
+    file_prefix: Annotated[str, Field(pattern=r"^[a-z]+-([0-9]+-)?$")] = "part-"
+
+    @model_validator(mode="after")
+    def _files_hold_the_rows(self) -> "ManifestInfo":
+        if self.num_files != -(-self.num_inputs // self.rows_per_file):
+            raise ValueError("num_files does not follow from num_inputs and rows_per_file")
+        return self
+
+
+def find_manifest(output_uri: str) -> ManifestInfo | None:
+    """Read what the manifest of an output says of itself; None where none was finished.
+
+    Raises:
+        DamagedFileError: it is damaged.
+    """
+    try:
+        return read_document(_info_uri(output_uri), ManifestInfo, ADVICE)
+    except FileNotFoundError:
+        return None
+
+
+def write_manifest(
+    output_uri: str, input_uri: str, exclude: list[str], listing: Listing, epoch: int = 0
+) -> ManifestInfo:
+    """Pin the inputs: ids dense from 0, in the order of the URIs.
+
+    Args:
+        output_uri: where `_manifest/` goes.
+        input_uri: what was listed.
+        exclude: the shell patterns that it was listed with.
+        listing: what was found.
+        epoch: of the run's lease.
+
+    Raises:
+        RequestError: another run pinned its inputs meanwhile.
+    """
+    num_inputs = listing.table.num_rows
+    table = listing.table.add_column(0, MANIFEST_SCHEMA.field("id"), pa.array(range(num_inputs), pa.int64()))
+    num_files = -(-num_inputs // ROWS_PER_FILE)
+    info = ManifestInfo(
+        format=ManifestInfo.newest_format,
+        input_uri=input_uri,
+        exclude=exclude,
+        num_inputs=num_inputs,
+        num_excluded=listing.num_excluded,
+        num_files=num_files,
+        rows_per_file=ROWS_PER_FILE,
+        file_prefix=f"inputs-{epoch:06d}-",
+    )
+    for index in range(num_files):
+        buffer = io.BytesIO()
+        pq.write_table(table.slice(index * ROWS_PER_FILE, ROWS_PER_FILE), buffer, compression="zstd")
+        write_bytes(_file_uri(output_uri, info, index), buffer.getvalue())
+    if not create_object(_info_uri(output_uri), to_json(info)) and find_manifest(output_uri) != info:
+        raise RequestError(f"another run worked on {output_uri} while this one began: run the same command again")
+    return info
+
+
+def read_manifest(output_uri: str, info: ManifestInfo) -> pa.Table:
+    """Read all rows, `MANIFEST_SCHEMA`, in the order of their ids.
+
+    Raises:
+        DamagedFileError: a file is damaged or gone.
+    """
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        names = [_file_uri(output_uri, info, index) for index in range(info.num_files)]
+        return pa.concat_tables(pool.map(functools.partial(_read_file, columns=MANIFEST_SCHEMA.names), names))
+
+
+def read_manifest_rows(output_uri: str, ids: NDArray[np.int64], info: ManifestInfo) -> pa.Table:
+    """Read `id`, `uri` and `etag` of some ids, given in order.
+
+    Args:
+        output_uri: the output.
+        ids: of its manifest.
+        info: of the manifest.
+
+    Raises:
+        DamagedFileError: a file is damaged or gone.
+    """
+    files = ids // info.rows_per_file
+    rows = [
+        _cached_file(_file_uri(output_uri, info, int(file))).take(ids[files == file] % info.rows_per_file)
+        for file in np.unique(files)
+    ]
+    return pa.concat_tables(rows).combine_chunks()
+
+
+# Tasks come in the order of their ids: one file after the other is read, once in each process.
+@functools.lru_cache(maxsize=2)
+def _cached_file(uri: str) -> pa.Table:
+    return _read_file(uri, columns=["id", "uri", "etag"])
+
+
+def _read_file(uri: str, columns: list[str]) -> pa.Table:
+    try:
+        return read_own_table(uri, columns, ADVICE)
+    except FileNotFoundError:
+        raise DamagedFileError(f"{uri} is gone: {ADVICE}") from None
+
+
+def _info_uri(output_uri: str) -> str:
+    return uris.join(output_uri, "_manifest/manifest.json")
+
+
+def _file_uri(output_uri: str, info: ManifestInfo, index: int) -> str:
+    return uris.join(output_uri, f"_manifest/{info.file_prefix}{index:05d}.parquet")

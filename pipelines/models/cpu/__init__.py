@@ -1,0 +1,1 @@
+"""Models on CPUs: packed and Winograd convolutions, int8, compiled code."""

@@ -1,0 +1,1 @@
+"""An output directory: file names, run record, writer, commit log, lease, compaction."""

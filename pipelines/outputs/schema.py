@@ -1,0 +1,49 @@
+"""Schemas of the rows that an output holds. Plain Arrow types only, so that any Parquet reader takes them."""
+
+import pyarrow as pa
+
+ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
+"""Fields of a failed row; null in good rows until these are written."""
+
+SOURCE_FIELDS = [
+    pa.field("id", pa.int64()),
+    pa.field("uri", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+]
+"""Fields that say which image a row is about."""
+
+FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
+"""A row of `failed-*.parquet`."""
+
+WRITE_RESULTS = pa.schema(
+    [
+        pa.field("num_ok", pa.int64()),
+        pa.field("failures", pa.list_(pa.string())),
+        pa.field("files", pa.list_(pa.string())),
+        pa.field("digests", pa.list_(pa.string())),
+        pa.field("num_retries", pa.int64()),
+        pa.field("num_clipped", pa.int64()),
+    ]
+)
+"""Report of a write task to the driver: number of good rows, reason of each failed row, names and SHA-256 of the files,
+number of retried requests, number of grey images of more than 8 bits."""
+
+
+def parts_schema(topk: int, embedding_size: int) -> pa.Schema:
+    """Return the schema of `part-*.parquet`.
+
+    Args:
+        topk: classes per row; 0 leaves `index`, `prob` and `label` out.
+        embedding_size: length of `embedding`; 0 leaves it out.
+    """
+    fields = list(SOURCE_FIELDS)
+    if topk:
+        fields += [
+            pa.field("index", pa.list_(pa.int32())),
+            pa.field("prob", pa.list_(pa.float32())),
+            pa.field("label", pa.list_(pa.string())),
+        ]
+    if embedding_size:
+        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding_size)))
+    return pa.schema(fields)

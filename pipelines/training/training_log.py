@@ -1,0 +1,167 @@
+"""Progress of a training: a log line every few seconds, `metrics.jsonl`, and TensorBoard's events, under the output."""
+
+import functools
+import json
+import logging
+import math
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+
+from pipelines.config.train import TrainConfig
+from pipelines.outputs import run_record
+from pipelines.outputs.lease import Fence
+from pipelines.storage import uris
+from pipelines.storage.filesystem import write_bytes
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainingLog:
+    """Metrics of a run, kept by its first worker.
+
+    Attributes:
+        records: the lines of `metrics.jsonl`: `kind` (`step` or `epoch`), `step`, `epoch` and figures.
+    """
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, fence: Fence | None = None) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._config, self._steps_per_epoch = config, steps_per_epoch
+        self._check = fence.check if fence else None
+        self._folder = tempfile.TemporaryDirectory()
+        self._window: list[torch.Tensor] = []
+        # Writes one thing after the other, so that nothing older comes over something newer.
+        self._writer, self._writing = ThreadPoolExecutor(1), Future[None]()
+        self._writing.set_result(None)
+        self._quiet_until = 0.0
+        self._since = self._epoch_since = time.monotonic()
+        self._num_steps_of_epoch = 0
+        self._is_warm = False
+
+    @functools.cached_property
+    def _events(self) -> SummaryWriter:
+        return SummaryWriter(self._folder.name)
+
+    def add_step(self, step: int, loss: torch.Tensor, lr: float) -> None:
+        """Count a step. Every `logging.every_s`, log and keep the loss and rates. The first step is warm-up.
+
+        Args:
+            step: done, over all epochs.
+            loss: of the global batch, as far as this worker knows it: one value, on any device.
+            lr: rate of the next step.
+        """
+        now = time.monotonic()
+        if not self._is_warm:
+            self._is_warm, self._since, self._epoch_since = True, now, now
+            return
+        self._window.append(loss)
+        self._num_steps_of_epoch += 1
+        if now - self._since < self._config.logging.every_s:
+            return
+        optim = self._config.optim
+        mean_loss = _mean_of_finite(self._window)  # waits for the steps
+        now = time.monotonic()
+        rate = len(self._window) * optim.global_batch_size / (now - self._since)
+        epoch, within = divmod(step - 1, self._steps_per_epoch)
+        self._keep(
+            {"kind": "step", "step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "images_per_s": rate}
+        )
+        num_left = (self._steps_per_epoch * optim.epochs - step) * optim.global_batch_size
+        log.info(
+            "epoch %d of %d, step %d of %d, loss %s, rate %.3g, %.1f images/s, %s left",
+            *(epoch + 1, optim.epochs, within + 1, self._steps_per_epoch),
+            *(_figure(mean_loss), lr, rate, _duration(num_left / rate)),
+        )
+        self._publish(
+            {
+                "step": step,
+                "num_steps": self._steps_per_epoch * optim.epochs,
+                "loss": mean_loss,
+                "images_per_s": round(rate, 3),
+                "left_s": round(num_left / rate, 1),
+            }
+        )
+        self._window, self._since = [], now
+
+    def epoch_rate(self) -> float:
+        """Images per second since the epoch began, or since the run went on in it."""
+        num_images = self._num_steps_of_epoch * self._config.optim.global_batch_size
+        return num_images / (time.monotonic() - self._epoch_since)
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """Log and keep the record of an epoch."""
+        self._keep({"kind": "epoch"} | record)
+        text = f"epoch {record['epoch']} of {self._config.optim.epochs} done: loss {_figure(record['train_loss'])}"
+        if "top1" in record:
+            text += f", top-1 {record['top1']:.4f}, top-5 {record['top5']:.4f}"
+        if "average_top1" in record:
+            text += f" ({'EMA' if record['of'] == 'average' else 'model'})"
+        log.info("%s, %.1f images/s", text, record["images_per_s"])
+        self._window, self._num_steps_of_epoch = [], 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what was done beside learning: validation and the epoch's checkpoint."""
+        self._since = self._epoch_since = time.monotonic()
+
+    def upload(self, output_uri: str) -> None:
+        """Write `metrics.jsonl` and this process's TensorBoard events, whole, under the output."""
+        self._writer.submit(self._upload, output_uri, list(self.records)).result()
+
+    def _upload(self, output_uri: str, records: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        write_bytes(uris.join(output_uri, METRICS_FILE), lines.encode(), self._check)
+        self._events.flush()
+        for path in Path(self._folder.name).iterdir():
+            write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes(), self._check)
+
+    def _publish(self, figures: dict[str, Any]) -> None:
+        """Write `_progress.json`, metrics and events in a thread, unless the previous write is still running."""
+        if self._writing.done():
+            content = {"is_running": True, **figures}
+            self._writing = self._writer.submit(self._write_all, content, list(self.records))
+
+    def _write_all(self, progress: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        output_uri = self._config.output.uri
+        run_record.write_progress(output_uri, progress, self._check)
+        started = time.monotonic()
+        if started < self._quiet_until:
+            return
+        try:
+            self._upload(output_uri, records)
+        except (
+            Exception
+        ) as error:  # of whatever file system; the next checkpoint tries again, and ends the run if need be
+            log.warning("%s could not be written: %s", METRICS_FILE, error)
+        # Both are written whole, and grow: they take a twentieth of the time at most.
+        self._quiet_until = time.monotonic() + 20 * (time.monotonic() - started)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._events.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def _mean_of_finite(losses: list[torch.Tensor]) -> float | None:
+    """Return the mean without the steps that a GradScaler skipped, or None where there is no other."""
+    values = torch.stack(losses)
+    mean = float(values[values.isfinite()].mean())
+    return mean if math.isfinite(mean) else None
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,85 @@
+"""What runs say of themselves, and what they refuse."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config.infer import InferConfig
+from pipelines.errors import RequestError
+from pipelines.images.transform import EvalTransform
+from pipelines.inference.request import identify
+from pipelines.models.bundle import ModelFacts
+from pipelines.outputs import run_record
+
+
+def test_an_output_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    run_record.refuse_if_changed(output, None)
+    run_record.write_run(output, {"identity": {"fingerprint": "a"}})
+    record = run_record.find_run(output)
+    run_record.refuse_if_changed(output, record)
+    for before in (None, {"identity": {"fingerprint": "b"}}):
+        with pytest.raises(RequestError, match=r"another run worked on .* while this one began"):
+            run_record.refuse_if_changed(output, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"input": {"max_bytes": 5}}, r"input\.max_bytes was 268435456, is 5"),
+        ({"preprocess": {"max_pixels": 5}}, r"preprocess\.max_pixels was 178956970, is 5"),
+        ({"outputs": {"embedding": False}}, r"outputs\.embedding was True, is False"),
+    ],
+)
+def test_keys_that_change_rows_are_in_the_identity(change: dict[str, Any], key: str) -> None:
+    before, after = _infer_identity({}), _infer_identity(change)
+    with pytest.raises(RequestError, match=key):
+        run_record.refuse_other_run("out", {"identity": before}, after)
+    # An older version had fewer keys in the identity, and all of them in the config.
+    config = InferConfig.model_validate(SECTIONS).model_dump(mode="json")
+    with pytest.raises(RequestError, match=key):
+        run_record.refuse_other_run("out", {"identity": {"outputs.topk": 5}, "config": config}, after)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compute": {"batch_size": 8}},
+        {"output": {"uri": "out", "commit_rows": 5}},
+        {"failure": {"max_fraction": 1}},
+        {"model": {"weights": "elsewhere.safetensors"}},  # its content is in the fingerprint
+    ],
+)
+def test_keys_that_change_no_row_are_not_in_the_identity(change: dict[str, Any]) -> None:
+    assert _infer_identity({}) == _infer_identity(change)
+
+
+def test_label_names_are_in_the_identity_also_of_older_outputs() -> None:
+    with pytest.raises(RequestError, match="label_names_sha256 was"):
+        run_record.refuse_other_run("out", {"identity": _infer_identity({})}, _infer_identity({}, ("x", "y")))
+    older = {"identity": {"outputs.topk": 2}, "label_names": ["cat", "dog"]}
+    run_record.refuse_other_run("out", older, _infer_identity({}))
+    with pytest.raises(RequestError, match="label_names_sha256 was"):
+        run_record.refuse_other_run("out", older, _infer_identity({}, ("x", "y")))
+
+
+SECTIONS: dict[str, Any] = {"input": {"uri": "in"}, "output": {"uri": "out"}}
+
+
+def _infer_identity(change: dict[str, Any], label_names: tuple[str, ...] = ("cat", "dog")) -> dict[str, Any]:
+    sections = {name: SECTIONS.get(name, {}) | change.get(name, {}) for name in SECTIONS | change}
+    transform = EvalTransform((32, 32), 0.875, "center", "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    facts = ModelFacts("test_resnet", 2, 8, label_names, label_names, transform, "float32", "f" * 64)
+    return identify(InferConfig.model_validate(sections), facts, topk=2, sampled_ids=None)
+
+
+def test_what_differs_is_a_table_and_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    found = {"identity": {"model.name": "a", "topk": 5}}
+    run_record.refuse_other_run("out", found, {"model.name": "a", "topk": 5})
+    assert not caplog.messages
+    with pytest.raises(RequestError, match="topk was 5, is 3"):
+        run_record.refuse_other_run("out", found, {"model.name": "a", "topk": 3})
+    assert [line.split() for line in caplog.messages[0].splitlines()] == [["was", "is"], ["topk", "5", "3"]]
