@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from pipelines.engine.source import PendingInputs, cut_into_tasks, rows_per_task
+from pipelines.engine.source import PendingInputs, plan_tasks
 from pipelines.inputs.idset import IdSet
 from pipelines.inputs.listing import list_objects
-from pipelines.inputs.manifest import ManifestInfo, write_manifest
+from pipelines.inputs.manifest import Manifest, write_manifest
 
 INPUT_URI = "s3://bucket/images"
 KEYS_PER_PAGE = 1000
@@ -49,23 +49,22 @@ def main() -> None:
     print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the highest so far")
     with tempfile.TemporaryDirectory() as output:
         manifest = _make_manifest(output, args.num_keys)
-        source = _measure("planned", lambda: _plan(output, manifest))
+        source = _measure("planned", lambda: _plan(manifest))
         rows = _measure("rows of the last task", lambda: source.rows_of(source.num_tasks - 1))
         print(f"{source.num_tasks:,} tasks; the last row: {rows['uri'][-1].as_py()}")
     server.terminate()
 
 
-def _plan(output: str, manifest: ManifestInfo) -> PendingInputs:
-    num_rows = rows_per_task(manifest.num_inputs, BATCH_SIZE, NUM_THREADS)
-    starts = cut_into_tasks(manifest.num_inputs, num_rows, BATCH_SIZE, NUM_THREADS)
+def _plan(manifest: Manifest) -> PendingInputs:
+    tasks = plan_tasks(manifest.num_inputs, BATCH_SIZE, NUM_THREADS)
     none = IdSet(manifest.num_inputs)
-    return PendingInputs(output, manifest, none, none, starts)
+    return PendingInputs(manifest, none, none, tasks.starts)
 
 
-def _make_manifest(output: str, num_keys: int) -> ManifestInfo:
+def _make_manifest(folder: str, num_keys: int) -> Manifest:
     listing = _measure("listed", lambda: list_objects(INPUT_URI, []))
     assert listing.table.num_rows == num_keys
-    written: ManifestInfo = _measure("manifest written", lambda: write_manifest(output, INPUT_URI, [], listing))
+    written: Manifest = _measure("manifest written", lambda: write_manifest(folder, INPUT_URI, [], listing))
     return written
 
 

@@ -24,7 +24,7 @@ from cluster.local.photographs import crops, encode
 from cluster.local.processes import descendants, memory_bytes
 from pipelines.inputs.listing import LISTING_SCHEMA, Listing
 from pipelines.inputs.manifest import write_manifest
-from pipelines.outputs import run_record
+from pipelines.outputs import Output, run_record
 from pipelines.outputs.file_names import list_files
 from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
@@ -93,7 +93,7 @@ def _write_output(output_uri: str, num_inputs: int, missing: np.ndarray, command
     record = run_record.find_run(output_uri)
     assert record is not None
     columns = [[_name(index) for index in range(num_inputs)], [0] * num_inputs, [""] * num_inputs]
-    write_manifest(output_uri, INPUT_URI, [], Listing(pa.table(columns, schema=LISTING_SCHEMA), 0))
+    write_manifest(Output(output_uri).manifest_uri, INPUT_URI, [], Listing(pa.table(columns, schema=LISTING_SCHEMA), 0))
     schema = parts_schema(5, record["num_features"])
     writer = PartWriter(output_uri, schema, {"fingerprint": record["fingerprint"]})
     with ThreadPoolExecutor(NUM_WRITERS) as pool:

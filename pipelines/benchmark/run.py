@@ -30,17 +30,17 @@ from pipelines.benchmark.stages import (
 )
 from pipelines.benchmark.whole import WholeRate, measure_whole
 from pipelines.config.benchmark import BenchmarkConfig
-from pipelines.engine.autoscaling import plan_for_cluster
-from pipelines.engine.plan import plan_compute
-from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
+from pipelines.engine.engine import Engine
+from pipelines.engine.quantization_sample import every_nth
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.inference.request import make_decode, resolve_topk
+from pipelines.inference.request import file_metadata, resolve_topk
 from pipelines.inputs.listing import Listing, list_objects
 from pipelines.models.process import ModelProcess
-from pipelines.outputs.writer import make_writer
+from pipelines.outputs.schema import parts_schema
+from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
-from pipelines.runtime.nodes import list_nodes, this_machine
-from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
+from pipelines.runtime.nodes import list_nodes
+from pipelines.runtime.ray_session import ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
 from pipelines.storage.filesystem import exists, list_names, remove, translate_storage_errors, write_bytes
 
@@ -75,28 +75,25 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     """
     watch = Watch()
     refuse_if_ray_cannot_start()
-    is_compiled = config.model.dtype == "int8"
-    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
-    if is_compiled:
-        refuse_if_unable(config.compute.use_gpu, is_cluster_named())
+    engine = Engine(config, model)
     output_uri = _free_output(config)
     listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
     watch.lap("list")
     sample = _sample(listing, num_stage_images(config))
-    facts = model.facts()
-    if facts.dtype == "int8":
-        positions = every_nth(len(sample), config.model.quantization.num_images)
-        rows = pa.table({"id": positions, "uri": sample.take(positions).combine_chunks()})
-        facts = model.quantized_facts(read_sample(rows, make_decode(config, facts)).images)
-    pickled_bundle = model.pickled_bundle()
+    if engine.is_quantized:
+        positions = engine.sample_positions(len(sample))
+        engine.quantize(pa.table({"id": positions, "uri": sample.take(positions).combine_chunks()}))
+    facts = engine.facts
+    engine.pickled_bundle()
     watch.lap("model, beside the listing")
     rows_uri = uris.join(output_uri, ROWS_FOLDER)
-    writer = make_writer(rows_uri, facts, resolve_topk(config, facts), config.outputs.embedding)
+    num_features = facts.num_features if config.outputs.embedding else 0
+    writer = PartWriter(rows_uri, parts_schema(resolve_topk(config, facts), num_features), file_metadata(facts))
     with ray_session():
-        plan = plan or plan_for_cluster(config.compute, is_compiled)
+        plan = engine.plan
         num_cpus = sum(node.num_cpus for node in list_nodes())
         watch.lap("Ray")
-        setup = Setup(config, facts, pickled_bundle, plan, num_cpus, sample, writer)
+        setup = Setup(config, engine, num_cpus, sample, writer)
         try:
             before = measure_stages(setup)
             expected = find_bounds(before, plan, num_cpus, setup.num_readers)[0].images_per_s
@@ -145,7 +142,7 @@ def measure_stages(setup: Setup) -> dict[str, StageCost]:
     starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
     orders = [object_uris[start:] + object_uris[:start] for start in starts]
     reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
-    decode, held_bundle = make_decode(config, setup.facts), ray.put(setup.pickled_bundle)
+    decode, held_bundle = setup.engine.decode, ray.put(setup.engine.pickled_bundle())
     costs = {
         "fetch": _mean(ray.get(reads)),
         "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
@@ -195,10 +192,10 @@ def _summarize(
     num_images = whole.num_ok + whole.num_failed
     lowest, steady = bounds[0], whole.steady_images_per_s
     return {
-        "model": setup.facts.name,
-        "dtype": setup.facts.dtype,
+        "model": setup.engine.facts.name,
+        "dtype": setup.engine.facts.dtype,
         "mode": setup.config.preprocess.mode,
-        "input_size": list(setup.facts.transform.input_size),
+        "input_size": list(setup.engine.facts.transform.input_size),
         "num_cpus": setup.num_cpus,
         "plan": asdict(setup.plan),
         "stages": {name: asdict(cost) for name, cost in costs.items()},

@@ -1,16 +1,15 @@
-"""What is measured: a config with every question answered."""
+"""Parameters of a benchmark: a config with every question answered."""
 
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from pipelines.config.benchmark import BenchmarkConfig
-from pipelines.engine.chain import rows_per_file
+from pipelines.engine.engine import Engine
 from pipelines.engine.plan import ComputePlan
 from pipelines.engine.replica import PredictOptions
-from pipelines.engine.source import rows_per_task
-from pipelines.inference.request import make_options, resolve_topk
-from pipelines.models.bundle import ModelFacts
+from pipelines.engine.source import Tasks, plan_tasks, rows_per_file
+from pipelines.inference.request import resolve_topk
 from pipelines.outputs.writer import PartWriter
 
 # For a stage alone, whose every process is sent their URIs: on GPUs some seconds of the fastest.
@@ -27,37 +26,38 @@ class Setup:
 
     Attributes:
         config: of the job.
-        facts: what the model is.
-        pickled_bundle: the model.
-        plan: what each stage declares to Ray.
+        engine: with the model.
         num_cpus: of the machines.
         sample: URIs of images of the input; of the stages at first, then of the whole.
         writer: of the rows.
     """
 
     config: BenchmarkConfig
-    facts: ModelFacts
-    pickled_bundle: bytes
-    plan: ComputePlan
+    engine: Engine
     num_cpus: float
     sample: pa.ChunkedArray
     writer: PartWriter
 
     @property
-    def options(self) -> PredictOptions:
-        """How the replicas predict."""
-        return make_options(self.config, self.plan, resolve_topk(self.config, self.facts))
+    def plan(self) -> ComputePlan:
+        """Resources that each stage declares to Ray."""
+        return self.engine.plan
 
     @property
-    def rows_per_task(self) -> int:
-        """As in a run over `sample`."""
-        plan = self.plan
-        return rows_per_task(len(self.sample), plan.batch_size, plan.num_threads, self.config.output.commit_rows)
+    def options(self) -> PredictOptions:
+        """Options of the replicas."""
+        return self.engine.options(resolve_topk(self.config, self.engine.facts), self.config.outputs.embedding)
+
+    @property
+    def tasks(self) -> Tasks:
+        """Tasks of a run over `sample`."""
+        commit_rows = self.config.output.commit_rows
+        return plan_tasks(len(self.sample), self.plan.batch_size, self.plan.num_threads, commit_rows)
 
     @property
     def rows_per_file(self) -> int:
-        """As in a run over `sample`; those of the stages may be larger than those of the whole."""
-        return rows_per_file(len(self.sample), self.rows_per_task, self.config.output.commit_rows)
+        """Rows of a file of a run over `sample`; files of the stages may be larger than those of the whole."""
+        return rows_per_file(len(self.sample), self.tasks.num_rows, self.config.output.commit_rows)
 
     @property
     def num_replicas(self) -> int:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipelines.benchmark.setup import Setup
-from pipelines.engine.chain import describe, stream, writing
-from pipelines.engine.source import TableSource, cut_into_tasks
-from pipelines.inference.request import make_decode
+from pipelines.engine.chain import writing
+from pipelines.engine.source import TableSource
 from pipelines.runtime.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -41,15 +40,14 @@ def measure_whole(setup: Setup) -> WholeRate:
     """Label the sample as `infer` would."""
     num_images = len(setup.sample)
     inputs = pa.table({"id": pa.array(range(num_images), pa.int64()), "uri": setup.sample.combine_chunks()})
-    starts = cut_into_tasks(num_images, setup.rows_per_task, setup.plan.batch_size, setup.plan.num_threads)
-    source, decode = TableSource(inputs, starts), make_decode(setup.config, setup.facts)
+    source = TableSource(inputs, setup.tasks.starts)
     write = writing(setup.writer, setup.rows_per_file, setup.plan)
-    log.info("%s", describe(num_images, setup.facts, setup.plan))
+    log.info("%s", setup.engine.describe(num_images))
     num_ok, times = 0, [(0, time.monotonic())]
     with Progress(num_images) as progress:
-        for receipt in stream(source, decode, setup.pickled_bundle, setup.options, setup.plan, write):
-            progress.add(receipt["num_ok"], len(receipt["failures"]), len(receipt["files"]))
-            num_ok += receipt["num_ok"]
+        for write_result in setup.engine.stream(source, setup.options, write):
+            progress.add(write_result["num_ok"], len(write_result["failures"]), len(write_result["files"]))
+            num_ok += write_result["num_ok"]
             times.append((progress.num_ok + progress.num_failed, time.monotonic()))
     (_, started), (_, first), (rows, last) = times[0], times[1], times[-1]
     return WholeRate(num_ok, rows - num_ok, first - started, last - started, steady_rate(times))

@@ -16,20 +16,14 @@ import ray.data
 from numpy.typing import NDArray
 
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.engine.autoscaling import plan_for_cluster
-from pipelines.engine.chain import describe, stream
-from pipelines.engine.fetch_decode import FetchAndDecode
-from pipelines.engine.plan import ComputePlan, plan_compute
-from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
-from pipelines.engine.replica import PredictOptions
-from pipelines.engine.source import TableSource, cut_into_tasks, rows_per_task
+from pipelines.engine.engine import Engine
+from pipelines.engine.source import TableSource, plan_tasks
 from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.inputs.labelled import LabelledImages, read_labelled
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
-from pipelines.runtime.nodes import this_machine
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
+from pipelines.runtime.ray_session import ray_session, refuse_if_ray_cannot_start
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +42,17 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
     """
     started = time.monotonic()
     refuse_if_ray_cannot_start()
-    is_compiled = config.model.dtype == "int8"
-    plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], is_compiled)
-    if is_compiled:
-        refuse_if_unable(config.compute.use_gpu, is_cluster_named())
+    engine = Engine(config, model)
     images = read_labelled(config.input.uri, config.input.exclude, trust_list=config.input.trust_list)
-    facts = model.facts()
-    if not facts.num_classes:
+    if not engine.facts.num_classes:
         raise RequestError(f"the weights {config.model.weights} have no classifier to evaluate; fine-tune them first")
-    if facts.dtype == "int8":
-        positions = every_nth(images.table.num_rows, config.model.quantization.num_images)
-        rows = pa.table({"id": positions, "uri": images.table["uri"].take(positions).combine_chunks()})
-        facts = model.quantized_facts(read_sample(rows, _make_decode(config, facts)).images)
-    targets = targets_of(images, facts)
+    if engine.is_quantized:
+        positions = engine.sample_positions(images.table.num_rows)
+        engine.quantize(pa.table({"id": positions, "uri": images.table["uri"].take(positions).combine_chunks()}))
+    targets = targets_of(images, engine.facts)
     with ray_session():
-        plan = plan or plan_for_cluster(config.compute, is_compiled)
-        log.info("%s", describe(images.table.num_rows, facts, plan))
-        counts = _count(config, facts, model.pickled_bundle(), plan, images, targets)
+        log.info("%s", engine.describe(images.table.num_rows))
+        counts = _count(engine, images, targets)
     if not counts.num_images:
         raise RunError(f"not one of {counts.num_failed} images could be had: {counts.failed[0]}")
     wall_time_s = time.monotonic() - started
@@ -116,27 +104,11 @@ class Counts:
     failed: list[str] = field(default_factory=list)
 
 
-def _make_decode(config: EvaluateConfig, model: ModelFacts) -> FetchAndDecode:
-    preprocess = config.preprocess
-    return FetchAndDecode(model.transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
-
-
-def _count(
-    config: EvaluateConfig,
-    model: ModelFacts,
-    pickled_bundle: bytes,
-    plan: ComputePlan,
-    images: LabelledImages,
-    targets: NDArray[np.int64],
-) -> Counts:
-    decode = _make_decode(config, model)
-    use_gpu, num_threads = plan.num_gpus_per_worker > 0, plan.num_threads_per_worker
-    topk = min(TOPK, model.num_classes)
-    limit = config.preprocess.max_pixels_on_device
-    options = PredictOptions(plan.batch_size, topk, False, use_gpu, num_threads, config.model.compile, limit)
+def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -> Counts:
+    plan = engine.plan
+    options = engine.options(topk=min(TOPK, engine.facts.num_classes), embedding=False)
     inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
-    num_rows = rows_per_task(inputs.num_rows, plan.batch_size, plan.num_threads)
-    source = TableSource(inputs, cut_into_tasks(inputs.num_rows, num_rows, plan.batch_size, plan.num_threads))
+    source = TableSource(inputs, plan_tasks(inputs.num_rows, plan.batch_size, plan.num_threads).starts)
     counter = HitCounter(ray.put(targets))
 
     def count(predicted: ray.data.Dataset) -> ray.data.Dataset:
@@ -149,7 +121,7 @@ def _count(
     counts = Counts()
     try:
         with Progress(images.table.num_rows) as progress:
-            for row in stream(source, decode, pickled_bundle, options, plan, count):
+            for row in engine.stream(source, options, count):
                 counts.num_images += row["num_images"]
                 counts.num_top1 += row["num_top1"]
                 counts.num_top5 += row["num_top5"]

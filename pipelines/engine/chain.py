@@ -1,4 +1,4 @@
-"""The stages of labelling as Ray Data runs them; evaluation and benchmark share them: fetch, decode, predict, write."""
+"""The chain of stages that Ray Data runs: fetch, decode, predict, and what the job adds at the end."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,15 +11,12 @@ from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.engine.plan import ComputePlan
 from pipelines.engine.replica import PredictOptions, PredictorActor
 from pipelines.engine.source import FetchTask, Source
-from pipelines.models.bundle import ModelFacts
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
 
 # Ray Data plans every task of a dataset before the first one runs. More images than these tasks hold take several
 # datasets, one after the other.
 MAX_TASKS_PER_DATASET = 131_072
-# A small run is cut into at least this many files.
-MIN_FILES_PER_RUN = 16
 
 
 def stream(
@@ -123,26 +120,3 @@ def writing(writer: PartWriter, num_rows: int, plan: ComputePlan) -> Callable[[r
         return write_results
 
     return write
-
-
-def rows_per_file(num_images: int, rows_per_task: int, commit_rows: int) -> int:
-    """Rows of a file: so many that none is a task's rest, so few that results appear while the run goes on.
-
-    Args:
-        num_images: of the run.
-        rows_per_task: rows come in blocks of this many.
-        commit_rows: at most.
-    """
-    rows = min(commit_rows, max(rows_per_task, num_images // MIN_FILES_PER_RUN))
-    # What one write leaves of a block would become a file of its own.
-    return rows // rows_per_task * rows_per_task or rows
-
-
-def describe(num_images: int, model: ModelFacts, plan: ComputePlan) -> str:
-    """What is about to be done, in one line."""
-    where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
-    height, width = model.transform.input_size
-    return (
-        f"{num_images:,} images for {model.name} at {height} x {width}; "
-        f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
-    )

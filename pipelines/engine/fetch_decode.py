@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.engine.config import EngineConfig
 from pipelines.engine.schema import IMAGES
 from pipelines.errors import ItemError
 from pipelines.images.jpeg import size_for_device
@@ -78,6 +79,12 @@ class FetchAndDecode:
         except ItemError as error:
             return {"has_pixels": False, "error_kind": error.kind, "error_message": error.message}
         return {"has_pixels": True, "width": width, "height": height, "is_clipped": is_clipped}
+
+
+def make_decode(config: EngineConfig, transform: EvalTransform) -> FetchAndDecode:
+    """Return the first stage of a job."""
+    preprocess = config.preprocess
+    return FetchAndDecode(transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
 
 
 def _column_of(pixels: NDArray[np.uint8], is_there: NDArray[np.bool_]) -> pa.LargeBinaryArray:

@@ -5,7 +5,7 @@ of its own, and minutes before the first of them is fetched.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.inputs.idset import IdSet
-from pipelines.inputs.manifest import ManifestInfo, read_manifest_rows
+from pipelines.inputs.manifest import Manifest
 
 # Ray's own work for a task (35 ms of a core) is that for some images, but the last tasks leave threads idle: with 16, 8
 # and 4 tasks for each of two threads, 1,000 images took 0.97, 0.95 and 0.97 of the time with 31. In the end so many
@@ -25,6 +25,8 @@ MIN_TASKS_PER_THREAD, QUICK_TASK_ROWS = 7, 128
 # large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
 ROWS_PER_BATCH_OF_A_TASK = 262_144
 MAX_ROWS_PER_TASK = 1024
+# A small run is cut into at least this many files.
+MIN_FILES_PER_RUN = 16
 
 
 class Source(Protocol):
@@ -76,13 +78,44 @@ def cut_into_tasks(num_rows: int, task_rows: int, batch_size: int, num_threads: 
     return np.unique(ends)
 
 
+def rows_per_file(num_images: int, rows_per_task: int, commit_rows: int) -> int:
+    """Rows of a file: so many that none is a task's rest, so few that results appear while the run goes on.
+
+    Args:
+        num_images: of the run.
+        rows_per_task: rows come in blocks of this many.
+        commit_rows: at most.
+    """
+    rows = min(commit_rows, max(rows_per_task, num_images // MIN_FILES_PER_RUN))
+    # What one write leaves of a block would become a file of its own.
+    return rows // rows_per_task * rows_per_task or rows
+
+
+class Tasks(NamedTuple):
+    """How the rows of a run are cut into tasks.
+
+    Attributes:
+        num_rows: of a task, but of the last ones.
+        starts: position at which each task begins, and at which the last one ends.
+    """
+
+    num_rows: int
+    starts: NDArray[np.int64]
+
+
+def plan_tasks(num_rows: int, batch_size: int, num_threads: int, max_rows: int = MAX_ROWS_PER_TASK) -> Tasks:
+    """Cut a run into tasks; arguments as for `rows_per_task`."""
+    task_rows = rows_per_task(num_rows, batch_size, num_threads, max_rows)
+    return Tasks(task_rows, cut_into_tasks(num_rows, task_rows, batch_size, num_threads))
+
+
 @dataclass(frozen=True)
 class TableSource:
     """Rows of a table.
 
     Attributes:
         table: `id` and `uri`.
-        starts: of `cut_into_tasks`.
+        starts: of `Tasks`.
     """
 
     table: pa.Table
@@ -103,17 +136,13 @@ class PendingInputs:
     """Rows of a manifest whose ids are missing in an output.
 
     Args:
-        output_uri: the output.
-        manifest: its inputs.
+        manifest: inputs of the output.
         done: ids that are not missing.
         retried: ids of failed rows that are retried: what they name may have been mended since it was listed.
-        starts: of `cut_into_tasks`, for as many rows as are missing.
+        starts: of `Tasks`, for as many rows as are missing.
     """
 
-    def __init__(
-        self, output_uri: str, manifest: ManifestInfo, done: IdSet, retried: IdSet, starts: NDArray[np.int64]
-    ) -> None:
-        self._output_uri = output_uri
+    def __init__(self, manifest: Manifest, done: IdSet, retried: IdSet, starts: NDArray[np.int64]) -> None:
         self._manifest = manifest
         self._done, self._retried = done, retried
         self._starts: NDArray[np.int64] = np.append(done.missing_at(starts[:-1]), done.size)
@@ -126,7 +155,7 @@ class PendingInputs:
     def rows_of(self, task: int) -> pa.Table:
         """Return `id`, `uri` and `etag` of one task; the etag is empty where it does not matter."""
         start, stop = self._starts[task : task + 2].tolist()
-        rows = read_manifest_rows(self._output_uri, self._done.missing(start, stop), self._manifest)
+        rows = self._manifest.rows(self._done.missing(start, stop))
         is_retried = pa.array(self._retried.contains(rows["id"].to_numpy()))
         return rows.set_column(2, "etag", pc.if_else(is_retried, "", rows["etag"]))
 

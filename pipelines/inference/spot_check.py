@@ -9,11 +9,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
-from pipelines.engine.quantization_sample import refuse_if_unable
+from pipelines.engine.fetch_decode import make_decode
+from pipelines.engine.quantization_sample import read_sample, refuse_if_unable
 from pipelines.engine.replica import PredictOptions
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
-from pipelines.inference.request import SAMPLED_IDS, make_decode, sample_of_manifest
-from pipelines.inputs.manifest import ManifestInfo, read_manifest_rows
+from pipelines.inference.request import SAMPLED_IDS
+from pipelines.inputs.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,11 @@ CUDA_TOLERANCES = (0.1, 0.1)
 CUDA_KINDS: tuple[ErrorKind, ...] = ("truncated", "corrupt")
 
 
-def spot_check(record: dict[str, Any], output_uri: str, manifest: ManifestInfo, rows: pa.Table) -> Iterator[str]:
+def spot_check(record: dict[str, Any], manifest: Manifest, rows: pa.Table) -> Iterator[str]:
     """Compare rows with what the model says of their images now.
 
     Args:
         record: `_run.json` of the output.
-        output_uri: where the output is now; the record holds where it was written.
         manifest: of the output.
         rows: good rows of it.
 
@@ -48,15 +48,16 @@ def spot_check(record: dict[str, Any], output_uri: str, manifest: ManifestInfo, 
     # The record holds every key, and cannot tell the default name from one that was given. The name that the run
     # settled on is right either way.
     named = config.model.model_copy(update={"name": record["identity"]["model.name"]})
-    moved = config.output.model_copy(update={"uri": output_uri})
-    config = config.model_copy(update={"model": named, "output": moved})
+    config = config.model_copy(update={"model": named})
     try:
         bundle = resolve_bundle(config.model, config.preprocess)
+        decode = make_decode(config, bundle.transform)
         if bundle.dtype == "int8":
             from pipelines.models.cpu.int8 import quantize_bundle
 
             refuse_if_unable(use_gpu=False, is_cluster=False)
-            images, _ = sample_of_manifest(config, bundle.facts(), manifest, record["identity"][SAMPLED_IDS])
+            pinned = manifest.rows(np.array(record["identity"][SAMPLED_IDS], np.int64))
+            images, _ = read_sample(pinned, decode, is_pinned=True)
             bundle = quantize_bundle(bundle, images, config.model.quantization)
     except RequestError as error:
         raise RequestError(f"{error}; with --sample.num_rows 0 no row is computed again") from None
@@ -75,9 +76,8 @@ def spot_check(record: dict[str, Any], output_uri: str, manifest: ManifestInfo, 
     is_cuda = config.preprocess.mode == "cuda"
     tolerances = CUDA_TOLERANCES if is_cuda else TOLERANCES[bundle.dtype]
     says_nothing = (*TRANSIENT_KINDS, "changed") + (CUDA_KINDS if is_cuda else ())
-    decode = make_decode(config, bundle)
     rows = rows.sort_by("id")
-    pinned = read_manifest_rows(config.output.uri, rows["id"].to_numpy(), manifest)
+    pinned = manifest.rows(rows["id"].to_numpy())
     again = Predictor(prepare_bundle(bundle), options)(decode(pinned))
     for old, new in zip(rows.to_pylist(), again.to_pylist()):
         if new["error_kind"] in says_nothing:

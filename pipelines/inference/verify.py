@@ -23,15 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import DamagedFileError, RequestError, RunError
 from pipelines.inference.spot_check import spot_check
-from pipelines.inputs.listing import list_objects
-from pipelines.inputs.manifest import ManifestInfo, find_manifest, read_manifest
-from pipelines.outputs import run_record
-from pipelines.outputs.contents import FILES_FILE, read_digests
+from pipelines.inputs.manifest import Manifest, find_manifest
+from pipelines.outputs import Output
+from pipelines.outputs.contents import FILES_FILE
+from pipelines.outputs.file_names import kind_of
+from pipelines.outputs.run_record import RUN_FILE
 from pipelines.outputs.schema import FAILED, parts_schema
 from pipelines.outputs.writer import digest_of
 from pipelines.storage import uris
-from pipelines.storage.documents import Document, read_document
-from pipelines.storage.filesystem import exists, read_bytes, translate_storage_errors
+from pipelines.storage.documents import Document
+from pipelines.storage.filesystem import read_bytes, translate_storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Expected:
     """What an output has to be.
 
     Attributes:
-        output_uri: where it is.
+        output: where it is.
         schemas: of the files, by their kind.
         metadata: of each file.
         digests: SHA-256 of each file, by its name.
@@ -91,11 +92,11 @@ class Expected:
         num_sampled: good rows of each file that are kept, to be computed again.
     """
 
-    output_uri: str
+    output: Output
     schemas: dict[str, pa.Schema]
     metadata: dict[bytes, bytes]
     digests: dict[str, str]
-    manifest: ManifestInfo
+    manifest: Manifest
     input_uris: pa.ChunkedArray
     num_sampled: int
 
@@ -124,13 +125,14 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         RequestError: there is no output of a finished `infer`.
         RunError: something is off. Each problem is a line on stderr before.
     """
-    output_uri = uris.normalize(config.output.uri)
+    output = Output(uris.normalize(config.output.uri))
     try:
-        raw, record = _record(output_uri)
-        expected = _expected(output_uri, record, config.sample.num_rows)
+        raw, record = _record(output)
+        expected = _expected(output, record, config.sample.num_rows)
     except DamagedFileError as error:
         raise RunError(str(error)) from None
-    names = _parquet_below(output_uri)
+    with translate_storage_errors("list", output.uri, RunError):
+        names = output.list_parquet_paths()
     problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
     counts = np.zeros(len(expected.input_uris), np.int32)
     num_rows: Counter[str] = Counter()
@@ -139,7 +141,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         for report in pool.map(lambda name: check_file(expected, name), names):
             problems += report.problems
             np.add.at(counts, report.ids, 1)
-            num_rows[report.name.partition("-")[0]] += len(report.ids)
+            num_rows[kind_of(report.name)] += len(report.ids)
             samples += [report.sample] if report.sample is not None else []
     problems += _problems_of_counts(counts)
     found = {
@@ -149,27 +151,16 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         "num_files": len(names),
     }
     if record.identity.fingerprint != record.fingerprint:
-        problems.append(f"{run_record.RUN_FILE}: it names two fingerprints")
+        problems.append(f"{RUN_FILE}: it names two fingerprints")
     problems = problems or _wrong_counts(record, found)  # other counts follow from files that came or went
     sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
-        problems += spot_check(raw, output_uri, expected.manifest, sample)
+        problems += spot_check(raw, expected.manifest, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:
-        raise RunError(f"{output_uri}: {len(problems)} problems, the first: {problems[0]}")
-    return found | {"num_sampled": 0 if sample is None else sample.num_rows, "output_uri": output_uri}
-
-
-def _parquet_below(output_uri: str) -> list[str]:
-    """Return the paths below an output of what readers of a folder would take for Parquet files of results.
-
-    pandas and Arrow also read subfolders, and leave out what begins with `_` or `.`; others read any case.
-    """
-    with translate_storage_errors("list", output_uri, RunError):
-        listing = list_objects(output_uri, ["_*", ".*"])
-    paths = [uri.removeprefix(output_uri).lstrip("/") for uri in listing.table["uri"].to_pylist()]
-    return [path for path in paths if path.lower().endswith(".parquet")]
+        raise RunError(f"{output.uri}: {len(problems)} problems, the first: {problems[0]}")
+    return found | {"num_sampled": 0 if sample is None else sample.num_rows, "output_uri": output.uri}
 
 
 def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
@@ -179,33 +170,32 @@ def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
     return rows.take(np.sort(np.random.default_rng(0).choice(rows.num_rows, count, replace=False)))
 
 
-def _record(output_uri: str) -> tuple[dict[str, Any], InferRecord]:
-    found = run_record.find_run(output_uri) if exists(output_uri) else None
-    if found is None or not run_record.is_complete(output_uri):
-        raise RequestError(f"{output_uri} holds no output of a finished infer")
-    uri = uris.join(output_uri, run_record.RUN_FILE)
-    return found, read_document(uri, InferRecord, run_record.ADVICE)
+def _record(output: Output) -> tuple[dict[str, Any], InferRecord]:
+    found = output.find_run()
+    if found is None or not output.is_complete():
+        raise RequestError(f"{output.uri} holds no output of a finished infer")
+    return found, output.read_run(InferRecord)
 
 
-def _expected(output_uri: str, record: InferRecord, num_sampled: int) -> Expected:
-    manifest, digests = find_manifest(output_uri), read_digests(output_uri)
+def _expected(output: Output, record: InferRecord, num_sampled: int) -> Expected:
+    manifest, digests = find_manifest(output.manifest_uri), output.read_digests()
     if manifest is None or digests is None:
         missing = "_manifest/manifest.json" if manifest is None else FILES_FILE
-        raise RunError(f"{output_uri} is marked as finished, but {missing} is gone")
+        raise RunError(f"{output.uri} is marked as finished, but {missing} is gone")
     identity = record.identity
-    num_parts = sum(name.startswith("part-") for name in digests)
+    num_parts = sum(kind_of(name) == "part" for name in digests)
     metadata = {
         "fingerprint": record.fingerprint,
         "transform": json.dumps(record.transform),
         "label_names": json.dumps(record.label_names),
     }
     return Expected(
-        output_uri,
+        output,
         {"part": parts_schema(identity.topk, record.num_features if identity.embedding else 0), "failed": FAILED},
         {name.encode(): value.encode() for name, value in metadata.items()},
         digests,
         manifest,
-        read_manifest(output_uri, manifest)["uri"],
+        manifest.table()["uri"],
         math.ceil(num_sampled / max(1, num_parts)),
     )
 
@@ -214,7 +204,7 @@ def _wrong_counts(record: InferRecord, found: dict[str, int]) -> list[str]:
     """Compare the counts of `_run.json` with what the files hold."""
     recorded = {name: getattr(record.summary, name) for name in found}
     return [
-        f"{run_record.RUN_FILE}: its {name} is {recorded[name]}, and the files hold {value}"
+        f"{RUN_FILE}: its {name} is {recorded[name]}, and the files hold {value}"
         for name, value in found.items()
         if recorded[name] != value
     ]
@@ -223,11 +213,11 @@ def _wrong_counts(record: InferRecord, found: dict[str, int]) -> list[str]:
 def check_file(expected: Expected, name: str) -> FileReport:
     """Read one file and compare it with what it has to be."""
     report = FileReport(name)
-    schema = expected.schemas.get(name.partition("-")[0])
+    schema = expected.schemas.get(kind_of(name))
     if schema is None or name not in expected.digests:
         report.problems.append(f"{name}: no run wrote it")
         return report
-    content = read_bytes(uris.join(expected.output_uri, name))
+    content = read_bytes(expected.output.uri_of(name))
     if digest_of(content) != expected.digests[name]:
         report.problems.append(f"{name}: its bytes are not those that were written")
         return report
@@ -235,14 +225,14 @@ def check_file(expected: Expected, name: str) -> FileReport:
     metadata = table.schema.metadata or {}
     for key, value in expected.metadata.items():
         if metadata.get(key) != value:
-            report.problems.append(f"{name}: its {key.decode()} is not that of {run_record.RUN_FILE}")
+            report.problems.append(f"{name}: its {key.decode()} is not that of {RUN_FILE}")
     if not table.schema.equals(schema):
         report.problems.append(f"{name}: its columns are not those of the run")
         return report
     report.problems += [f"{name}: {problem}" for problem in _problems_of_rows(expected, table)]
     ids = table["id"].to_numpy()
     report.ids = ids[(ids >= 0) & (ids < len(expected.input_uris))]
-    if name.startswith("part-") and expected.num_sampled:
+    if kind_of(name) == "part" and expected.num_sampled:
         # Chosen by the file's name: another check computes the same rows.
         chance = np.random.default_rng(list(name.encode()))
         count = min(expected.num_sampled, table.num_rows)

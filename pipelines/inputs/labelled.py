@@ -119,28 +119,25 @@ def refuse_one_class(images: LabelledImages, key: str) -> None:
     raise RequestError(f"all {len(object_uris)} images of {key} are of one class, {names[0]!r}{hint}")
 
 
-def pin(output_uri: str, name: str, images: LabelledImages) -> None:
-    """Write a set under an output, so that its ids mean the same images for as long as the output exists."""
+def pin(folder_uri: str, name: str, images: LabelledImages) -> None:
+    """Write a set into a folder, so that its ids mean the same images for as long as the folder exists."""
     buffer = io.BytesIO()
     metadata = {"num_excluded": str(images.num_excluded)}
     pq.write_table(images.table.replace_schema_metadata(metadata), buffer, compression="zstd")
-    write_bytes(_pinned_uri(output_uri, name), buffer.getvalue())
+    write_bytes(uris.join(folder_uri, f"{name}.parquet"), buffer.getvalue())
 
 
-def find_pinned(output_uri: str, name: str) -> LabelledImages | None:
-    """Return the set that an earlier run pinned; None if there is none.
+def find_pinned(folder_uri: str, name: str) -> LabelledImages | None:
+    """Return the set of that name that an earlier run pinned in a folder; None if there is none.
 
     Raises:
         RequestError: the file is damaged.
     """
+    uri = uris.join(folder_uri, f"{name}.parquet")
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(_pinned_uri(output_uri, name))))
+        table = pq.read_table(pa.BufferReader(read_bytes(uri)))
     except FileNotFoundError:
         return None
     except pa.ArrowInvalid:
-        raise RequestError(f"{_pinned_uri(output_uri, name)} is damaged: it is not what a job wrote there") from None
+        raise RequestError(f"{uri} is damaged: it is not what a job wrote there") from None
     return LabelledImages(table, int(table.schema.metadata[b"num_excluded"]))
-
-
-def _pinned_uri(output_uri: str, name: str) -> str:
-    return uris.join(output_uri, f"_data/{name}.parquet")

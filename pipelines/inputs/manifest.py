@@ -7,6 +7,7 @@ runs that list at the same time, the manifest of one counts.
 import functools
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -62,25 +63,66 @@ class ManifestInfo(Document):
         return self
 
 
-def find_manifest(output_uri: str) -> ManifestInfo | None:
-    """Read what the manifest of an output says of itself; None where none was finished.
+@dataclass(frozen=True)
+class Manifest:
+    """The pinned inputs of one output.
+
+    Attributes:
+        folder_uri: of its files.
+        info: what it says of itself.
+    """
+
+    folder_uri: str
+    info: ManifestInfo
+
+    @property
+    def num_inputs(self) -> int:
+        """Number of rows."""
+        return self.info.num_inputs
+
+    def table(self) -> pa.Table:
+        """Read all rows, `MANIFEST_SCHEMA`, in the order of their ids.
+
+        Raises:
+            DamagedFileError: a file is damaged or gone.
+        """
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            files = [_file_uri(self.folder_uri, self.info, index) for index in range(self.info.num_files)]
+            return pa.concat_tables(pool.map(functools.partial(_read_file, columns=MANIFEST_SCHEMA.names), files))
+
+    def rows(self, ids: NDArray[np.int64]) -> pa.Table:
+        """Read `id`, `uri` and `etag` of some ids, given in order.
+
+        Raises:
+            DamagedFileError: a file is damaged or gone.
+        """
+        files = ids // self.info.rows_per_file
+        rows = [
+            _cached_file(_file_uri(self.folder_uri, self.info, int(file))).take(
+                ids[files == file] % self.info.rows_per_file
+            )
+            for file in np.unique(files)
+        ]
+        return pa.concat_tables(rows).combine_chunks()
+
+
+def find_manifest(folder_uri: str) -> Manifest | None:
+    """Return the manifest that lies in a folder; None where none was finished.
 
     Raises:
         DamagedFileError: it is damaged.
     """
     try:
-        return read_document(_info_uri(output_uri), ManifestInfo, ADVICE)
+        return Manifest(folder_uri, read_document(_info_uri(folder_uri), ManifestInfo, ADVICE))
     except FileNotFoundError:
         return None
 
 
-def write_manifest(
-    output_uri: str, input_uri: str, exclude: list[str], listing: Listing, epoch: int = 0
-) -> ManifestInfo:
+def write_manifest(folder_uri: str, input_uri: str, exclude: list[str], listing: Listing, epoch: int = 0) -> Manifest:
     """Pin the inputs: ids dense from 0, in the order of the URIs.
 
     Args:
-        output_uri: where `_manifest/` goes.
+        folder_uri: where the files go.
         input_uri: what was listed.
         exclude: the shell patterns that it was listed with.
         listing: what was found.
@@ -105,40 +147,11 @@ def write_manifest(
     for index in range(num_files):
         buffer = io.BytesIO()
         pq.write_table(table.slice(index * ROWS_PER_FILE, ROWS_PER_FILE), buffer, compression="zstd")
-        write_bytes(_file_uri(output_uri, info, index), buffer.getvalue())
-    if not create_object(_info_uri(output_uri), to_json(info)) and find_manifest(output_uri) != info:
-        raise RequestError(f"another run worked on {output_uri} while this one began: run the same command again")
-    return info
-
-
-def read_manifest(output_uri: str, info: ManifestInfo) -> pa.Table:
-    """Read all rows, `MANIFEST_SCHEMA`, in the order of their ids.
-
-    Raises:
-        DamagedFileError: a file is damaged or gone.
-    """
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        names = [_file_uri(output_uri, info, index) for index in range(info.num_files)]
-        return pa.concat_tables(pool.map(functools.partial(_read_file, columns=MANIFEST_SCHEMA.names), names))
-
-
-def read_manifest_rows(output_uri: str, ids: NDArray[np.int64], info: ManifestInfo) -> pa.Table:
-    """Read `id`, `uri` and `etag` of some ids, given in order.
-
-    Args:
-        output_uri: the output.
-        ids: of its manifest.
-        info: of the manifest.
-
-    Raises:
-        DamagedFileError: a file is damaged or gone.
-    """
-    files = ids // info.rows_per_file
-    rows = [
-        _cached_file(_file_uri(output_uri, info, int(file))).take(ids[files == file] % info.rows_per_file)
-        for file in np.unique(files)
-    ]
-    return pa.concat_tables(rows).combine_chunks()
+        write_bytes(_file_uri(folder_uri, info, index), buffer.getvalue())
+    manifest = Manifest(folder_uri, info)
+    if not create_object(_info_uri(folder_uri), to_json(info)) and find_manifest(folder_uri) != manifest:
+        raise RequestError(f"another run pinned its inputs in {folder_uri} meanwhile: run the same command again")
+    return manifest
 
 
 # Tasks come in the order of their ids: one file after the other is read, once in each process.
@@ -154,9 +167,9 @@ def _read_file(uri: str, columns: list[str]) -> pa.Table:
         raise DamagedFileError(f"{uri} is gone: {ADVICE}") from None
 
 
-def _info_uri(output_uri: str) -> str:
-    return uris.join(output_uri, "_manifest/manifest.json")
+def _info_uri(folder_uri: str) -> str:
+    return uris.join(folder_uri, "manifest.json")
 
 
-def _file_uri(output_uri: str, info: ManifestInfo, index: int) -> str:
-    return uris.join(output_uri, f"_manifest/{info.file_prefix}{index:05d}.parquet")
+def _file_uri(folder_uri: str, info: ManifestInfo, index: int) -> str:
+    return uris.join(folder_uri, f"{info.file_prefix}{index:05d}.parquet")

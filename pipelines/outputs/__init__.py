@@ -1,1 +1,4 @@
-"""An output directory: file names, run record, writer, commit log, lease, compaction."""
+"""Output directories: claim one, add rows, finish it, and read its rows with `open_output`."""
+
+from pipelines.outputs.output import Output as Output
+from pipelines.outputs.output import open_output as open_output

@@ -17,7 +17,9 @@ from pipelines.errors import DamagedFileError
 from pipelines.inputs.idset import IdSet
 from pipelines.outputs.commit_log import History, read_history
 from pipelines.outputs.file_names import epoch_of, is_failed, list_files
+from pipelines.outputs.lease import current_epoch
 from pipelines.outputs.reasons import count_reasons, reasons_of
+from pipelines.outputs.run_record import is_complete
 from pipelines.outputs.writer import digest_of
 from pipelines.storage import uris
 from pipelines.storage.documents import parse_json
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 NUM_READERS = 8
 FILES_FILE = "_files.json"
+ADVICE = "the same command makes it again"
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,23 @@ def _digests_of(output_uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
         yield from zip(names, pool.map(lambda name: digest_of(read_bytes(uris.join(output_uri, name))), names))
 
 
+def list_counted(output_uri: str) -> list[str]:
+    """Return the names of the Parquet files that count, in order; of an unfinished run, those written so far.
+
+    Raises:
+        DamagedFileError: a record of the output is damaged or gone.
+    """
+    if is_complete(output_uri):
+        digests = read_digests(output_uri)
+        if digests is None:
+            raise DamagedFileError(f"{output_uri} is marked as finished, but {FILES_FILE} is gone: {ADVICE}")
+        return sorted(digests)
+    history = read_history(output_uri, before_epoch=current_epoch(output_uri) + 1)
+    names = [name for name in list_files(output_uri) if history.may_count(name, epoch_of(name))]
+    replaced = {source for merge in history.commits.merges if merge.target in names for source in merge.sources}
+    return [name for name in names if name not in replaced]
+
+
 def write_digests(output_uri: str, digests: Mapping[str, str]) -> None:
     """Write `_files.json`, the record of which files count, for `verify` and for the same command.
 
@@ -199,4 +219,4 @@ def read_digests(output_uri: str) -> dict[str, str] | None:
         content = read_bytes(uri)
     except FileNotFoundError:
         return None
-    return parse_json(uri, content, dict[str, str], "delete it, and the same command makes it again")
+    return parse_json(uri, content, dict[str, str], f"delete it, and {ADVICE}")

@@ -32,6 +32,11 @@ def is_file(name: str) -> bool:
     return FILE_NAME.fullmatch(name) is not None
 
 
+def kind_of(name: str) -> str:
+    """Return `part` or `failed` for a file of ours; for any other name, its beginning."""
+    return name.partition("-")[0]
+
+
 def is_failed(name: str) -> bool:
     """Return whether a file of ours holds failed rows."""
     return name.startswith("failed-")

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
 PROGRESS_FILE = "_progress.json"
+PROGRESS_FORMAT = 1
 ADVICE = "restore it from a copy, or write to a new output"
 # Of the identity; the names themselves are in `label_names`.
 LABEL_NAMES_KEY = "label_names_sha256"
@@ -96,7 +97,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_other_run(output_uri: str, found: dict[str, Any], identity: dict[str, Any]) -> None:
+def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Refuse to mix results of two kinds in one output.
 
     A table of what differs goes to the log.
@@ -127,7 +128,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def refuse_if_changed(output_uri: str, found: dict[str, Any] | None) -> None:
+def refuse_if_changed(output_uri: str, found: Mapping[str, Any] | None) -> None:
     """Refuse to go on from what is no longer so.
 
     Args:
@@ -151,7 +152,7 @@ def is_complete(output_uri: str) -> bool:
     return SUCCESS_FILE in list_names(output_uri)
 
 
-def write_run(output_uri: str, run: dict[str, Any]) -> None:
+def write_run(output_uri: str, run: Mapping[str, Any]) -> None:
     """Write `_run.json`; the first time, this is also the proof that the output can be written.
 
     Raises:
@@ -159,15 +160,16 @@ def write_run(output_uri: str, run: dict[str, Any]) -> None:
     """
     with translate_storage_errors("write to", output_uri):
         write_bytes(
-            uris.join(output_uri, RUN_FILE), json.dumps({"format": RunRecord.newest_format} | run, indent=2).encode()
+            uris.join(output_uri, RUN_FILE), json.dumps({"format": RunRecord.newest_format, **run}, indent=2).encode()
         )
 
 
-def write_progress(output_uri: str, figures: dict[str, Any], check: Callable[[], None] | None = None) -> None:
+def write_progress(output_uri: str, figures: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
     """Write `_progress.json`: the figures, and `updated_at`. Where that fails, a warning: no run ends for it."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
-        write_bytes(uris.join(output_uri, PROGRESS_FILE), json.dumps({"updated_at": now, **figures}).encode(), check)
+        content = json.dumps({"format": PROGRESS_FORMAT, "updated_at": now, **figures}).encode()
+        write_bytes(uris.join(output_uri, PROGRESS_FILE), content, check)
     except Exception as error:  # of whatever file system
         log.warning("%s could not be written: %s", PROGRESS_FILE, error)
 

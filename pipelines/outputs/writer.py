@@ -2,8 +2,7 @@
 
 import hashlib
 import io
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -11,12 +10,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.errors import RunError
-from pipelines.models.bundle import ModelFacts
 from pipelines.outputs.commit_log import withdraw_if_over
 from pipelines.outputs.file_names import Kind, file_name
 from pipelines.outputs.lease import Fence
 from pipelines.outputs.reasons import reasons_of
-from pipelines.outputs.schema import FAILED, WRITE_RESULTS, parts_schema
+from pipelines.outputs.schema import FAILED, WRITE_RESULTS
 from pipelines.runtime import metrics
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
@@ -63,31 +61,6 @@ class PartWriter:
     def _write(self, kind: Kind, table: pa.Table) -> "Written":
         name = file_name(kind, pc.min(table["id"]).as_py(), self.fence.epoch if self.fence else 0)
         return write_table(self.output_uri, name, table, table.schema.with_metadata(self.metadata), self.fence)
-
-
-def make_writer(
-    output_uri: str, model: ModelFacts, topk: int, embedding: bool, fence: Fence | None = None
-) -> PartWriter:
-    """The writer of a run: its files name their model.
-
-    Args:
-        output_uri: where the files go.
-        model: what gave the rows.
-        topk: classes per row.
-        embedding: whether rows hold the pooled features.
-        fence: of the run's lease; None for files that no lease protects.
-    """
-    return PartWriter(
-        output_uri=output_uri,
-        parts_schema=parts_schema(topk, model.num_features if embedding else 0),
-        metadata={
-            "fingerprint": model.fingerprint,
-            "model": model.name,
-            "transform": json.dumps(asdict(model.transform)),
-            "label_names": json.dumps(model.label_names),
-        },
-        fence=fence,
-    )
 
 
 class Written(NamedTuple):

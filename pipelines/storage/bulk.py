@@ -4,12 +4,13 @@ obstore (the Rust crate object_store) does this on S3: one request an object whe
 tenth of the CPU time of s3fs. Keys that its path type cannot hold, and all other stores, go through fsspec.
 """
 
+import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 import pyarrow as pa
@@ -134,16 +135,29 @@ def list_keys(folder_uri: str) -> list[str]:
     return list_names(folder_uri)
 
 
-def read_columns(uri: str, columns: list[str]) -> pa.Table:
-    """Return columns of one Parquet file; of a large object, little else is read."""
-    if uris.is_local(uri):
-        return pq.read_table(uri, columns=columns, partitioning=None)
+def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
+    """Return columns of one Parquet file, all of them for None; of a large object, little else is read."""
+    with _open_seekable(uri) as file:
+        return pq.read_table(file, columns=columns, partitioning=None)
+
+
+def read_schema(uri: str) -> pa.Schema:
+    """Return the schema of one Parquet file."""
+    with _open_seekable(uri) as file:
+        return pq.read_schema(file)
+
+
+@contextlib.contextmanager
+def _open_seekable(uri: str) -> Iterator[Any]:
     bucket, key = uris.split_bucket(uri)
-    if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
-        return pq.read_table(_S3File(bucket, key), columns=columns)
-    filesystem, path = open_filesystem(uri)
-    with filesystem.open(path, "rb") as file:
-        return pq.read_table(file, columns=columns)
+    if uris.is_local(uri):
+        yield uri
+    elif uris.protocol_of(uri) == "s3" and is_obstore_path(key):
+        yield _S3File(bucket, key)
+    else:
+        filesystem, path = open_filesystem(uri)
+        with filesystem.open(path, "rb") as file:
+            yield file
 
 
 class _S3File(io.RawIOBase):

@@ -211,7 +211,7 @@ class Worker:
             # Ray Train removes an older checkpoint for each that it is given: it may be another run's by now.
             self._check_fence(max_age_s=0)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        self.log.upload(self.config.output.uri)
+        self.log.upload()
 
     def _check_fence(self, max_age_s: float) -> None:
         """Refuse, in the first worker, to go on where another run has taken over the output."""

@@ -10,9 +10,8 @@ import pyarrow as pa
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.inputs.labelled import LabelledImages, find_pinned, pin, read_labelled, refuse_one_class
-from pipelines.outputs import run_record
+from pipelines.outputs import Output, run_record
 from pipelines.storage import uris
-from pipelines.storage.filesystem import list_names
 from pipelines.training.plan import TrainPlan, plan_training
 from pipelines.training.sampler import EpochSampler
 from pipelines.training.start import StartingPoint, resolve_start
@@ -32,13 +31,15 @@ class TrainRequest:
 
     Attributes:
         config: with normalized URIs.
-        identity: what another run must share to go on in the same output.
+        output: where checkpoints and records go.
+        identity: what another run must share to continue in the same output.
         sets: `train` and, where there is one, `validation`.
         start: what is trained.
         plan: the run in numbers.
     """
 
     config: TrainConfig
+    output: Output
     identity: dict[str, Any]
     sets: dict[str, LabelledImages]
     start: StartingPoint
@@ -66,9 +67,9 @@ class TrainRequest:
         Raises:
             RequestError: the output cannot be written.
         """
-        run_record.write_run(self.config.output.uri, self.describe())
+        self.output.write_run(self.describe())
         for name, images in self.sets.items():
-            pin(self.config.output.uri, name, images)
+            pin(_data_uri(self.output), name, images)
 
 
 def find_summary(config: TrainConfig) -> dict[str, Any] | None:
@@ -79,18 +80,24 @@ def find_summary(config: TrainConfig) -> dict[str, Any] | None:
     Raises:
         RequestError: the output holds another run, or something else.
     """
-    found = run_record.find_run(config.output.uri)
+    output = Output(config.output.uri)
+    found = output.find_run()
     if found is None:
         return None
     summary: dict[str, Any] | None = found.get("summary")
-    if summary is not None or has_checkpoint(config.output.uri):
-        run_record.refuse_other_run(config.output.uri, found, _identity(config))
+    if summary is not None or has_checkpoint(output):
+        output.refuse_other_run(found, _identity(config))
     return summary
 
 
-def has_checkpoint(output_uri: str) -> bool:
-    """Check whether an output holds a checkpoint to go on from."""
-    return CHECKPOINTS_FILE in list_names(output_uri)
+def has_checkpoint(output: Output) -> bool:
+    """Return whether an output holds a checkpoint to continue from."""
+    return CHECKPOINTS_FILE in output.list_names()
+
+
+def _data_uri(output: Output) -> str:
+    """Return the URI of the folder that holds the pinned sets."""
+    return output.uri_of("_data")
 
 
 def normalize(config: TrainConfig) -> TrainConfig:
@@ -114,15 +121,16 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
         RequestError: one of the answers is no.
     """
     sections = {"train": config.data.train, "validation": config.data.validation}
-    goes_on = has_checkpoint(config.output.uri)
+    output = Output(config.output.uri)
+    goes_on = has_checkpoint(output)
     sets = {
-        name: (find_pinned(config.output.uri, name) if goes_on else None)
+        name: (find_pinned(_data_uri(output), name) if goes_on else None)
         or read_labelled(section.uri, section.exclude, trust_list=section.trust_list)
         for name, section in sections.items()
         if section is not None
     }
     for name, images in sets.items():
-        uris.refuse_linked_overlap(config.output.uri, f"data.{name}.uri", images.linked)
+        uris.refuse_linked_overlap(output.uri, f"data.{name}.uri", images.linked)
     refuse_one_class(sets["train"], "data.train.uri")
     if "validation" in sets and (num_shared := sets["validation"].num_shared(sets["train"])):
         log.warning("%d of the validation images are training images too: their score says nothing", num_shared)
@@ -131,22 +139,22 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
     EpochSampler(sizes["train"], config.optim.global_batch_size, config.optim.seed)
     start = resolve_start(config, sets["train"].class_names())
     if goes_on:
-        _refuse_other_classes(config.output.uri, start)
+        _refuse_other_classes(output, start)
     plan = plan_training(config, start, sizes["train"], sizes.get("validation", 0))
-    request = TrainRequest(config, _identity(config), sets, start, plan)
+    request = TrainRequest(config, output, _identity(config), sets, start, plan)
     request.tables()  # refuses a class of the validation images that the model lacks
     return request
 
 
-def _refuse_other_classes(output_uri: str, start: StartingPoint) -> None:
+def _refuse_other_classes(output: Output, start: StartingPoint) -> None:
     """Refuse to go on where the weights, read again, name other classes or another order of them.
 
     Raises:
         RequestError: the targets of the checkpoints would mean other classes.
     """
-    found = run_record.find_run(output_uri) or {}
+    found = output.find_run() or {}
     known = {"identity": {"label_names": found.get("label_names")}}
-    run_record.refuse_other_run(output_uri, known, {"label_names": list(start.class_names)})
+    output.refuse_other_run(known, {"label_names": list(start.class_names)})
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

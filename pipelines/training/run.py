@@ -16,21 +16,18 @@ from ray.train.torch import TorchTrainer
 
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.outputs import run_record
+from pipelines.outputs import Output
 from pipelines.outputs.lease import Fence, Lease
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
 from pipelines.runtime.nodes import Node, can_grow, list_nodes, this_machine
 from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
 from pipelines.storage.filesystem import (
-    exists,
-    list_names,
     open_filesystem,
     remove_folder,
     translate_storage_errors,
     write_bytes,
 )
-from pipelines.storage.uploads import abort_unfinished_uploads
 from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
 from pipelines.training.fenced_storage import FencedHandler
@@ -60,21 +57,22 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = normalize(config)
     summary = find_summary(config)
     if summary is not None:
-        _mark_finished(config.output.uri)
+        _mark_finished(Output(config.output.uri))
         log.info("nothing to do: %s holds a finished run", config.output.uri)
         return summary
     refuse_if_ray_cannot_start()
     # On this machine's own Ray, what can't be scheduled is refused before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
-    found = run_record.find_run(config.output.uri) if exists(config.output.uri) else None
+    output = Output(config.output.uri)
+    found = output.find_run()
     request = resolve_request(config)
-    with Lease(config.output.uri) as lease:
-        with translate_storage_errors("write to", config.output.uri):
+    with output.lease() as lease:
+        with translate_storage_errors("write to", output.uri):
             lease.acquire()
-        run_record.refuse_if_changed(config.output.uri, found)
+        output.refuse_if_changed(found)
         lease.confirm()
         if lease.is_takeover:
-            abort_unfinished_uploads(config.output.uri)
+            output.abort_unfinished_uploads()
         request.pin()
         _say(request)
         with ray_session():
@@ -86,19 +84,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return _finish(request, result, started, lease)
 
 
-def _mark_finished(output_uri: str) -> None:
+def _mark_finished(output: Output) -> None:
     """Write the `_SUCCESS` of a finished run that was killed before it could."""
-    if run_record.is_complete(output_uri):
+    if output.is_complete():
         return
-    with Lease(output_uri) as lease, translate_storage_errors("write to", output_uri):
+    with output.lease() as lease, translate_storage_errors("write to", output.uri):
         lease.acquire()
         lease.confirm()
-        run_record.mark_complete(output_uri)
+        output.mark_complete()
 
 
 def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) -> dict[str, Any]:
     """Write the curves, the history and `_SUCCESS`; return the summary."""
-    output_uri = request.config.output.uri
+    output = request.output
     outcome: dict[str, Any] = result.return_value
     if outcome["stopped_by"] is not None:
         raise RunError(outcome["stopped_by"])
@@ -108,25 +106,25 @@ def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) ->
         log.info("%s", explain_choice(best))
     lease.wait_for_stragglers()
     lease.confirm()
-    _remove_orphaned_checkpoints(output_uri, result, lease.fence)
+    _remove_orphaned_checkpoints(output, result, lease.fence)
     curves = draw_curves(outcome["metrics"], request.plan.steps_per_epoch)
-    write_bytes(uris.join(output_uri, CURVES_FILE), curves)
-    run_record.write_run(output_uri, request.describe() | {"history": outcome["history"], "summary": summary})
-    run_record.write_progress(output_uri, {"is_running": False, **summary})
+    write_bytes(output.uri_of(CURVES_FILE), curves)
+    output.write_run(request.describe() | {"history": outcome["history"], "summary": summary})
+    output.write_progress({"is_running": False, **summary})
     lease.confirm()
-    run_record.mark_complete(output_uri)
+    output.mark_complete()
     return summary
 
 
-def _remove_orphaned_checkpoints(output_uri: str, result: Any, fence: Fence) -> None:
+def _remove_orphaned_checkpoints(output: Output, result: Any, fence: Fence) -> None:
     """Remove the checkpoints that dead attempts uploaded and Ray Train does not know of."""
     known = [checkpoint for checkpoint, _ in result.best_checkpoints] + [result.checkpoint]
     kept = {posixpath.basename(checkpoint.path.rstrip("/")) for checkpoint in known if checkpoint is not None}
-    for name in list_names(output_uri):
+    for name in output.list_names():
         if name.startswith(CHECKPOINT_PREFIX) and name not in kept:
             log.info("%s is left from an interrupted attempt: removing it", name)
             fence.check()
-            remove_folder(uris.join(output_uri, name))
+            remove_folder(output.uri_of(name))
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -197,10 +195,10 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
     except SystemExit:  # Ray Train's answer to Ctrl-C, with status 0
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise _failure(error, config.output.uri) from error
+        raise _failure(error, request.output) from error
 
 
-def _failure(error: ray.train.TrainingFailedError, output_uri: str) -> RequestError | RunError:
+def _failure(error: ray.train.TrainingFailedError, output: Output) -> RequestError | RunError:
     """Return what to raise for a training that Ray Train has given up."""
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, RequestError):
@@ -208,7 +206,7 @@ def _failure(error: ray.train.TrainingFailedError, output_uri: str) -> RequestEr
     failures = getattr(error, "worker_failures", None) or {0: cause or error}
     first = failures[min(failures)]
     reason = str(first) if isinstance(first, RunError) else root_cause(first)
-    if has_checkpoint(output_uri):
+    if has_checkpoint(output):
         return RunError(f"{reason}; checkpoints stay, and the same command goes on from the last")
     return RunError(f"{reason}; no checkpoint was made yet")
 

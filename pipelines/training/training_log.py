@@ -14,9 +14,8 @@ import torch
 from tensorboardX import SummaryWriter
 
 from pipelines.config.train import TrainConfig
-from pipelines.outputs import run_record
+from pipelines.outputs import Output
 from pipelines.outputs.lease import Fence
-from pipelines.storage import uris
 from pipelines.storage.filesystem import write_bytes
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ class TrainingLog:
     def __init__(self, config: TrainConfig, steps_per_epoch: int, fence: Fence | None = None) -> None:
         self.records: list[dict[str, Any]] = []
         self._config, self._steps_per_epoch = config, steps_per_epoch
-        self._check = fence.check if fence else None
+        self._output, self._check = Output(config.output.uri), fence.check if fence else None
         self._folder = tempfile.TemporaryDirectory()
         self._window: list[torch.Tensor] = []
         # Writes one thing after the other, so that nothing older comes over something newer.
@@ -111,16 +110,16 @@ class TrainingLog:
         """Leave out what was done beside learning: validation and the epoch's checkpoint."""
         self._since = self._epoch_since = time.monotonic()
 
-    def upload(self, output_uri: str) -> None:
+    def upload(self) -> None:
         """Write `metrics.jsonl` and this process's TensorBoard events, whole, under the output."""
-        self._writer.submit(self._upload, output_uri, list(self.records)).result()
+        self._writer.submit(self._upload, list(self.records)).result()
 
-    def _upload(self, output_uri: str, records: list[dict[str, Any]]) -> None:
+    def _upload(self, records: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        write_bytes(uris.join(output_uri, METRICS_FILE), lines.encode(), self._check)
+        write_bytes(self._output.uri_of(METRICS_FILE), lines.encode(), self._check)
         self._events.flush()
         for path in Path(self._folder.name).iterdir():
-            write_bytes(uris.join(output_uri, f"tensorboard/{path.name}"), path.read_bytes(), self._check)
+            write_bytes(self._output.uri_of(f"tensorboard/{path.name}"), path.read_bytes(), self._check)
 
     def _publish(self, figures: dict[str, Any]) -> None:
         """Write `_progress.json`, metrics and events in a thread, unless the previous write is still running."""
@@ -129,13 +128,12 @@ class TrainingLog:
             self._writing = self._writer.submit(self._write_all, content, list(self.records))
 
     def _write_all(self, progress: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        output_uri = self._config.output.uri
-        run_record.write_progress(output_uri, progress, self._check)
+        self._output.write_progress(progress, self._check)
         started = time.monotonic()
         if started < self._quiet_until:
             return
         try:
-            self._upload(output_uri, records)
+            self._upload(records)
         except (
             Exception
         ) as error:  # of whatever file system; the next checkpoint tries again, and ends the run if need be

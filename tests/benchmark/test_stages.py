@@ -28,7 +28,8 @@ from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
-from pipelines.outputs.writer import make_writer
+from pipelines.outputs.schema import parts_schema
+from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.nodes import Node
 
 STAGE_S = 0.2
@@ -86,7 +87,7 @@ def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:
 
 @pytest.mark.parametrize(("topk", "embedding"), [(5, True), (0, True), (5, False)])
 def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Path, topk: int, embedding: bool) -> None:
-    writer = make_writer(str(tmp_path), bundle.facts(), topk, embedding)
+    writer = PartWriter(str(tmp_path), parts_schema(topk, bundle.num_features if embedding else 0), {})
     assert measure_write(writer, 20, STAGE_S).images_per_s > 0
     (file,) = tmp_path.iterdir()
     table = pq.read_table(file)

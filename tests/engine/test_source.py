@@ -59,7 +59,7 @@ def test_missing_rows_come_once_in_order_from_any_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(manifest, "ROWS_PER_FILE", 70)  # what a later version cuts does not matter
     done = IdSet(1234)
     done.add(np.flatnonzero(np.arange(1234) % 5))
-    source = PendingInputs(str(tmp_path), written, done, IdSet(done.size), cut_into_tasks(247, 48, 16, num_threads=2))
+    source = PendingInputs(written, done, IdSet(done.size), cut_into_tasks(247, 48, 16, num_threads=2))
     rows = pa.concat_tables([source.rows_of(task) for task in range(source.num_tasks)])
     assert source.num_tasks == 8
     assert rows.select(["id", "uri"]).to_pydict() == {"id": list(range(0, 1234, 5)), "uri": names[::5]}
@@ -73,7 +73,7 @@ def test_rows_that_are_retried_have_no_etag(tmp_path: Path) -> None:
     done, retried = IdSet(4), IdSet(4)
     done.add(np.array([0]))
     retried.add(np.array([2]))
-    source = PendingInputs(str(tmp_path), written, done, retried, np.array([0, 3]))
+    source = PendingInputs(written, done, retried, np.array([0, 3]))
     assert source.rows_of(0).to_pydict() == {"id": [1, 2, 3], "uri": ["b", "c", "d"], "etag": ["e2", "", "e4"]}
 
 
@@ -83,7 +83,7 @@ def test_nothing_is_missing_when_all_is_done(tmp_path: Path) -> None:
     starts = cut_into_tasks(0, 16, 16, num_threads=2)
     listing = Listing(LISTING_SCHEMA.empty_table(), 0)
     written = manifest.write_manifest(str(tmp_path), "/images", [], listing)
-    assert PendingInputs(str(tmp_path), written, done, IdSet(done.size), starts).num_tasks == 0
+    assert PendingInputs(written, done, IdSet(done.size), starts).num_tasks == 0
 
 
 def test_a_table_is_cut_into_tasks() -> None:

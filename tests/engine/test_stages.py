@@ -28,7 +28,7 @@ from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from pipelines.outputs import run_record
 from pipelines.outputs.schema import parts_schema
-from pipelines.outputs.writer import PartWriter, make_writer
+from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.progress import Progress
 from tests.support.embeddings import cosines
 
@@ -173,7 +173,7 @@ def test_rows_of_grey_beyond_8_bits_are_counted_from_decoding_to_the_write_resul
     for mode in modes:
         decoded = FetchAndDecode(bundle.transform, 10**8, 10**8, mode)(batch)
         assert decoded["is_clipped"].to_pylist() == [False, True, False, True, None]
-    writer = make_writer(str(tmp_path / "out"), bundle, OPTIONS.topk, OPTIONS.embedding)
+    writer = PartWriter(str(tmp_path / "out"), parts_schema(OPTIONS.topk, bundle.num_features), {})
     (result,) = writer(predictor(decoded)).to_pylist()
     assert (result["num_ok"], result["num_clipped"]) == (4, 2)
 

@@ -17,8 +17,8 @@ from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError, RunError
 from pipelines.inference.spot_check import spot_check
 from pipelines.inference.verify import run
-from pipelines.inputs.manifest import find_manifest
 from pipelines.models.resolve import resolve_bundle
+from pipelines.outputs import Output
 from pipelines.outputs.contents import complete_digests, write_digests
 from tests.support.infer import infer, run_command, summary_of
 
@@ -231,12 +231,12 @@ def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) 
     record["config"]["compute"]["use_gpu"] = True
     config = InferConfig.model_validate(record["config"])
     record["fingerprint"] = resolve_bundle(config.model, config.preprocess).fingerprint
-    manifest = find_manifest(str(output))
+    manifest = Output(str(output)).find_manifest()
     assert manifest is not None
     exact = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
-    assert list(spot_check(record, str(output), manifest, exact)) == []
+    assert list(spot_check(record, manifest, exact)) == []
     others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
-    problems = list(spot_check(record, str(output), manifest, others))
+    problems = list(spot_check(record, manifest, others))
     assert len(problems) > exact.num_rows / 2
     assert "its embedding lies" in problems[0]
 

@@ -15,7 +15,7 @@ from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.errors import ItemError, RequestError
 from pipelines.inputs import listing
 from pipelines.inputs.listing import LISTING_SCHEMA, list_objects
-from pipelines.inputs.manifest import MANIFEST_SCHEMA, find_manifest, read_manifest, write_manifest
+from pipelines.inputs.manifest import MANIFEST_SCHEMA, find_manifest, write_manifest
 from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.storage import bulk, filesystem, uris
@@ -190,17 +190,17 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_manifest_is_pinned(root: str) -> None:
     for key in ("b", "a", "c"):
         write_bytes(uris.join(root, f"in/{key}"), key.encode())
-    output = uris.join(root, "out")
-    assert find_manifest(output) is None
+    folder = uris.join(root, "out/_manifest")
+    assert find_manifest(folder) is None
     found = list_objects(uris.join(root, "in"), ["c"])
-    written = write_manifest(output, uris.join(root, "in"), ["c"], found)
+    written = write_manifest(folder, uris.join(root, "in"), ["c"], found)
     write_bytes(uris.join(root, "in/later"), b"x")
-    assert find_manifest(output) == written
-    table = read_manifest(output, written)
+    assert find_manifest(folder) == written
+    table = written.table()
     assert table.schema.equals(MANIFEST_SCHEMA)
     assert table["id"].to_pylist() == [0, 1]
     assert [uri[-1] for uri in table["uri"].to_pylist()] == ["a", "b"]
-    assert written.num_excluded == 1
+    assert written.info.num_excluded == 1
 
 
 def test_no_credential_is_pickled(store: ObjectStore) -> None:

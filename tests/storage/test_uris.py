@@ -6,7 +6,7 @@ import pytest
 from pipelines.config.infer import InferConfig
 from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
-from pipelines.inference.request import find_places
+from pipelines.inference.request import find_output_state
 from pipelines.storage import uris
 from pipelines.training.request import normalize
 
@@ -66,7 +66,7 @@ def test_labelling_refuses_an_output_inside_its_input(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "in")
     config = {"input": {"uri": f"file://{tmp_path}/in"}, "output": {"uri": f"{tmp_path}/link/out"}}
     with pytest.raises(RequestError, match=r"lies inside input\.uri"):
-        find_places(InferConfig.model_validate(config))
+        find_output_state(InferConfig.model_validate(config))
 
 
 def test_an_output_that_a_link_in_the_input_leads_to_is_refused() -> None:

@@ -47,7 +47,7 @@ def two_epochs(tmp_path: Path) -> TrainingLog:
 
 
 def test_metrics_and_events_are_written_whole(two_epochs: TrainingLog, tmp_path: Path) -> None:
-    two_epochs.upload(str(tmp_path))
+    two_epochs.upload()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     # The first step is the warm-up.
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "step"] == [
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_keeps_the_earlier_lines(two_epochs: TrainingLog, tmp
     resumed.records = list(two_epochs.records)
     resumed.add_step(7, loss=torch.tensor(0.1), lr=0.1)
     resumed.add_step(8, loss=torch.tensor(0.1), lr=0.1)
-    resumed.upload(str(tmp_path))
+    resumed.upload()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 3, 3, 4, 5, 6, 6, 8]
 
@@ -110,7 +110,7 @@ def test_store_that_refuses_metrics_does_not_end_the_steps(tmp_path: Path, caplo
 def test_steps_that_a_gradient_scaler_skipped_leave_no_nan(two_epochs: TrainingLog, tmp_path: Path) -> None:
     two_epochs.add_step(7, torch.tensor(float("nan")), lr=0.1)
     two_epochs.end_epoch({"epoch": 3, "step": 9, "lr": 0.1, "train_loss": None, "images_per_s": 9.0})
-    two_epochs.upload(str(tmp_path))
+    two_epochs.upload()
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-2]["loss"] is None
     assert draw_curves(two_epochs.records, 3)

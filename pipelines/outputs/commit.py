@@ -1,0 +1,125 @@
+"""Adding rows to an output under a lease: from the files that count at the start to `_SUCCESS`."""
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.errors import RunError
+from pipelines.outputs import run_record
+from pipelines.outputs.commit_log import CommitLog
+from pipelines.outputs.compaction import compact, plan_compaction
+from pipelines.outputs.contents import Done, complete_digests, write_digests
+from pipelines.outputs.file_names import list_sizes
+from pipelines.outputs.lease import Lease
+from pipelines.outputs.writer import PartWriter
+from pipelines.storage.filesystem import translate_storage_errors
+from pipelines.storage.uploads import abort_unfinished_uploads
+
+log = logging.getLogger(__name__)
+
+
+class Commit:
+    """One run's additions to an output.
+
+    Args:
+        output_uri: the output.
+        lease: acquired; every step asks it first.
+        done: what the output held when the run began.
+    """
+
+    def __init__(self, output_uri: str, lease: Lease, done: Done) -> None:
+        self._output_uri, self._lease, self._done = output_uri, lease, done
+        self._log = CommitLog(lease.fence)
+        self._digests: dict[str, str] = {}
+
+    def begin(self) -> None:
+        """Publish which files count, and remove the others; from here on, workers may write.
+
+        Raises:
+            RequestError: the output cannot be written.
+        """
+        with translate_storage_errors("write to", self._output_uri):
+            self._lease.confirm()
+            if self._lease.is_takeover:
+                abort_unfinished_uploads(self._output_uri)
+            run_record.mark_incomplete(self._output_uri)
+            self._log.begin(self._done.names, self._done.removed)
+
+    def writer(self, parts_schema: pa.Schema, metadata: Mapping[str, str]) -> PartWriter:
+        """Return what writes files, in workers.
+
+        Args:
+            parts_schema: of the good rows.
+            metadata: key-value metadata of each file.
+        """
+        return PartWriter(self._output_uri, parts_schema, dict(metadata), self._lease.fence)
+
+    def add(self, write_result: Mapping[str, Any]) -> None:
+        """Count the files of one row of `WRITE_RESULTS`."""
+        self._digests |= zip(write_result["files"], write_result["digests"])
+
+    def tidy(self, wait_for_ray: Callable[[], None]) -> None:
+        """Leave each row in one file, and files of a good size.
+
+        Args:
+            wait_for_ray: called before the first task, if there is one.
+
+        Raises:
+            RunError: a file could not be made or is gone. The same command goes on from there.
+        """
+        known = {*self._done.names, *self._digests}
+        self._lease.wait_for_stragglers()
+        self._lease.confirm()
+        sizes = self._remove_strays(known)
+        if gone := known - sizes.keys():
+            raise RunError(
+                f"{len(gone)} files of {self._output_uri} are gone, {min(gone)} among them; run the same command again"
+            )
+        groups = plan_compaction(sizes, self._lease.fence.epoch)
+        if not groups:
+            return
+        wait_for_ray()
+        merged = compact(groups, self._log, self._lease)
+        replaced = {name for group in groups for name in group.merge.sources}
+        self._remove_strays(known - replaced | merged.keys())
+        self._digests |= merged
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the checksums, `_run.json` and the end of the commit log, then `_SUCCESS`.
+
+        Args:
+            record: content of `_run.json`.
+
+        Raises:
+            RunError: the store refuses.
+            LeaseLostError: another run has taken over.
+        """
+        output_uri = self._output_uri
+        with translate_storage_errors("write to", output_uri, RunError):
+            digests = complete_digests(output_uri, self._digests)
+            steps: tuple[Callable[[], None], ...] = (
+                functools.partial(write_digests, output_uri, digests),
+                functools.partial(run_record.write_run, output_uri, record),
+                functools.partial(self._log.finish, digests),
+                functools.partial(run_record.mark_complete, output_uri),
+            )
+            for step in steps:
+                self._lease.confirm()
+                step()
+
+    def _remove_strays(self, known: Collection[str]) -> dict[str, int]:
+        """Remove files that do not count, of writes whose node or driver died before they were reported.
+
+        Returns:
+            The bytes of the files that stay, by name.
+        """
+        with translate_storage_errors("write to", self._output_uri, RunError):
+            sizes = list_sizes(self._output_uri)
+            strays = sizes.keys() - known
+            for name in sorted(strays):
+                log.info("%s is left from an interrupted attempt: removing it", name)
+            self._log.remove(strays)
+        return {name: size for name, size in sizes.items() if name not in strays}
