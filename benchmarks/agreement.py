@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.local.photographs import write_crops
+from pipelines.outputs import open_output
 
 MODEL = "ecaresnet50d_pruned"
 TRAIN_SIZE, TEST_SIZE = 128, 160  # networks see larger objects in training than in use (FixRes, arXiv:1906.06423)
@@ -92,7 +92,7 @@ def _label(folder: Path, index: int, options: tuple[str, ...], weights: str) -> 
         *("--input.uri", str(folder / "images"), "--output.uri", str(output)),
         *("--model.weights", weights, "--preprocess.image_size", str(TEST_SIZE), *options),
     )
-    return pq.read_table(sorted(output.glob("part-*.parquet"))).sort_by("id")
+    return open_output(str(output)).table()
 
 
 def _run(module: str, *arguments: str) -> dict[str, str]:

@@ -20,16 +20,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.local.faulty_proxy import Faults, Proxy, faulty_proxy
 from cluster.local.object_store import ObjectStore, object_store
 from cluster.local.photographs import crops, encode
 from cluster.local.processes import descendants, kill_tree
 from cluster.local.ray_head import ray_head, ray_node
+from pipelines.outputs import open_output
 from pipelines.outputs.file_names import list_files
-from pipelines.storage import uris
-from pipelines.storage.bulk import read_object, store_object
+from pipelines.storage.bulk import store_object
 
 INPUT_URI = "s3://images/chaos"
 COMMIT_ROWS = 64
@@ -83,7 +82,7 @@ class Chaos:
         self.num_runs = 0
         self.proxy.fetched.clear()
         run(output_uri)
-        table = _read(output_uri)
+        table = open_output(output_uri).table()
         self.undisturbed = self.undisturbed or table
         counts = np.bincount(table["id"].to_numpy(), minlength=self.args.num_images)
         images = {path: count for path, count in self.proxy.fetched.items() if path.startswith("/images/")}
@@ -167,12 +166,6 @@ def _kill_one(pid: int, name: str) -> None:
             os.kill(found, signal.SIGKILL)
             return
     raise RuntimeError(f"no {name} runs")
-
-
-def _read(output_uri: str) -> pa.Table:
-    """All good rows, sorted by id."""
-    contents = [read_object(uris.join(output_uri, name)) for name in list_files(output_uri) if name.startswith("part-")]
-    return pa.concat_tables([pq.read_table(pa.BufferReader(content)) for content in contents]).sort_by("id")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from cluster.local.digits import write_digits
 from cluster.local.object_store import object_store
 from cluster.local.photographs import write_crops
+from pipelines.outputs import open_output
 from pipelines.storage.filesystem import open_filesystem
 
 NUM_PHOTOGRAPHS = 240
@@ -67,7 +66,7 @@ def learn_digits(folder: Path) -> None:
     fetch(DIGITS_URI, folder / "labels")
     for name in ("curves.png", "metrics.jsonl"):
         fetch(f"{RUN_URI}/{name}", folder / name)
-    rows = pq.read_table(sorted((folder / "labels").glob("part-*.parquet")), columns=["uri", "label"]).to_pylist()
+    rows = open_output(DIGITS_URI).table(["uri", "label"]).to_pylist()
     num_right = sum(row["label"][0] == row["uri"].split("/")[-2] for row in rows)
     say(
         f"\nTrained in {trained['wall_time_s']:.0f} s. Top-1 on {measured['num_images']} digits held out: "
@@ -108,7 +107,7 @@ def run_job(module: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def show(output: Path, summary: dict[str, Any]) -> None:
     """A table of a few photographs, the rate, and how to go on."""
-    rows = pq.read_table(sorted(output.glob("part-*.parquet"))).sort_by("id")
+    rows = open_output(str(output)).table()
     step = max(1, rows.num_rows // NUM_SHOWN)
     say(f"\n{'photograph':28}{'size':>10}   top-{NUM_LABELS_SHOWN} labels, probability")
     for row in rows.take(list(range(0, rows.num_rows, step)))[:NUM_SHOWN].to_pylist():

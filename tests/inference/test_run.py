@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -19,6 +18,7 @@ from cluster.local.photographs import crops, encode
 from cluster.local.ray_head import RayHead
 from pipelines.errors import RequestError, RunError
 from pipelines.models.catalogue import MODEL_CARDS
+from pipelines.outputs import open_output
 from pipelines.runtime.cpu import why_no_int8
 from pipelines.storage import uris
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes
@@ -296,7 +296,7 @@ def test_fast_gives_nearly_the_rows_of_exact(
 def test_another_timm_classifier_works(ray_server: RayHead, photographs: Path, tmp_path: Path) -> None:
     model = {"name": "mobilenetv3_small_050", "weights": "random"}
     infer(ray_server, input={"uri": str(photographs)}, output={"uri": str(tmp_path / "out")}, model=model)
-    table = pq.read_table(sorted((tmp_path / "out").glob("part-*.parquet")))
+    table = open_output(str(tmp_path / "out")).table()
     assert table.num_rows == NUM_PHOTOGRAPHS
     assert table.schema.field("embedding").type.list_size == 1024
 

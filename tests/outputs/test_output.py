@@ -1,0 +1,162 @@
+"""Reading the rows of an output."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.errors import DamagedFileError, RequestError
+from pipelines.outputs import Output, open_output
+from pipelines.outputs.commit import Commit
+from pipelines.outputs.commit_log import CommitLog, Merge
+from pipelines.outputs.compaction import merge_files
+from pipelines.outputs.contents import Done
+from pipelines.outputs.schema import ERROR_FIELDS, parts_schema
+from pipelines.storage.filesystem import remove, write_bytes
+
+NUM_ROWS = 20
+SCHEMA = parts_schema(2, 4)
+RECORD: dict[str, Any] = {"identity": {}, "config": {}}
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    """An empty output."""
+    if request.param == "s3":
+        request.getfixturevalue("store")
+    return Output(str(tmp_path / "out") if request.param == "local" else f"s3://scratch/{tmp_path.name}")
+
+
+@pytest.fixture
+def commit(output: Output) -> Iterator[Commit]:
+    """A run that wrote rows in three files, odd ids as failed rows, and has not finished yet."""
+    with output.claim() as lease:
+        lease.acquire()
+        output.write_run(RECORD)
+        done = output.find_done(NUM_ROWS, lease.fence.epoch)
+        commit = output.begin(lease, done)
+        writer = commit.writer(SCHEMA, {"model": "m"})
+        for ids in ([12, 13, 14, 15], [0, 1, 2, 3], [4, 5, 6, 7]):
+            commit.add(writer(predictions(ids)).to_pylist()[0])
+        yield commit
+
+
+def predictions(ids: list[int]) -> pa.Table:
+    """Rows as replicas hand them to the writer."""
+    kinds = [None if index % 2 == 0 else "empty" for index in ids]
+    columns = {
+        "id": pa.array(ids, pa.int64()),
+        "uri": pa.array([f"/in/{index}.jpg" for index in ids]),
+        "width": pa.array([40] * len(ids), pa.int32()),
+        "height": pa.array([30] * len(ids), pa.int32()),
+        "index": pa.array([[index, 1] for index in ids], pa.list_(pa.int32())),
+        "prob": pa.array([[0.5, 0.25] for _ in ids], pa.list_(pa.float32())),
+        "label": pa.array([["a", "b"] for _ in ids], pa.list_(pa.string())),
+        "embedding": pa.array([[float(index)] * 4 for index in ids], pa.list_(pa.float32(), 4)),
+        ERROR_FIELDS[0].name: pa.array(kinds, pa.string()),
+        ERROR_FIELDS[1].name: pa.array(kinds, pa.string()),
+        "num_retries": pa.array([0] * len(ids), pa.int32()),
+        "is_clipped": pa.array([False] * len(ids)),
+    }
+    return pa.table(columns)
+
+
+def finish(commit: Commit) -> None:
+    commit.tidy(lambda: None)
+    commit.finish(RECORD)
+
+
+def test_table_returns_all_rows_sorted_by_id(output: Output, commit: Commit) -> None:
+    finish(commit)
+    table = open_output(output.uri).table()
+    assert table["id"].to_pylist() == [0, 2, 4, 6, 12, 14]
+    assert table.schema.names == SCHEMA.names
+    assert table["embedding"].to_pylist()[3] == [6.0] * 4
+    failed = open_output(output.uri).table(failed=True)
+    assert failed.to_pylist()[0] == {"id": 1, "uri": "/in/1.jpg", "error_kind": "empty", "error_message": "empty"}
+
+
+def test_table_returns_the_columns_asked_for_in_that_order(output: Output, commit: Commit) -> None:
+    finish(commit)
+    assert open_output(output.uri).table(["uri", "width"]).column_names == ["uri", "width"]
+    with pytest.raises(RequestError, match=r"has no column 'labels'; it has: id, uri, width"):
+        open_output(output.uri).table(["labels"])
+    with pytest.raises(RequestError, match="has no column 'labels'"):
+        list(open_output(output.uri).batches(["labels"]))
+
+
+def test_batches_hold_the_rows_of_the_table(output: Output, commit: Commit) -> None:
+    finish(commit)
+    batches = list(open_output(output.uri).batches(["id", "embedding"], batch_rows=1))
+    assert [batch.num_rows for batch in batches] == [1] * 6
+    assert pa.Table.from_batches(batches).sort_by("id").equals(open_output(output.uri).table(["id", "embedding"]))
+    assert sum(batch.num_rows for batch in open_output(output.uri).batches(failed=True)) == 6
+
+
+def test_an_unfinished_run_has_the_rows_written_so_far(output: Output, commit: Commit) -> None:
+    assert open_output(output.uri).table(["id"])["id"].to_pylist() == [0, 2, 4, 6, 12, 14]
+
+
+def test_files_that_do_not_count_are_left_out(output: Output, commit: Commit) -> None:
+    finish(commit)
+    content = (Path(output.uri) / output.list_files()[0]).read_bytes() if output.uri.startswith("/") else b"late"
+    write_bytes(output.uri_of("part-000000000000-e000000.parquet"), content)
+    assert open_output(output.uri).table(["id"]).num_rows == 6
+
+
+def test_rows_of_merged_files_come_once(output: Output, commit: Commit) -> None:
+    """Between a merge and the removal of its sources, both are there."""
+    fence = commit._lease.fence
+    parts = [name for name in output.list_files() if name.startswith("part-")]
+    log = CommitLog(fence)
+    log.begin(output.list_files(), [])
+    merge = Merge(target="part-000000000000-e000001-merged.parquet", sources=parts)
+    log.merge([merge])
+    contents = {name: read_file(output, name) for name in parts}
+    merge_files(fence, merge)
+    for name, content in contents.items():
+        write_bytes(output.uri_of(name), content)
+    assert open_output(output.uri).table(["id"])["id"].to_pylist() == [0, 2, 4, 6, 12, 14]
+
+
+def read_file(output: Output, name: str) -> bytes:
+    from pipelines.storage.filesystem import read_bytes
+
+    return read_bytes(output.uri_of(name))
+
+
+def test_an_output_without_rows_is_an_empty_table(output: Output) -> None:
+    with output.claim() as lease:
+        lease.acquire()
+        output.write_run(RECORD)
+        done: Done = output.find_done(0, lease.fence.epoch)
+        finish(output.begin(lease, done))
+    assert open_output(output.uri).table(["id"]).num_rows == 0
+    assert list(open_output(output.uri).batches(["id"])) == []
+
+
+def test_what_is_no_output_is_refused(output: Output) -> None:
+    with pytest.raises(RequestError, match=r"holds no output: there is no _run\.json"):
+        open_output(output.uri)
+
+
+def test_a_damaged_file_is_one_line(output: Output, commit: Commit) -> None:
+    finish(commit)
+    name = output.list_files()[-1]
+    write_bytes(output.uri_of(name), b"PAR1 no more")
+    with pytest.raises(DamagedFileError, match=name):
+        open_output(output.uri).table()
+    remove(output.uri_of("_files.json"))
+    with pytest.raises(DamagedFileError, match=r"_files\.json is gone"):
+        open_output(output.uri).table()
+
+
+def test_embeddings_become_a_matrix_without_copies_of_rows(output: Output, commit: Commit) -> None:
+    """The line that the README and the docs show."""
+    finish(commit)
+    table = open_output(output.uri).table(["id", "embedding"])
+    matrix = table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
+    assert np.array_equal(matrix[:, 0], table["id"].to_numpy().astype(np.float32))
