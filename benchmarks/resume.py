@@ -22,8 +22,9 @@ import pyarrow as pa
 from cluster.local.object_store import object_store
 from cluster.local.photographs import crops, encode
 from cluster.local.processes import descendants, memory_bytes
-from pipelines.inputs.listing import LISTING_SCHEMA, Listing
+from pipelines.inputs.listing import LISTING_SCHEMA
 from pipelines.inputs.manifest import write_manifest
+from pipelines.inputs.reader import Listing
 from pipelines.outputs import Output, run_record
 from pipelines.outputs.file_names import list_files
 from pipelines.outputs.schema import parts_schema

@@ -34,7 +34,8 @@ from pipelines.engine.engine import Engine
 from pipelines.engine.quantization_sample import every_nth
 from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.inference.request import file_metadata, resolve_topk
-from pipelines.inputs.listing import Listing, list_objects
+from pipelines.inputs.reader import Listing, ListRequest, Reader
+from pipelines.inputs.registry import choose_reader
 from pipelines.models.process import ModelProcess
 from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
@@ -77,12 +78,14 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     refuse_if_ray_cannot_start()
     engine = Engine(config, model)
     output_uri = _free_output(config)
-    listing = list_objects(uris.normalize(config.input.uri), config.input.exclude)
+    input_uri = uris.normalize(config.input.uri)
+    reader = choose_reader(input_uri)
+    listing = reader.list(ListRequest(input_uri, config.input.exclude, config.input.trust_list))
     watch.lap("list")
-    sample = _sample(listing, num_stage_images(config))
+    sample = _sample(listing, reader, num_stage_images(config))
     if engine.is_quantized:
         positions = engine.sample_positions(len(sample))
-        engine.quantize(pa.table({"id": positions, "uri": sample.take(positions).combine_chunks()}))
+        engine.quantize(sample.take(positions).add_column(0, "id", pa.array(positions)), reader)
     facts = engine.facts
     engine.pickled_bundle()
     watch.lap("model, beside the listing")
@@ -93,11 +96,11 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
         plan = engine.plan
         num_cpus = sum(node.num_cpus for node in list_nodes())
         watch.lap("Ray")
-        setup = Setup(config, engine, num_cpus, sample, writer)
+        setup = Setup(config, engine, num_cpus, reader, sample, writer)
         try:
             before = measure_stages(setup)
             expected = find_bounds(before, plan, num_cpus, setup.num_readers)[0].images_per_s
-            whole = measure_whole(replace(setup, sample=_sample(listing, num_whole_images(config, expected))))
+            whole = measure_whole(replace(setup, sample=_sample(listing, reader, num_whole_images(config, expected))))
             after = measure_stages(setup)
         except ray.exceptions.RayError as error:
             raise RunError(root_cause(error)) from error
@@ -112,8 +115,9 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     return summary
 
 
-def _sample(listing: Listing, num_images: int) -> pa.ChunkedArray:
-    return listing.table["uri"].take(every_nth(listing.table.num_rows, num_images))
+def _sample(listing: Listing, reader: Reader, num_images: int) -> pa.Table:
+    rows = listing.table.select(["uri", *reader.locators])
+    return rows.take(every_nth(listing.table.num_rows, num_images)).combine_chunks()
 
 
 def _remove_all(folder_uri: str) -> None:
@@ -135,22 +139,22 @@ def _free_output(config: BenchmarkConfig) -> str:
 
 def measure_stages(setup: Setup) -> dict[str, StageCost]:
     """Each stage alone, one after the other, in processes as the run has them."""
-    config, stage_s = setup.config, setup.config.sample.stage_s
+    stage_s = setup.config.sample.stage_s
     log.info("measuring each stage alone, %.0f s each", stage_s)
-    object_uris = setup.sample.to_pylist()
-    # Each reader begins elsewhere, so that none reads what another has just warmed.
-    starts = [reader * len(object_uris) // setup.num_readers for reader in range(setup.num_readers)]
-    orders = [object_uris[start:] + object_uris[:start] for start in starts]
-    reads = [_remote(measure_fetch, order, config.input.max_bytes, stage_s) for order in orders]
-    decode, held_bundle = setup.engine.decode, ray.put(setup.engine.pickled_bundle())
+    rows, decode = setup.sample, setup.engine.decode(setup.reader)
+    # Each process begins elsewhere, so that none reads what another has just warmed.
+    starts = [number * rows.num_rows // setup.num_readers for number in range(setup.num_readers)]
+    orders = [pa.concat_tables([rows.slice(start), rows.slice(0, start)]) for start in starts]
+    reads = [_remote(measure_fetch, order, decode, stage_s) for order in orders]
+    held_bundle = ray.put(setup.engine.pickled_bundle())
     costs = {
         "fetch": _mean(ray.get(reads)),
-        "decode": ray.get(_remote(measure_decode, object_uris, decode, stage_s)),
+        "decode": ray.get(_remote(measure_decode, rows, decode, stage_s)),
         "forward": _mean(ray.get([_measure_forward(setup, held_bundle) for _ in range(setup.num_replicas)])),
         "write": ray.get(_remote(measure_write, setup.writer, setup.rows_per_file, stage_s)),
     }
     if decode.mode == "cuda" and (
-        on_gpu := ray.get(_on_replica(setup, measure_device_decode, object_uris, decode, setup.options, stage_s))
+        on_gpu := ray.get(_on_replica(setup, measure_device_decode, rows, decode, setup.options, stage_s))
     ):
         costs[GPU_DECODE] = on_gpu
     return costs

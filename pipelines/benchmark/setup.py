@@ -10,6 +10,7 @@ from pipelines.engine.plan import ComputePlan
 from pipelines.engine.replica import PredictOptions
 from pipelines.engine.source import Tasks, plan_tasks, rows_per_file
 from pipelines.inference.request import resolve_topk
+from pipelines.inputs.reader import Reader
 from pipelines.outputs.writer import PartWriter
 
 # For a stage alone, whose every process is sent their URIs: on GPUs some seconds of the fastest.
@@ -28,14 +29,16 @@ class Setup:
         config: of the job.
         engine: with the model.
         num_cpus: of the machines.
-        sample: URIs of images of the input; of the stages at first, then of the whole.
+        reader: of the input.
+        sample: rows of the input that the reader can read; of the stages at first, then of the whole.
         writer: of the rows.
     """
 
     config: BenchmarkConfig
     engine: Engine
     num_cpus: float
-    sample: pa.ChunkedArray
+    reader: Reader
+    sample: pa.Table
     writer: PartWriter
 
     @property

@@ -5,7 +5,7 @@ No Ray: `pipelines.benchmark.run` has these run in workers. Every measurement le
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.quantization_sample import every_nth
 from pipelines.engine.replica import PredictOptions
 from pipelines.engine.schema import IMAGES
 from pipelines.errors import RunError
@@ -22,7 +23,6 @@ from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import make_preprocess
 from pipelines.models.bundle import ModelBundle
 from pipelines.outputs.writer import PartWriter
-from pipelines.storage.bulk import fetch_many
 
 Item = TypeVar("Item")
 
@@ -45,31 +45,31 @@ class StageCost:
     bytes_per_image: float = 0.0
 
 
-def measure_fetch(object_uris: list[str], max_bytes: int, stage_s: float) -> StageCost:
-    """Whole objects, as many requests in flight as in a run; the images are read again where time is left."""
+def measure_fetch(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> StageCost:
+    """Read whole inputs, as many requests in flight as in a run; they are read again where time is left."""
     num_bytes = 0
 
-    def fetch(uris: Sequence[str]) -> int:
+    def fetch(part: pa.Table) -> int:
         nonlocal num_bytes
-        fetched = [one.content for one in fetch_many(list(uris), max_bytes)]
+        fetched = [one.content for one in decode.reader.read(part, decode.max_bytes)]
         contents = [content for content in fetched if isinstance(content, bytes)]
         num_bytes += sum(map(len, contents))
         return len(contents)
 
-    parts = [object_uris[start : start + FETCH_ROWS] for start in range(0, len(object_uris), FETCH_ROWS)]
+    parts = [rows.slice(start, FETCH_ROWS) for start in range(0, rows.num_rows, FETCH_ROWS)]
     fetch(parts[0])
     num_bytes = 0
     cost, num_images = _time(fetch, itertools.cycle(parts), stage_s)
     return StageCost(cost.images_per_s, cost.cpu_s_per_image, num_bytes / num_images)
 
 
-def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: float) -> StageCost:
+def measure_decode(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> StageCost:
     """Bytes in memory to the rows of a fetching task, on one core: images of the model's input size, or JPEGs for GPUs.
 
     Raises:
         RunError: not one of the images can be had.
     """
-    contents = _fetch_some(object_uris, FETCH_ROWS, decode.max_bytes)
+    contents = _fetch_some(rows, FETCH_ROWS, decode)
     preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
     pixels = np.empty((*decode.transform.input_size, 3), np.uint8)
     images = [content for content in contents if "error_kind" not in decode.row_of(content, preprocess, pixels)]
@@ -84,7 +84,7 @@ def measure_decode(object_uris: list[str], decode: FetchAndDecode, stage_s: floa
 
 
 def measure_device_decode(
-    object_uris: list[str], decode: FetchAndDecode, options: PredictOptions, stage_s: float
+    rows: pa.Table, decode: FetchAndDecode, options: PredictOptions, stage_s: float
 ) -> StageCost | None:
     """A batch in host memory, again and again: its JPEGs to the model's input on the replica's device.
 
@@ -99,7 +99,7 @@ def measure_device_decode(
     from pipelines.images.device import DeviceDecoder
     from pipelines.models.device import replica_device
 
-    contents = _fetch_some(object_uris, options.batch_size, decode.max_bytes)
+    contents = _fetch_some(rows, options.batch_size, decode)
     sizes = [size_for_device(content, decode.transform, decode.max_pixels) for content in contents]
     jpegs = [(content, size.width * size.height) for content, size in zip(contents, sizes) if size]
     if not jpegs:
@@ -119,9 +119,9 @@ def measure_device_decode(
     return _time(decode_all, itertools.repeat(None), stage_s)[0]
 
 
-def _fetch_some(object_uris: list[str], num_images: int, max_bytes: int) -> list[bytes]:
-    fetched = fetch_many(object_uris[:: -(-len(object_uris) // num_images)], max_bytes)
-    return [found.content for found in fetched if isinstance(found.content, bytes)]
+def _fetch_some(rows: pa.Table, num_images: int, decode: FetchAndDecode) -> list[bytes]:
+    some = rows.take(every_nth(rows.num_rows, num_images))
+    return [found.content for found in decode.reader.read(some, decode.max_bytes) if isinstance(found.content, bytes)]
 
 
 def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:

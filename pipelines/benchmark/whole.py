@@ -39,13 +39,13 @@ class WholeRate:
 def measure_whole(setup: Setup) -> WholeRate:
     """Label the sample as `infer` would."""
     num_images = len(setup.sample)
-    inputs = pa.table({"id": pa.array(range(num_images), pa.int64()), "uri": setup.sample.combine_chunks()})
+    inputs = setup.sample.add_column(0, "id", pa.array(range(num_images), pa.int64()))
     source = TableSource(inputs, setup.tasks.starts)
     write = writing(setup.writer, setup.rows_per_file, setup.plan)
     log.info("%s", setup.engine.describe(num_images))
     num_ok, times = 0, [(0, time.monotonic())]
     with Progress(num_images) as progress:
-        for write_result in setup.engine.stream(source, setup.options, write):
+        for write_result in setup.engine.stream(source, setup.reader, setup.options, write):
             progress.add(write_result["num_ok"], len(write_result["failures"]), len(write_result["files"]))
             num_ok += write_result["num_ok"]
             times.append((progress.num_ok + progress.num_failed, time.monotonic()))

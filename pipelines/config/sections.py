@@ -37,7 +37,8 @@ class InputConfig(Section):
 
     uri: Uri
     """Folder or prefix that holds the images, or one image: a local path, `s3://bucket/prefix`, or what fsspec
-    knows. Every object under it is an input, whatever its name."""
+    knows. Every object under it is an input, whatever its name. A `.csv`, `.tsv`, `.jsonl` or `.parquet` file is a list
+    with the column `uri`."""
 
     exclude: list[str] = []
     """Shell patterns (`*.json`, `thumbs/*`), matched against the path below `input.uri`; what matches is not an
@@ -46,6 +47,10 @@ class InputConfig(Section):
 
     max_bytes: int = Field(default=MAX_BYTES, gt=0)
     """Largest object fetched, in bytes; a larger one becomes a failed row (`too_many_bytes`). Default: 256 MiB."""
+
+    trust_list: bool = False
+    """Allow a list that lies elsewhere to name files of this machine and addresses of its private network. A list on
+    this machine may always name them. Default: false."""
 
 
 class LabelledInputConfig(Section):

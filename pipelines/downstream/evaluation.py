@@ -48,7 +48,7 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
         raise RequestError(f"the weights {config.model.weights} have no classifier to evaluate; fine-tune them first")
     if engine.is_quantized:
         positions = engine.sample_positions(images.table.num_rows)
-        engine.quantize(pa.table({"id": positions, "uri": images.table["uri"].take(positions).combine_chunks()}))
+        engine.quantize(images.rows().take(positions), images.reader)
     targets = targets_of(images, engine.facts)
     with ray_session():
         log.info("%s", engine.describe(images.table.num_rows))
@@ -107,7 +107,7 @@ class Counts:
 def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -> Counts:
     plan = engine.plan
     options = engine.options(topk=min(TOPK, engine.facts.num_classes), embedding=False)
-    inputs = pa.table({"id": np.arange(images.table.num_rows), "uri": images.table["uri"].combine_chunks()})
+    inputs = images.rows()
     source = TableSource(inputs, plan_tasks(inputs.num_rows, plan.batch_size, plan.num_threads).starts)
     counter = HitCounter(ray.put(targets))
 
@@ -121,7 +121,7 @@ def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -
     counts = Counts()
     try:
         with Progress(images.table.num_rows) as progress:
-            for row in engine.stream(source, options, count):
+            for row in engine.stream(source, images.reader, options, count):
                 counts.num_images += row["num_images"]
                 counts.num_top1 += row["num_top1"]
                 counts.num_top5 += row["num_top5"]

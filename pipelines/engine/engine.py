@@ -20,6 +20,7 @@ from pipelines.engine.plan import ComputePlan, plan_compute
 from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
 from pipelines.engine.replica import PredictOptions
 from pipelines.engine.source import Source
+from pipelines.inputs.reader import Reader
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
 from pipelines.runtime.nodes import this_machine
@@ -69,24 +70,24 @@ class Engine:
         """Return the positions of the rows to quantize with, spread evenly over `num_rows`."""
         return every_nth(num_rows, self._config.model.quantization.num_images)
 
-    def quantize(self, rows: pa.Table, is_pinned: bool = False) -> list[int]:
+    def quantize(self, rows: pa.Table, reader: Reader, is_pinned: bool = False) -> list[int]:
         """Quantize the model on images of the input; returns the ids of those that could be read.
 
         Args:
-            rows: `id` and `uri`.
+            rows: `id`, `uri` and the locators of the reader.
+            reader: reads the images.
             is_pinned: an earlier run read all of them, and its rows follow from them.
 
         Raises:
             RequestError: none of the images can be read, or a pinned one cannot, or int8 is too far from float32.
         """
-        images, ids = read_sample(rows, self.decode, is_pinned)
+        images, ids = read_sample(rows, self.decode(reader), is_pinned)
         self._quantized = self._process.quantized_facts(images)
         return ids
 
-    @functools.cached_property
-    def decode(self) -> FetchAndDecode:
-        """The first stage."""
-        return make_decode(self._config, self.facts.transform)
+    def decode(self, reader: Reader) -> FetchAndDecode:
+        """Return the first stage, for inputs that `reader` listed."""
+        return make_decode(self._config, self.facts.transform, reader)
 
     @functools.cached_property
     def plan(self) -> ComputePlan:
@@ -117,13 +118,14 @@ class Engine:
     def stream(
         self,
         source: Source,
+        reader: Reader,
         options: PredictOptions,
         finish: Callable[["ray.data.Dataset"], "ray.data.Dataset"],
     ) -> Iterator[dict[str, Any]]:
-        """Run the chain over all of a source; arguments and rows as for `pipelines.engine.chain.stream`."""
+        """Run the chain over all of a source, which `reader` reads; the rest as for `pipelines.engine.chain.stream`."""
         from pipelines.engine.chain import stream  # Ray Data takes half a second to import
 
-        return stream(source, self.decode, self._process.pickled_bundle(), options, self.plan, finish)
+        return stream(source, self.decode(reader), self._process.pickled_bundle(), options, self.plan, finish)
 
     def pickled_bundle(self) -> bytes:
         """Return the model as replicas take it.

@@ -5,7 +5,7 @@ while the rest of the batch is in flight. Rows 1:1.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from pipelines.errors import ItemError
 from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import Mode, Preprocess, make_preprocess
 from pipelines.images.transform import EvalTransform
+from pipelines.inputs.files import FilesReader
+from pipelines.inputs.reader import Reader
 from pipelines.runtime import metrics
-from pipelines.storage.bulk import fetch_many
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,31 @@ class FetchAndDecode:
         max_bytes: largest object fetched.
         max_pixels: largest image decoded.
         mode: of preprocessing.
+        reader: reads the bytes.
     """
 
     transform: EvalTransform
     max_bytes: int
     max_pixels: int
     mode: Mode
+    reader: Reader = field(default_factory=FilesReader)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return `IMAGES` for `id`, `uri` and, where there is one, `etag`, in the same order.
+        """Read and decode rows of a manifest.
 
-        A failed image becomes a row with its error; so does one whose etag is no longer the given one.
+        Args:
+            batch: `id`, `uri`, the locators of the reader, `etag` if there is one, and carried columns.
+
+        Returns:
+            `IMAGES` and the carried columns, in the same order. A failed image becomes a row with its error; so does
+            one whose etag is no longer the given one.
         """
         preprocess = make_preprocess(self.mode, self.transform, self.max_pixels)
-        object_uris = batch["uri"].to_pylist()
-        rows: list[dict[str, Any]] = [{}] * len(object_uris)
+        rows: list[dict[str, Any]] = [{}] * len(batch)
         # Each image is copied once, to where Arrow's column has it.
-        pixels = np.empty((len(object_uris), *self.transform.input_size, 3), np.uint8)
+        pixels = np.empty((len(batch), *self.transform.input_size, 3), np.uint8)
         started, decode_s = time.monotonic(), 0.0
-        etags = batch["etag"].to_pylist() if "etag" in batch.column_names else None
-        for fetched in fetch_many(object_uris, self.max_bytes, etags):
+        for fetched in self.reader.read(batch, self.max_bytes):
             decode_started = time.monotonic()
             row = self.row_of(fetched.content, preprocess, pixels[fetched.position])
             rows[fetched.position] = {"num_retries": fetched.num_retries, **row}
@@ -60,7 +66,11 @@ class FetchAndDecode:
         metrics.count("ecaray_stage_seconds", time.monotonic() - started - decode_s, stage="fetch")
         columns = {name: [row.get(name) for row in rows] for name in IMAGES.names[2:]}
         columns["image"] = _column_of(pixels, np.array([row["has_pixels"] for row in rows], np.bool_))
-        return pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
+        images = pa.table({"id": batch["id"], "uri": batch["uri"], **columns}, schema=IMAGES)
+        for name in batch.column_names:
+            if name not in {*IMAGES.names, "etag", *self.reader.locators}:
+                images = images.append_column(batch.schema.field(name), batch[name])
+        return images
 
     def row_of(self, content: bytes | ItemError, preprocess: Preprocess, pixels: NDArray[np.uint8]) -> dict[str, Any]:
         """Return one image's columns of `IMAGES` that have a value, and `has_pixels` in place of `image`.
@@ -81,10 +91,10 @@ class FetchAndDecode:
         return {"has_pixels": True, "width": width, "height": height, "is_clipped": is_clipped}
 
 
-def make_decode(config: EngineConfig, transform: EvalTransform) -> FetchAndDecode:
+def make_decode(config: EngineConfig, transform: EvalTransform, reader: Reader) -> FetchAndDecode:
     """Return the first stage of a job."""
     preprocess = config.preprocess
-    return FetchAndDecode(transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode)
+    return FetchAndDecode(transform, config.input.max_bytes, preprocess.max_pixels, preprocess.mode, reader)
 
 
 def _column_of(pixels: NDArray[np.uint8], is_there: NDArray[np.bool_]) -> pa.LargeBinaryArray:

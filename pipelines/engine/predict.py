@@ -81,7 +81,7 @@ class Predictor:
         return torch.compile(forward, dynamic=False)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`IMAGES` to `predictions_schema`; failed rows pass through with nulls in the new columns."""
+        """Turn `IMAGES` into `predictions_schema`; carried columns and failed rows pass through."""
         batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
@@ -168,4 +168,8 @@ class Predictor:
         positions = pa.array(np.cumsum(is_good) - 1, mask=~is_good)
         columns = {name: results[name].take(positions) for name in results.column_names}
         columns |= {name: batch[name] for name in batch.column_names if name in self.schema.names}
-        return pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+        predictions = pa.table([columns[name] for name in self.schema.names], schema=self.schema)
+        for name in batch.column_names:
+            if name not in IMAGES.names:  # carried from the input
+                predictions = predictions.append_column(batch.schema.field(name), batch[name])
+        return predictions

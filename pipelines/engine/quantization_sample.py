@@ -53,7 +53,7 @@ def read_sample(rows: pa.Table, decode: FetchAndDecode, is_pinned: bool = False)
     """The images of some rows, those left out that cannot be had.
 
     Args:
-        rows: `id` and `uri`.
+        rows: `id`, `uri` and the locators of the reader; an `etag` does not matter.
         decode: the first stage of the run.
         is_pinned: an earlier run had all of them, and its rows follow from them.
 
@@ -61,7 +61,7 @@ def read_sample(rows: pa.Table, decode: FetchAndDecode, is_pinned: bool = False)
         RequestError: none can be had, or one of those that are pinned cannot.
     """
     log.info("int8: sampling %d images of the input", rows.num_rows)
-    images = decode(rows.select(["id", "uri"]))
+    images = decode(rows.select([name for name in rows.column_names if name != "etag"]))
     good, failed = images.filter(pc.is_valid(images["image"])), images.filter(pc.is_null(images["image"]))
     if failed.num_rows and (is_pinned or not good.num_rows):
         uri, kind, message = (failed[name][0].as_py() for name in ("uri", "error_kind", "error_message"))

@@ -12,12 +12,14 @@ import pyarrow as pa
 from pipelines.config.infer import InferConfig
 from pipelines.engine.engine import Engine
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
-from pipelines.inputs.listing import Listing, list_objects
 from pipelines.inputs.manifest import Manifest
+from pipelines.inputs.reader import Listing, ListRequest, Reader
+from pipelines.inputs.registry import choose_reader
 from pipelines.models.bundle import ModelFacts
 from pipelines.outputs import Output, run_record
 from pipelines.outputs.contents import Done
 from pipelines.outputs.lease import Lease
+from pipelines.outputs.schema import RESERVED_NAMES
 from pipelines.storage import uris
 from pipelines.storage.filesystem import exists, translate_storage_errors
 
@@ -28,6 +30,7 @@ SAMPLED_IDS = "model.quantization.sampled_ids"
 # holds.
 FREE = (
     "output",
+    "input.trust_list",
     "compute",
     "failure",
     "model",
@@ -123,15 +126,18 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
     config, output, found, manifest = state.config, state.output, state.found, state.manifest
     # Meanwhile: weights that are wrong are refused without waiting for what may be minutes.
     lister = ThreadPoolExecutor(1)
-    listed = None if manifest else lister.submit(list_objects, config.input.uri, config.input.exclude)
+    reader = manifest.reader if manifest else choose_reader(config.input.uri)
+    listed = None if manifest else lister.submit(reader.list, _list_request(config))
     lister.shutdown(wait=False)
     topk = resolve_topk(config, engine.facts)
     # Listed before the first write, so that a request without input leaves nothing behind; never again.
     listing = listed.result() if listed else None
-    uris.refuse_linked_overlap(output.uri, "input.uri", listing.linked if listing else {})
+    if listing is not None:
+        uris.refuse_linked_overlap(output.uri, "input.uri", listing.linked)
+        _refuse_our_names(listing, reader)
     sampled_ids: list[int] | None = None
     if engine.is_quantized:
-        sampled_ids = _quantize(engine, manifest, listing, _sampled_ids(found))
+        sampled_ids = _quantize(engine, reader, manifest, listing, _sampled_ids(found))
     identity = identify(config, engine.facts, topk, sampled_ids)
     if found:
         output.refuse_other_run(found, identity)
@@ -143,13 +149,25 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
         output.write_run(describe_run(config, engine.facts, identity, found or {}))
     epoch = lease.fence.epoch
     if listing is not None:
-        manifest = output.write_manifest(config.input.uri, config.input.exclude, listing, epoch)
+        manifest = output.write_manifest(config.input.uri, config.input.exclude, listing, epoch, reader.name)
     assert manifest is not None
     done = output.find_done(manifest.num_inputs, epoch, RETRIED_KINDS[config.failure.retry])
     is_finished = state.is_complete and output.is_as_recorded(done)
     if state.is_complete and not is_finished and config.failure.retry == "none":
         log.info("%s is finished, but its files are not those of its record: mending it", output.uri)
     return Request(config, output, engine.facts, manifest, topk, identity, done, is_finished)
+
+
+def _list_request(config: InferConfig) -> ListRequest:
+    return ListRequest(config.input.uri, config.input.exclude, config.input.trust_list)
+
+
+def _refuse_our_names(listing: Listing, reader: Reader) -> None:
+    """Refuse columns of the input that the output has by the same name."""
+    own = {"id", "uri", "etag", *reader.locators}
+    taken = [name for name in listing.table.column_names if name in RESERVED_NAMES - own]
+    if taken:
+        raise RequestError(f"the input's column {taken[0]!r} has the name of a column of the output: rename it")
 
 
 def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
@@ -176,15 +194,16 @@ def _sampled_ids(found: dict[str, Any] | None) -> list[int] | None:
 
 
 def _quantize(
-    engine: Engine, manifest: Manifest | None, listing: Listing | None, pinned_ids: list[int] | None
+    engine: Engine, reader: Reader, manifest: Manifest | None, listing: Listing | None, pinned_ids: list[int] | None
 ) -> list[int]:
     """Quantize on images of the input, on the same ones in each run on an output; returns their ids."""
     if manifest is not None:
         ids = engine.sample_positions(manifest.num_inputs) if pinned_ids is None else pinned_ids
-        return engine.quantize(manifest.rows(np.array(ids, np.int64)), is_pinned=pinned_ids is not None)
+        return engine.quantize(manifest.rows(np.array(ids, np.int64)), reader, is_pinned=pinned_ids is not None)
     assert listing is not None
     positions = engine.sample_positions(listing.table.num_rows)
-    return engine.quantize(pa.table({"id": positions, "uri": listing.table["uri"].take(positions).combine_chunks()}))
+    rows = listing.table.take(positions).add_column(0, "id", pa.array(positions))
+    return engine.quantize(rows, reader)
 
 
 def identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:

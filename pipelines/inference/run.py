@@ -26,7 +26,7 @@ from pipelines.inference.request import (
 from pipelines.models.process import ModelProcess
 from pipelines.outputs.commit import Commit
 from pipelines.outputs.lease import Lease
-from pipelines.outputs.schema import parts_schema
+from pipelines.outputs.schema import failed_schema, parts_schema
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.ray_session import ray_session_beside
 
@@ -100,11 +100,14 @@ def _execute(
     tasks = plan_tasks(request.num_todo, plan.batch_size, plan.num_threads, commit_rows)
     source = PendingInputs(request.manifest, request.done.ids, request.done.retried, tasks.starts)
     num_features = request.model.num_features if request.config.outputs.embedding else 0
-    writer = commit.writer(parts_schema(request.topk, num_features), file_metadata(request.model))
+    carried = request.manifest.carried
+    writer = commit.writer(
+        parts_schema(request.topk, num_features, carried), file_metadata(request.model), failed_schema(carried)
+    )
     write = writing(writer, rows_per_file(request.num_todo, tasks.num_rows, commit_rows), plan)
     options = engine.options(request.topk, request.config.outputs.embedding)
     try:
-        for write_result in engine.stream(source, options, write):
+        for write_result in engine.stream(source, request.manifest.reader, options, write):
             commit.add(write_result)
             failures = list(write_result["failures"])
             progress.add(

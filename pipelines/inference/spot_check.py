@@ -51,7 +51,7 @@ def spot_check(record: dict[str, Any], manifest: Manifest, rows: pa.Table) -> It
     config = config.model_copy(update={"model": named})
     try:
         bundle = resolve_bundle(config.model, config.preprocess)
-        decode = make_decode(config, bundle.transform)
+        decode = make_decode(config, bundle.transform, manifest.reader)
         if bundle.dtype == "int8":
             from pipelines.models.cpu.int8 import quantize_bundle
 

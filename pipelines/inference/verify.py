@@ -28,7 +28,7 @@ from pipelines.outputs import Output
 from pipelines.outputs.contents import FILES_FILE
 from pipelines.outputs.file_names import kind_of
 from pipelines.outputs.run_record import RUN_FILE
-from pipelines.outputs.schema import FAILED, parts_schema
+from pipelines.outputs.schema import failed_schema, parts_schema
 from pipelines.outputs.writer import digest_of
 from pipelines.storage import uris
 from pipelines.storage.documents import Document
@@ -88,7 +88,7 @@ class Expected:
         metadata: of each file.
         digests: SHA-256 of each file, by its name.
         manifest: of the output.
-        input_uris: by id.
+        inputs: rows of the manifest: `uri` and the carried columns; the id of an input is its row.
         num_sampled: good rows of each file that are kept, to be computed again.
     """
 
@@ -97,7 +97,7 @@ class Expected:
     metadata: dict[bytes, bytes]
     digests: dict[str, str]
     manifest: Manifest
-    input_uris: pa.ChunkedArray
+    inputs: pa.Table
     num_sampled: int
 
 
@@ -134,7 +134,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     with translate_storage_errors("list", output.uri, RunError):
         names = output.list_parquet_paths()
     problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
-    counts = np.zeros(len(expected.input_uris), np.int32)
+    counts = np.zeros(expected.inputs.num_rows, np.int32)
     num_rows: Counter[str] = Counter()
     samples: list[pa.Table] = []
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -183,6 +183,7 @@ def _expected(output: Output, record: InferRecord, num_sampled: int) -> Expected
         missing = "_manifest/manifest.json" if manifest is None else FILES_FILE
         raise RunError(f"{output.uri} is marked as finished, but {missing} is gone")
     identity = record.identity
+    num_features = record.num_features if record.identity.embedding else 0
     num_parts = sum(kind_of(name) == "part" for name in digests)
     metadata = {
         "fingerprint": record.fingerprint,
@@ -191,11 +192,14 @@ def _expected(output: Output, record: InferRecord, num_sampled: int) -> Expected
     }
     return Expected(
         output,
-        {"part": parts_schema(identity.topk, record.num_features if identity.embedding else 0), "failed": FAILED},
+        {
+            "part": parts_schema(identity.topk, num_features, manifest.carried),
+            "failed": failed_schema(manifest.carried),
+        },
         {name.encode(): value.encode() for name, value in metadata.items()},
         digests,
         manifest,
-        manifest.table()["uri"],
+        manifest.table().select(["uri", *manifest.carried.names]),
         math.ceil(num_sampled / max(1, num_parts)),
     )
 
@@ -231,7 +235,7 @@ def check_file(expected: Expected, name: str) -> FileReport:
         return report
     report.problems += [f"{name}: {problem}" for problem in _problems_of_rows(expected, table)]
     ids = table["id"].to_numpy()
-    report.ids = ids[(ids >= 0) & (ids < len(expected.input_uris))]
+    report.ids = ids[(ids >= 0) & (ids < expected.inputs.num_rows)]
     if kind_of(name) == "part" and expected.num_sampled:
         # Chosen by the file's name: another check computes the same rows.
         chance = np.random.default_rng(list(name.encode()))
@@ -242,13 +246,15 @@ def check_file(expected: Expected, name: str) -> FileReport:
 
 def _problems_of_rows(expected: Expected, table: pa.Table) -> Iterator[str]:
     ids = table["id"]
-    is_known = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, len(expected.input_uris)))
+    is_known = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, expected.inputs.num_rows))
     if not pc.all(is_known).as_py():
         yield "it has ids that no input has"
-    elif not table["uri"].equals(expected.input_uris.take(ids)):
-        yield "its URIs are not those of the manifest"
+    else:
+        for name in expected.inputs.column_names:
+            if not table[name].equals(expected.inputs[name].take(ids)):
+                yield f"its values of {name} are not those of the manifest"
     for name in table.column_names:
-        if table[name].null_count:
+        if table[name].null_count and name not in expected.manifest.carried.names:
             yield f"{name} has nulls"
         elif name in ("prob", "embedding") and not _is_finite(table[name]):
             yield f"{name} has values that are no numbers"

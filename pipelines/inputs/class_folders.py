@@ -7,14 +7,13 @@ import os
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.errors import RequestError
-from pipelines.inputs.lists import LABELLED_SCHEMA
 from pipelines.storage import uris
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class _Folder:
     suffixes: set[str] = field(default_factory=set)
 
 
-def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.Table, int]:
+def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str], int]:
     """Label every object with the name of its folder directly below `location`.
 
     Args:
@@ -74,7 +73,7 @@ def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.Tab
         object_uris: everything below it.
 
     Returns:
-        The images, `LABELLED_SCHEMA`, and how many hidden and system files were left out.
+        Whether each object is kept, the label of each that is, and how many hidden and system files were left out.
 
     Raises:
         RequestError: a file lies outside any folder, or the folders cannot be meant as classes.
@@ -95,10 +94,10 @@ def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.Tab
         raise RequestError(_loose_message(location, loose))
     labels = [path.partition("/")[0] for path in paths]
     _check_classes(location, _folders_of(paths))
-    return pa.table([object_uris.filter(is_kept), labels], schema=LABELLED_SCHEMA), num_left_out
+    return is_kept, labels, num_left_out
 
 
-def log_empty_folders(location: str, exclude: list[str], class_names: Sequence[str]) -> None:
+def log_empty_folders(location: str, exclude: list[str], class_names: Collection[str]) -> None:
     """Log the folders directly below a local `location` that hold no image, and so are no classes."""
     with os.scandir(location) as children:
         folders = [child.name for child in children if child.is_dir(follow_symlinks=False)]

@@ -1,4 +1,4 @@
-"""Labelled images: folders named for their class, or a list of URIs and labels; pinned under the output.
+"""Labelled images of any form of input, pinned under the output.
 
 The id of an image is its row in the pinned table.
 """
@@ -15,10 +15,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.errors import RequestError
-from pipelines.inputs.class_folders import label_by_folder, log_empty_folders, named
-from pipelines.inputs.listing import list_objects
-from pipelines.inputs.lists import LABELLED_SCHEMA as LABELLED_SCHEMA
-from pipelines.inputs.lists import READERS, list_suffix, read_list
+from pipelines.inputs.class_folders import named
+from pipelines.inputs.reader import ListRequest, Reader
+from pipelines.inputs.registry import choose_reader, reader_named
 from pipelines.storage import uris
 from pipelines.storage.filesystem import exists, read_bytes, write_bytes
 
@@ -28,14 +27,21 @@ class LabelledImages:
     """A set of labelled images.
 
     Attributes:
-        table: `LABELLED_SCHEMA`; the id of an image is its row.
+        table: `uri`, the locators of the reader, and `label`; the id of an image is its row.
         num_excluded: objects left out by a pattern, or as hidden and system files.
+        reader: reads the images.
         linked: as `Listing.linked`, when the set was just listed.
     """
 
     table: pa.Table
     num_excluded: int
+    reader: Reader
     linked: dict[str, str] = field(default_factory=dict)
+
+    def rows(self) -> pa.Table:
+        """Return `id` and the columns by which the reader finds each image."""
+        rows = self.table.select(["uri", *self.reader.locators])
+        return rows.add_column(0, "id", pa.array(range(rows.num_rows), pa.int64()))
 
     def class_names(self) -> list[str]:
         """Return the labels that occur, sorted."""
@@ -68,9 +74,9 @@ def read_labelled(uri: str, exclude: list[str], *, trust_list: bool = False) -> 
     """List a set of labelled images.
 
     Args:
-        uri: a folder or prefix whose folders are named for the classes (`cat/1.jpg`, `dog/a/2.png`), or a list
-            (`pipelines.inputs.lists`).
-        exclude: shell patterns on the path below a folder; not used on lists.
+        uri: of any form that a reader knows: a folder or prefix whose folders are named for the classes
+            (`cat/1.jpg`, `dog/a/2.png`), or a list.
+        exclude: shell patterns on the path below a folder.
         trust_list: whether a list that is not on this machine may name files of this machine and hosts of its network.
 
     Raises:
@@ -79,19 +85,10 @@ def read_labelled(uri: str, exclude: list[str], *, trust_list: bool = False) -> 
     location = uris.normalize(uri)
     if not exists(location):
         raise RequestError(f"no input: nothing lies under {location}")
-    if list_suffix(location):
-        return LabelledImages(read_list(location, trust_list=trust_list), 0)
-    listing = list_objects(location, exclude)
-    if listing.table.num_rows == 1 and listing.table["uri"][0].as_py() == location:
-        raise RequestError(
-            f"{location} is one file, neither a folder of classes nor a list: a list ends in {', '.join(READERS)} "
-            "(unpacked, and in any case)"
-        )
-    table, num_left_out = label_by_folder(location, listing.table["uri"])
-    images = LabelledImages(table, listing.num_excluded + num_left_out, listing.linked)
-    if uris.is_local(location):
-        log_empty_folders(location, exclude, images.class_names())
-    return images
+    reader = choose_reader(location)
+    listing = reader.list(ListRequest(location, exclude, trust_list, with_labels=True))
+    table = listing.table.select(["uri", *reader.locators, "label"])
+    return LabelledImages(table, listing.num_excluded, reader, listing.linked)
 
 
 def refuse_one_class(images: LabelledImages, key: str) -> None:
@@ -122,7 +119,7 @@ def refuse_one_class(images: LabelledImages, key: str) -> None:
 def pin(folder_uri: str, name: str, images: LabelledImages) -> None:
     """Write a set into a folder, so that its ids mean the same images for as long as the folder exists."""
     buffer = io.BytesIO()
-    metadata = {"num_excluded": str(images.num_excluded)}
+    metadata = {"num_excluded": str(images.num_excluded), "reader": images.reader.name}
     pq.write_table(images.table.replace_schema_metadata(metadata), buffer, compression="zstd")
     write_bytes(uris.join(folder_uri, f"{name}.parquet"), buffer.getvalue())
 
@@ -131,7 +128,7 @@ def find_pinned(folder_uri: str, name: str) -> LabelledImages | None:
     """Return the set of that name that an earlier run pinned in a folder; None if there is none.
 
     Raises:
-        RequestError: the file is damaged.
+        RequestError: the file is damaged, or its reader is not known.
     """
     uri = uris.join(folder_uri, f"{name}.parquet")
     try:
@@ -140,4 +137,7 @@ def find_pinned(folder_uri: str, name: str) -> LabelledImages | None:
         return None
     except pa.ArrowInvalid:
         raise RequestError(f"{uri} is damaged: it is not what a job wrote there") from None
-    return LabelledImages(table, int(table.schema.metadata[b"num_excluded"]))
+    metadata = table.schema.metadata
+    # Before there were readers, sets of both forms were read alike.
+    reader = reader_named(metadata.get(b"reader", b"files").decode())
+    return LabelledImages(table, int(metadata[b"num_excluded"]), reader)

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from obstore.exceptions import InvalidPathError
 
 from pipelines.errors import RequestError
 from pipelines.inputs.local_listing import Entry, LocalLister, as_text, entry_of
+from pipelines.inputs.reader import Listing
 from pipelines.storage import s3, uris
 from pipelines.storage.bulk import is_obstore_path
 from pipelines.storage.filesystem import etag_of_entry, open_filesystem, translate_storage_errors
@@ -35,21 +35,6 @@ NUM_RETRIES = 10
 ROWS_PER_CHUNK = 10_000
 
 LISTING_SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())])
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Everything under a URI.
-
-    Attributes:
-        table: `LISTING_SCHEMA`, sorted by URI.
-        num_excluded: objects left out by a pattern.
-        linked: real paths of local folders that lie elsewhere, by the links that lead to them.
-    """
-
-    table: pa.Table
-    num_excluded: int
-    linked: dict[str, str] = field(default_factory=dict)
 
 
 def list_objects(uri: str, exclude: list[str]) -> Listing:

@@ -1,8 +1,9 @@
-"""Lists of labelled images: CSV, TSV, JSON lines and Parquet files with the columns `uri` and `label`."""
+"""Reader of lists: CSV, TSV, JSON lines and Parquet files with the columns `uri` and, where it is needed, `label`."""
 
+import logging
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -13,10 +14,13 @@ import pyarrow.parquet as pq
 from pipelines.config.uri import check_uri, expand_home, refuse_secrets
 from pipelines.errors import RequestError
 from pipelines.inputs.hosts import private_hosts
+from pipelines.inputs.reader import Listing, ListRequest, read_objects
 from pipelines.storage import uris
+from pipelines.storage.bulk import Fetched
 from pipelines.storage.filesystem import read_bytes, translate_storage_errors
 
-LABELLED_SCHEMA = pa.schema([("uri", pa.string()), ("label", pa.string())])
+log = logging.getLogger(__name__)
+
 # A line of a list is read whole. Arrow's default is 1 MiB.
 BLOCK_BYTES = 16 * 1024**2
 # Protocols whose URIs name a bucket of a public service, not a host to connect to.
@@ -27,19 +31,48 @@ def list_suffix(location: str) -> str | None:
     """Return the suffix, in lower case, by which a location names a list; None for all others."""
     path = re.split(r"[?#]", location, maxsplit=1)[0] if uris.protocol_of(location) in ("http", "https") else location
     suffix = posixpath.splitext(path)[1].lower()
-    return suffix if suffix in READERS else None
+    return suffix if suffix in PARSERS else None
 
 
-def read_list(location: str, *, trust_list: bool) -> pa.Table:
-    """Read a list of images and labels.
+class ListReader:
+    """Each row of a list names an object; rows keep the order of the list."""
+
+    name = "list"
+    locators = ()
+
+    def matches(self, uri: str) -> bool:
+        """Return whether a URI ends as a list does."""
+        return list_suffix(uri) is not None
+
+    def list(self, request: ListRequest) -> Listing:
+        """Read the list.
+
+        Raises:
+            RequestError: the file is no list, or one of its rows cannot be used.
+        """
+        if request.exclude:
+            log.warning("exclude has no effect on a list: %s", request.uri)
+        columns = ["uri", "label"] if request.with_labels else ["uri"]
+        table = read_list(request.uri, columns, trust_list=request.trust_list)
+        sizes, etags = pa.nulls(table.num_rows, pa.int64()), pa.array([""] * table.num_rows, pa.string())
+        return Listing(table.add_column(1, "size_bytes", sizes).add_column(2, "etag", etags), 0)
+
+    def read(self, rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
+        """Read each row's object."""
+        return read_objects(rows, max_bytes)
+
+
+def read_list(location: str, columns: list[str], *, trust_list: bool) -> pa.Table:
+    """Read columns of a list.
 
     Args:
         location: normalized URI for which `list_suffix` is not None. Entries that are neither absolute nor of a
             protocol are relative to its folder.
+        columns: names, `uri` first.
         trust_list: whether a list that is not on this machine may name files of this machine and hosts of its network.
 
     Returns:
-        `LABELLED_SCHEMA`, every URI normalized.
+        The columns as strings, every URI normalized.
 
     Raises:
         RequestError: the file is no list, or one of its rows cannot be used.
@@ -49,19 +82,19 @@ def read_list(location: str, *, trust_list: bool) -> pa.Table:
     with translate_storage_errors("read the list", location):
         content = read_bytes(location)
     try:
-        table = READERS[suffix](content)
+        table = PARSERS[suffix](content, columns)
     except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{location} cannot be read: {' '.join(str(error).split())}") from None
-    repeated = next((name for name in LABELLED_SCHEMA.names if table.column_names.count(name) > 1), None)
+    repeated = next((name for name in columns if table.column_names.count(name) > 1), None)
     if repeated:
         raise RequestError(f"{location} has more than one column {repeated!r}: keep one of them")
-    missing = [name for name in LABELLED_SCHEMA.names if name not in table.column_names]
+    missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise RequestError(f"{location} has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}")
     try:
-        table = table.select(LABELLED_SCHEMA.names).cast(LABELLED_SCHEMA)
+        table = table.select(columns).cast(pa.schema([(name, pa.string()) for name in columns]))
     except pa.ArrowException as error:
-        raise RequestError(f"{location}: uri and label are to be text or numbers: {error}") from None
+        raise RequestError(f"{location}: {' and '.join(columns)} have to be text or numbers: {error}") from None
     if not table.num_rows:
         raise RequestError(f"no input: {location} lists no image")
     _refuse_empty(location, table)
@@ -69,10 +102,10 @@ def read_list(location: str, *, trust_list: bool) -> pa.Table:
     return table.set_column(0, "uri", pa.array(resolved, pa.string()))
 
 
-def _read_csv(content: bytes, delimiter: str = ",") -> pa.Table:
+def _read_csv(content: bytes, columns: list[str], delimiter: str = ",") -> pa.Table:
     # Only an empty field is empty. Arrow takes NA, null and nan for empty too, which are names of classes.
     options = pa.csv.ConvertOptions(
-        column_types={"uri": pa.string(), "label": pa.string()},
+        column_types=dict.fromkeys(columns, pa.string()),
         null_values=[""],
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
@@ -85,27 +118,27 @@ def _read_csv(content: bytes, delimiter: str = ",") -> pa.Table:
     )
 
 
-def _read_tsv(content: bytes) -> pa.Table:
-    return _read_csv(content, delimiter="\t")
+def _read_tsv(content: bytes, columns: list[str]) -> pa.Table:
+    return _read_csv(content, columns, delimiter="\t")
 
 
-def _read_jsonl(content: bytes) -> pa.Table:
+def _read_jsonl(content: bytes, columns: list[str]) -> pa.Table:
     """Read JSON lines, whose labels are all text or all whole numbers.
 
     A key that no line has becomes a column of nulls, which the caller refuses.
     """
     try:
-        return _read_json_as(content, pa.string())
+        return _read_json_as(content, columns, pa.string())
     except pa.ArrowInvalid:
         try:
-            return _read_json_as(content, pa.int64())
+            return _read_json_as(content, columns, pa.int64())
         except pa.ArrowInvalid:
             pass
         raise
 
 
-def _read_json_as(content: bytes, label_type: pa.DataType) -> pa.Table:
-    schema = pa.schema([("uri", pa.string()), ("label", label_type)])
+def _read_json_as(content: bytes, columns: list[str], label_type: pa.DataType) -> pa.Table:
+    schema = pa.schema([(name, label_type if name == "label" else pa.string()) for name in columns])
     return pa.json.read_json(
         pa.BufferReader(content),
         read_options=pa.json.ReadOptions(block_size=BLOCK_BYTES),
@@ -113,15 +146,15 @@ def _read_json_as(content: bytes, label_type: pa.DataType) -> pa.Table:
     )
 
 
-def _read_parquet(content: bytes) -> pa.Table:
+def _read_parquet(content: bytes, columns: list[str]) -> pa.Table:
     file = pq.ParquetFile(pa.BufferReader(content))
     names = file.schema_arrow.names
     # Other columns may hold the images themselves; one name twice is refused by the caller.
-    wanted = [name for name in LABELLED_SCHEMA.names if names.count(name) == 1]
-    return file.read(wanted) if len(wanted) == len(LABELLED_SCHEMA.names) else file.schema_arrow.empty_table()
+    wanted = [name for name in columns if names.count(name) == 1]
+    return file.read(wanted) if len(wanted) == len(columns) else file.schema_arrow.empty_table()
 
 
-READERS: dict[str, Callable[[bytes], pa.Table]] = {
+PARSERS: dict[str, Callable[[bytes, list[str]], pa.Table]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
@@ -130,11 +163,12 @@ READERS: dict[str, Callable[[bytes], pa.Table]] = {
 
 
 def _refuse_empty(location: str, table: pa.Table) -> None:
-    for name in LABELLED_SCHEMA.names:
+    what = " or ".join(table.column_names)
+    for name in table.column_names:
         empty = [row for row, value in enumerate(table[name].to_pylist(), 1) if not value]
         if empty:
             raise RequestError(
-                f"{location} has rows without uri or label: row {empty[0]} has no {name} (rows like it: {len(empty)})"
+                f"{location} has rows without {what}: row {empty[0]} has no {name} (rows like it: {len(empty)})"
             )
 
 

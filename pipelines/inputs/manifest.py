@@ -6,9 +6,10 @@ runs that list at the same time, the manifest of one counts.
 
 import functools
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from pipelines.errors import DamagedFileError, RequestError
-from pipelines.inputs.listing import Listing
+from pipelines.inputs.reader import Listing, Reader
+from pipelines.inputs.registry import reader_named
 from pipelines.storage import uris
 from pipelines.storage.conditional import create_object
 from pipelines.storage.documents import Document, read_document, to_json
 from pipelines.storage.filesystem import write_bytes
-from pipelines.storage.tables import read_own_table
+from pipelines.storage.tables import read_own_schema, read_own_table
 
 MANIFEST_SCHEMA = pa.schema(
     [("id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
@@ -30,6 +32,7 @@ MANIFEST_SCHEMA = pa.schema(
 # A task reads a whole file of them for its few rows, and keeps it for the next task of its process.
 ROWS_PER_FILE = 250_000
 NUM_READERS = 8
+Result = TypeVar("Result")
 ADVICE = "restore it from a copy, or write to a new output; the rows of this one cannot be told apart without it"
 
 
@@ -44,9 +47,10 @@ class ManifestInfo(Document):
         num_files: files that hold the rows.
         rows_per_file: rows of each, but of the last.
         file_prefix: beginning of the files' names.
+        reader: name of the reader that listed the inputs.
     """
 
-    newest_format: ClassVar[int] = 2
+    newest_format: ClassVar[int] = 3
 
     input_uri: str
     exclude: list[str]
@@ -55,6 +59,7 @@ class ManifestInfo(Document):
     num_files: Annotated[int, Field(ge=0)]
     rows_per_file: Annotated[int, Field(ge=1)]
     file_prefix: Annotated[str, Field(pattern=r"^[a-z]+-([0-9]+-)?$")] = "part-"
+    reader: str = "files"
 
     @model_validator(mode="after")
     def _files_hold_the_rows(self) -> "ManifestInfo":
@@ -80,18 +85,43 @@ class Manifest:
         """Number of rows."""
         return self.info.num_inputs
 
+    @property
+    def reader(self) -> Reader:
+        """The reader that listed the inputs.
+
+        Raises:
+            RequestError: this version does not know it.
+        """
+        return reader_named(self.info.reader)
+
+    @functools.cached_property
+    def carried(self) -> pa.Schema:
+        """Columns that are carried to the output.
+
+        Raises:
+            DamagedFileError: a file is damaged or gone.
+        """
+        if not self.info.num_files:
+            return pa.schema([])
+        schema = _read(read_own_schema, _file_uri(self.folder_uri, self.info, 0))
+        others = {*MANIFEST_SCHEMA.names, *self.reader.locators}
+        return pa.schema([field for field in schema if field.name not in others])
+
     def table(self) -> pa.Table:
-        """Read all rows, `MANIFEST_SCHEMA`, in the order of their ids.
+        """Read all rows, `MANIFEST_SCHEMA` and the further columns, in the order of their ids.
 
         Raises:
             DamagedFileError: a file is damaged or gone.
         """
         with ThreadPoolExecutor(NUM_READERS) as pool:
             files = [_file_uri(self.folder_uri, self.info, index) for index in range(self.info.num_files)]
-            return pa.concat_tables(pool.map(functools.partial(_read_file, columns=MANIFEST_SCHEMA.names), files))
+            return pa.concat_tables(pool.map(_read_file, files))
 
     def rows(self, ids: NDArray[np.int64]) -> pa.Table:
-        """Read `id`, `uri` and `etag` of some ids, given in order.
+        """Read some rows: all columns but `size_bytes`.
+
+        Args:
+            ids: in order.
 
         Raises:
             DamagedFileError: a file is damaged or gone.
@@ -118,8 +148,15 @@ def find_manifest(folder_uri: str) -> Manifest | None:
         return None
 
 
-def write_manifest(folder_uri: str, input_uri: str, exclude: list[str], listing: Listing, epoch: int = 0) -> Manifest:
-    """Pin the inputs: ids dense from 0, in the order of the URIs.
+def write_manifest(
+    folder_uri: str,
+    input_uri: str,
+    exclude: list[str],
+    listing: Listing,
+    epoch: int = 0,
+    reader: str = "files",
+) -> Manifest:
+    """Pin the inputs: ids dense from 0, in the order of the listing.
 
     Args:
         folder_uri: where the files go.
@@ -127,6 +164,7 @@ def write_manifest(folder_uri: str, input_uri: str, exclude: list[str], listing:
         exclude: the shell patterns that it was listed with.
         listing: what was found.
         epoch: of the run's lease.
+        reader: name of the reader that listed them.
 
     Raises:
         RequestError: another run pinned its inputs meanwhile.
@@ -143,6 +181,7 @@ def write_manifest(folder_uri: str, input_uri: str, exclude: list[str], listing:
         num_files=num_files,
         rows_per_file=ROWS_PER_FILE,
         file_prefix=f"inputs-{epoch:06d}-",
+        reader=reader,
     )
     for index in range(num_files):
         buffer = io.BytesIO()
@@ -157,12 +196,19 @@ def write_manifest(folder_uri: str, input_uri: str, exclude: list[str], listing:
 # Tasks come in the order of their ids: one file after the other is read, once in each process.
 @functools.lru_cache(maxsize=2)
 def _cached_file(uri: str) -> pa.Table:
-    return _read_file(uri, columns=["id", "uri", "etag"])
+    return _read_file(uri).drop_columns(["size_bytes"])
 
 
-def _read_file(uri: str, columns: list[str]) -> pa.Table:
+def _read_file(uri: str) -> pa.Table:
+    table = _read(lambda uri, advice: read_own_table(uri, None, advice), uri)
+    if missing := set(MANIFEST_SCHEMA.names) - set(table.column_names):
+        raise DamagedFileError(f"{uri} is damaged (no column {min(missing)!r}): {ADVICE}")
+    return table
+
+
+def _read(read: Callable[[str, str], Result], uri: str) -> Result:
     try:
-        return read_own_table(uri, columns, ADVICE)
+        return read(uri, ADVICE)
     except FileNotFoundError:
         raise DamagedFileError(f"{uri} is gone: {ADVICE}") from None
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.errors import RunError
-from pipelines.outputs import run_record
+from pipelines.outputs import run_record, schema
 from pipelines.outputs.commit_log import CommitLog
 from pipelines.outputs.compaction import compact, plan_compaction
 from pipelines.outputs.contents import Done, complete_digests, write_digests
@@ -48,14 +48,18 @@ class Commit:
             run_record.mark_incomplete(self._output_uri)
             self._log.begin(self._done.names, self._done.removed)
 
-    def writer(self, parts_schema: pa.Schema, metadata: Mapping[str, str]) -> PartWriter:
+    def writer(
+        self, parts_schema: pa.Schema, metadata: Mapping[str, str], failed_schema: pa.Schema | None = None
+    ) -> PartWriter:
         """Return what writes files, in workers.
 
         Args:
             parts_schema: of the good rows.
+            failed_schema: of the failed rows; without carried columns by default.
             metadata: key-value metadata of each file.
         """
-        return PartWriter(self._output_uri, parts_schema, dict(metadata), self._lease.fence)
+        failed = schema.failed_schema() if failed_schema is None else failed_schema
+        return PartWriter(self._output_uri, parts_schema, dict(metadata), self._lease.fence, failed)
 
     def add(self, write_result: Mapping[str, Any]) -> None:
         """Count the files of one row of `WRITE_RESULTS`."""

@@ -19,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.errors import RequestError
-from pipelines.inputs.listing import Listing, list_objects
+from pipelines.inputs.listing import list_objects
 from pipelines.inputs.manifest import Manifest, find_manifest, write_manifest
+from pipelines.inputs.reader import Listing
 from pipelines.outputs import contents, run_record
 from pipelines.outputs.commit import Commit
 from pipelines.outputs.commit_log import withdraw_late_files
@@ -143,9 +144,9 @@ class Output:
             )
         return manifest
 
-    def write_manifest(self, input_uri: str, exclude: list[str], listing: Listing, epoch: int) -> Manifest:
+    def write_manifest(self, input_uri: str, exclude: list[str], listing: Listing, epoch: int, reader: str) -> Manifest:
         """Pin the inputs of the output; arguments and errors as for `pipelines.inputs.manifest.write_manifest`."""
-        return write_manifest(self.manifest_uri, input_uri, exclude, listing, epoch)
+        return write_manifest(self.manifest_uri, input_uri, exclude, listing, epoch, reader)
 
     def find_done(self, num_inputs: int, epoch: int, retried_kinds: Container[str] = ()) -> Done:
         """Return which inputs have rows; arguments and errors as for `pipelines.outputs.contents.find_done`."""

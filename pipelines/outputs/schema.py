@@ -1,5 +1,7 @@
 """Schemas of the rows that an output holds. Plain Arrow types only, so that any Parquet reader takes them."""
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
@@ -12,9 +14,6 @@ SOURCE_FIELDS = [
     pa.field("height", pa.int32()),
 ]
 """Fields that say which image a row is about."""
-
-FAILED = pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS])
-"""A row of `failed-*.parquet`."""
 
 WRITE_RESULTS = pa.schema(
     [
@@ -30,12 +29,22 @@ WRITE_RESULTS = pa.schema(
 number of retried requests, number of grey images of more than 8 bits."""
 
 
-def parts_schema(topk: int, embedding_size: int) -> pa.Schema:
+def failed_schema(carried: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Return the schema of `failed-*.parquet`.
+
+    Args:
+        carried: fields from the input.
+    """
+    return pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS, *carried])
+
+
+def parts_schema(topk: int, embedding_size: int, carried: Iterable[pa.Field] = ()) -> pa.Schema:
     """Return the schema of `part-*.parquet`.
 
     Args:
         topk: classes per row; 0 leaves `index`, `prob` and `label` out.
         embedding_size: length of `embedding`; 0 leaves it out.
+        carried: fields from the input.
     """
     fields = list(SOURCE_FIELDS)
     if topk:
@@ -46,4 +55,16 @@ def parts_schema(topk: int, embedding_size: int) -> pa.Schema:
         ]
     if embedding_size:
         fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding_size)))
-    return pa.schema(fields)
+    return pa.schema([*fields, *carried])
+
+
+RESERVED_NAMES = {
+    *parts_schema(1, 1).names,
+    *failed_schema().names,
+    "num_retries",
+    "is_clipped",
+    "image",
+    "jpeg",
+    "etag",
+}
+"""Names that a column carried from the input may not have."""

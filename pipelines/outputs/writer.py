@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.errors import RunError
+from pipelines.outputs import schema as schemas
 from pipelines.outputs.commit_log import withdraw_if_over
 from pipelines.outputs.file_names import Kind, file_name
 from pipelines.outputs.lease import Fence
 from pipelines.outputs.reasons import reasons_of
-from pipelines.outputs.schema import FAILED, WRITE_RESULTS
+from pipelines.outputs.schema import WRITE_RESULTS
 from pipelines.runtime import metrics
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
@@ -31,6 +32,7 @@ class PartWriter:
     Attributes:
         output_uri: where the files go.
         parts_schema: of the good rows.
+        failed_schema: of the failed rows.
         metadata: key-value metadata of each file.
         fence: of the run's lease; None for files that no lease protects.
     """
@@ -39,12 +41,13 @@ class PartWriter:
     parts_schema: pa.Schema
     metadata: dict[str, str]
     fence: Fence | None = None
+    failed_schema: pa.Schema = field(default_factory=schemas.failed_schema)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One batch to `part-*.parquet` and, where images failed, `failed-*.parquet`; returns `WRITE_RESULTS`."""
         is_good = pc.is_null(batch["error_kind"])
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
-        failed = batch.filter(pc.invert(is_good)).select(FAILED.names)
+        failed = batch.filter(pc.invert(is_good)).select(self.failed_schema.names).cast(self.failed_schema)
         with metrics.timed("write"):
             tables: tuple[tuple[Kind, pa.Table], ...] = (("part", good), ("failed", failed))
             written = [self._write(kind, table) for kind, table in tables if table.num_rows]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import ItemError
 from pipelines.images.decode import decoded
-from pipelines.storage.bulk import fetch_many
+from pipelines.inputs.reader import Reader
 from pipelines.training.augment import Pixels
 
 PADDING_ID = -1
@@ -62,6 +62,7 @@ class LocalBatchLoader:
         world_size: number of workers.
         max_bytes: largest object fetched.
         max_pixels: largest image decoded.
+        reader: reads the images.
     """
 
     order: Order
@@ -71,12 +72,13 @@ class LocalBatchLoader:
     world_size: int
     max_bytes: int
     max_pixels: int
+    reader: Reader
 
     def load(self, images: pa.Table, epoch: int, step: int, rank: int) -> dict[str, NDArray[Any]]:
         """One share.
 
         Args:
-            images: `uri` and `target`; an image's id is its row.
+            images: `uri`, the locators of the reader, and `target`; an image's id is its row.
             epoch: from 0.
             step: within the epoch, from 0.
             rank: the worker's.
@@ -96,7 +98,7 @@ class LocalBatchLoader:
         result["target"][: len(ids)] = rows["target"].to_numpy()
         result["image"] = np.zeros((self.num_rows, *self.input_size, 3), np.uint8)
         errors = [""] * self.num_rows
-        for position, content, _ in fetch_many(rows["uri"].to_pylist(), self.max_bytes):
+        for position, content, _ in self.reader.read(rows, self.max_bytes):
             try:
                 result["image"][position] = self._decode(content, epoch, int(ids[position]))
             except ItemError as error:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.config.train import TrainConfig
+from pipelines.inputs.reader import Reader
 from pipelines.outputs.lease import Fence
 from pipelines.training.sampler import EpochSampler
 
@@ -19,12 +20,14 @@ class ImageSet:
     """A set of images in the object store.
 
     Attributes:
-        images: a table of `uri` and `target`; an image's id is its row.
+        images: a table of `uri`, the locators of the reader, and `target`; an image's id is its row.
         num_images: its rows.
+        reader: reads the images.
     """
 
     images: "ray.ObjectRef[pa.Table]"
     num_images: int
+    reader: Reader
 
 
 @dataclass(frozen=True)

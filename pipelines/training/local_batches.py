@@ -30,7 +30,8 @@ class LocalBatches:
         """The shares of some steps, counted over all epochs."""
         config, order = self._job.config, self._job.order
         pixels = TrainPixels(self._transform.input_size, self._transform.mean, config.augment, config.optim.seed)
-        split = self._split(self._loader(order, pixels), self._job.train, first_step, num_steps, order.steps_per_epoch)
+        loader = self._loader(order, pixels, self._job.train)
+        split = self._split(loader, self._job.train, first_step, num_steps, order.steps_per_epoch)
         return iterate_local_batches(split[self._rank], self._rank, first_step, order.steps_per_epoch)
 
     def validation(self, images: ImageSet) -> Iterator[dict[str, NDArray[Any]]]:
@@ -39,10 +40,10 @@ class LocalBatches:
         num_steps = order.num_steps(self._world_size)
         if self._validation is None:
             pixels = EvalPixels(self._transform, self._job.config.preprocess.max_pixels)
-            self._validation = self._split(self._loader(order, pixels), images, 0, num_steps, num_steps)
+            self._validation = self._split(self._loader(order, pixels, images), images, 0, num_steps, num_steps)
         return iterate_local_batches(self._validation[self._rank], self._rank, 0, num_steps)
 
-    def _loader(self, order: Order, pixels: Pixels) -> LocalBatchLoader:
+    def _loader(self, order: Order, pixels: Pixels, images: ImageSet) -> LocalBatchLoader:
         config = self._job.config
         return LocalBatchLoader(
             order,
@@ -52,6 +53,7 @@ class LocalBatches:
             self._world_size,
             config.data.max_bytes,
             config.preprocess.max_pixels,
+            images.reader,
         )
 
     def _split(

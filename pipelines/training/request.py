@@ -46,10 +46,10 @@ class TrainRequest:
     plan: TrainPlan
 
     def tables(self) -> dict[str, pa.Table]:
-        """`uri` and `target` of each set."""
+        """Return `uri`, the locators of the reader, and `target` of each set."""
         class_names = list(self.start.class_names)
         return {
-            name: pa.table({"uri": images.table["uri"], "target": images.targets(class_names)})
+            name: images.rows().drop_columns(["id"]).append_column("target", pa.array(images.targets(class_names)))
             for name, images in self.sets.items()
         }
 

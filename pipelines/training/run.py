@@ -158,7 +158,10 @@ def _warn_of_lack_of_memory(request: TrainRequest, nodes: list[Node]) -> None:
 
 def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any:
     config = request.config
-    sets = {name: ImageSet(ray.put(table), table.num_rows) for name, table in request.tables().items()}
+    sets = {
+        name: ImageSet(ray.put(table), table.num_rows, request.sets[name].reader)
+        for name, table in request.tables().items()
+    }
     job = TrainJob(
         config=config,
         start=ray.put(request.start),

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -50,9 +51,13 @@ def bundle(telling_weights: Callable[[str], Path]) -> ModelBundle:
     return prepare_bundle(resolve_bundle(ModelConfig(name="test_resnet", weights=weights), PreprocessConfig()))
 
 
+def rows_of(paths: list[Path]) -> pa.Table:
+    return pa.table({"uri": [str(path) for path in paths]})
+
+
 def test_fetching_counts_the_bytes(photographs: Path) -> None:
     paths = sorted(photographs.iterdir())
-    cost = measure_fetch([str(path) for path in paths], 10**8, 0.001)
+    cost = measure_fetch(rows_of(paths), FetchAndDecode(IMAGENET, 10**8, 10**8, "fast"), 0.001)
     assert cost.bytes_per_image == pytest.approx(sum(path.stat().st_size for path in paths[:64]) / 64)
     assert cost.images_per_s > 0
 
@@ -60,23 +65,23 @@ def test_fetching_counts_the_bytes(photographs: Path) -> None:
 def test_only_images_are_decoded(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no image")
     decode = FetchAndDecode(IMAGENET, 10**8, 10**8, "fast")
-    paths = [str(tmp_path / "text"), *map(str, sorted(photographs.iterdir())[:3])]
-    cost = measure_decode(paths, decode, STAGE_S)
+    rows = rows_of([tmp_path / "text", *sorted(photographs.iterdir())[:3]])
+    cost = measure_decode(rows, decode, STAGE_S)
     # One thread: no more of a core's time than the clock's.
     assert 0 < cost.cpu_s_per_image < 1.2 / cost.images_per_s
     with pytest.raises(RunError, match="not one of the sampled images"):
-        measure_decode(paths[:1], decode, STAGE_S)
+        measure_decode(rows.slice(0, 1), decode, STAGE_S)
 
 
 def test_a_device_decodes_only_what_it_can(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no image")
     decode, options = FetchAndDecode(IMAGENET, 10**8, 10**8, "cuda"), PredictOptions(8, 5, True, use_gpu=False)
     jpegs = sorted(path for path in photographs.iterdir() if path.suffix == ".jpg")
-    paths = [str(tmp_path / "text"), *map(str, jpegs[:3])]
-    cost = measure_device_decode(paths, decode, options, STAGE_S)
+    rows = rows_of([tmp_path / "text", *jpegs[:3]])
+    cost = measure_device_decode(rows, decode, options, STAGE_S)
     assert cost is not None
     assert cost.images_per_s > 0
-    assert measure_device_decode(paths[:1], decode, options, STAGE_S) is None
+    assert measure_device_decode(rows.slice(0, 1), decode, options, STAGE_S) is None
 
 
 def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:

@@ -15,7 +15,8 @@ from pipelines.config.evaluate import EvaluateConfig
 from pipelines.downstream.evaluation import HitCounter, targets_of
 from pipelines.engine.schema import predictions_schema
 from pipelines.errors import RequestError, RunError
-from pipelines.inputs.labelled import LABELLED_SCHEMA, LabelledImages
+from pipelines.inputs.files import FilesReader
+from pipelines.inputs.labelled import LabelledImages
 from tests.support.infer import infer, read_kind
 
 SMALL = {"name": "ecaresnet26t"}
@@ -97,7 +98,7 @@ def test_failed_rows_are_named_and_count_nothing() -> None:
 
 
 def images_of(*labels: str) -> LabelledImages:
-    return LabelledImages(pa.table([[f"/{label}" for label in labels], list(labels)], schema=LABELLED_SCHEMA), 0)
+    return LabelledImages(pa.table({"uri": [f"/{label}" for label in labels], "label": labels}), 0, FilesReader())
 
 
 def test_classes_are_matched_by_name_or_by_wordnet_id() -> None:

@@ -16,7 +16,8 @@ from pipelines.engine.source import (
 )
 from pipelines.inputs import idset, manifest
 from pipelines.inputs.idset import IdSet
-from pipelines.inputs.listing import LISTING_SCHEMA, Listing
+from pipelines.inputs.listing import LISTING_SCHEMA
+from pipelines.inputs.reader import Listing
 
 
 @pytest.mark.parametrize("size", [1, 8, 1003, 20_000])

@@ -13,7 +13,7 @@ from pipelines.outputs.commit_log import CommitLog
 from pipelines.outputs.contents import find_done
 from pipelines.outputs.lease import Lease
 from pipelines.outputs.reasons import MAX_REASONS
-from pipelines.outputs.schema import FAILED
+from pipelines.outputs.schema import failed_schema
 
 
 def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
@@ -58,7 +58,7 @@ def test_reasons_are_bounded_however_many_there_are() -> None:
 def test_files_that_hold_a_retried_kind_are_removed_whole(tmp_path: Path) -> None:
     def write(name: str, rows: list[tuple[int, str]]) -> None:
         columns = [[index for index, _ in rows], ["u"] * len(rows), [kind for _, kind in rows], ["m"] * len(rows)]
-        pq.write_table(pa.table(columns, schema=FAILED), tmp_path / name)
+        pq.write_table(pa.table(columns, schema=failed_schema()), tmp_path / name)
 
     write("failed-0.parquet", [(0, "timeout"), (3, "empty")])
     write("failed-1.parquet", [(1, "empty")])

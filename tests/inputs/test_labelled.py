@@ -6,6 +6,7 @@ import pytest
 
 from cluster.local.object_store import ObjectStore
 from pipelines.errors import RequestError
+from pipelines.inputs.files import FilesReader
 from pipelines.inputs.labelled import LabelledImages, find_pinned, pin, read_labelled
 from pipelines.storage.filesystem import write_bytes
 
@@ -49,7 +50,7 @@ def test_lists_name_uris_and_labels(suffix: str, tmp_path: Path) -> None:
 
 
 def test_classes_are_matched_by_name() -> None:
-    images = LabelledImages(pa.table({"uri": ["a", "b", "c"], "label": ["dog", "cat", "dog"]}), 0)
+    images = LabelledImages(pa.table({"uri": ["a", "b", "c"], "label": ["dog", "cat", "dog"]}), 0, FilesReader())
     assert images.targets(["cat", "dog"]).tolist() == [1, 0, 1]
     assert images.targets(["dog", "ant", "cat"]).tolist() == [0, 2, 0]
     with pytest.raises(

@@ -161,7 +161,7 @@ def remote_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def read(entry: str, *, trust_list: bool = False, location: str = "s3://bucket/lists/list.csv") -> list[str]:
         content = write_list(tmp_path / "list.csv", entry).read_bytes()
         monkeypatch.setattr(lists, "read_bytes", lambda uri: content)
-        found: list[str] = lists.read_list(location, trust_list=trust_list)["uri"].to_pylist()
+        found: list[str] = lists.read_list(location, ["uri", "label"], trust_list=trust_list)["uri"].to_pylist()
         return found
 
     monkeypatch.setattr(socket, "getaddrinfo", resolved)

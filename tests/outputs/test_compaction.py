@@ -20,7 +20,7 @@ from pipelines.outputs.compaction import merge_files, plan_compaction
 from pipelines.outputs.contents import Done, find_done
 from pipelines.outputs.file_names import list_files, list_sizes
 from pipelines.outputs.lease import Fence, Lease, LeaseLostError
-from pipelines.outputs.schema import FAILED, parts_schema
+from pipelines.outputs.schema import failed_schema, parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
@@ -161,7 +161,7 @@ def test_wherever_it_is_interrupted_the_next_run_finds_each_row_once(
     output: str, fence: Fence, interrupt: Callable[[Fence, list[Merge]], None]
 ) -> None:
     good, failed = read_kind(output, "part"), read_kind(output, "failed")
-    assert (good.num_rows, failed.num_rows, failed.schema.names) == (180, 20, FAILED.names)
+    assert (good.num_rows, failed.num_rows, failed.schema.names) == (180, 20, failed_schema().names)
     merges = merges_of(output, epoch=1)
     assert len(merges) > 2
     CommitLog(fence).merge(merges)

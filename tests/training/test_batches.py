@@ -15,6 +15,7 @@ from cluster.local.ray_head import RayHead
 from pipelines.config.train import AugmentConfig
 from pipelines.images.decode import decode_rgb
 from pipelines.images.transform import EvalTransform
+from pipelines.inputs.files import FilesReader
 from pipelines.runtime.ray_session import ray_session
 from pipelines.training.augment import EvalPixels, TrainPixels
 from pipelines.training.batches import PADDING_ID, LocalBatchLoader, Order, SequentialSampler
@@ -36,7 +37,8 @@ def images(photographs: Path) -> pa.Table:
 
 
 def loader(order: Order, num_rows: int, world_size: int, pixels: Any = EVAL) -> LocalBatchLoader:
-    return LocalBatchLoader(order, num_rows, pixels, SIZE, world_size, max_bytes=10**8, max_pixels=10**8)
+    limits = {"max_bytes": 10**8, "max_pixels": 10**8}
+    return LocalBatchLoader(order, num_rows, pixels, SIZE, world_size, reader=FilesReader(), **limits)
 
 
 def photograph(images: pa.Table, index: int) -> Image.Image:

@@ -1,0 +1,169 @@
+"""Readers: the forms of input that every job takes, and one that is added from outside."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.local.photographs import crops, encode
+from cluster.local.ray_head import RayHead
+from pipelines.errors import RequestError
+from pipelines.inputs import registry
+from pipelines.inputs.files import FilesReader
+from pipelines.inputs.labelled import find_pinned, pin, read_labelled
+from pipelines.inputs.lists import ListReader
+from pipelines.inputs.manifest import find_manifest, write_manifest
+from pipelines.inputs.reader import Listing, ListRequest, Reader
+from pipelines.inputs.registry import choose_reader, reader_named, register
+from pipelines.outputs import open_output
+from tests.support.infer import infer
+from tests.support.zip_reader import ZipReader
+
+NUM_IMAGES = 12
+
+
+def label(ray_server: RayHead, source: Path, output: Path) -> dict[str, Any]:
+    """Label all images, broken ones among them; returns the summary."""
+    sections = {"input": {"uri": str(source)}, "output": {"uri": str(output)}, "failure": {"max_fraction": 1}}
+    return infer(ray_server, model={"name": "test_resnet", "weights": "random"}, **sections)
+
+
+@pytest.fixture
+def zip_reader(monkeypatch: pytest.MonkeyPatch) -> ZipReader:
+    """The reader, registered for one test."""
+    monkeypatch.setattr(registry, "_READERS", list(registry._READERS))
+    reader = ZipReader()
+    register(reader)
+    return reader
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Photographs in two class folders, the fourth of which is broken."""
+    for index, (name, image) in enumerate(crops(NUM_IMAGES, size=(64, 48))):
+        path = tmp_path / "images" / ("odd" if index % 2 else "even") / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image" if index == 3 else encode(image))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def archive(folder: Path, tmp_path: Path) -> Path:
+    """The same photographs in a zip file, each with a comment."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
+            member = zipfile.ZipInfo(path.relative_to(folder).as_posix())
+            member.comment = f"photograph {number}".encode()
+            file.writestr(member, path.read_bytes())
+    return tmp_path / "images.zip"
+
+
+def test_a_reader_is_chosen_by_the_end_of_the_uri(zip_reader: ZipReader) -> None:
+    kinds = {
+        "s3://b/list.CSV": "list",
+        "/a/list.parquet": "list",
+        "/a/b.zip": "zip",
+        "/a/b.jpg": "files",
+        "/a": "files",
+    }
+    assert {uri: choose_reader(uri).name for uri in kinds} == kinds
+    assert reader_named("zip") is zip_reader
+
+
+def test_a_manifest_of_an_unknown_reader_is_refused(tmp_path: Path) -> None:
+    listing = FilesReader().list(ListRequest(str(Path(__file__)), []))
+    manifest = write_manifest(str(tmp_path), "/in", [], listing, reader="tapes")
+    assert find_manifest(str(tmp_path)) == manifest
+    with pytest.raises(RequestError, match="a reader called 'tapes', and this version has: files, list"):
+        _ = manifest.reader
+
+
+def test_locators_stay_in_the_manifest_and_other_columns_are_carried(
+    zip_reader: ZipReader, archive: Path, tmp_path: Path
+) -> None:
+    listing = zip_reader.list(ListRequest(str(archive), []))
+    manifest = write_manifest(str(tmp_path / "manifest"), str(archive), [], listing, reader=zip_reader.name)
+    assert manifest.carried == pa.schema([("comment", pa.string())])
+    rows = manifest.rows(pa.array([2, 5]).to_numpy())
+    assert rows["member"].to_pylist() == [listing.table["member"][index].as_py() for index in (2, 5)]
+
+
+def test_infer_reads_a_form_that_was_registered(
+    zip_reader: ZipReader, archive: Path, folder: Path, tmp_path: Path, ray_server: RayHead
+) -> None:
+    """The rows are those of the loose files, with the carried column in good and in failed rows."""
+    summary = label(ray_server, archive, tmp_path / "zip")
+    assert (summary["num_ok"], summary["num_failed"]) == (NUM_IMAGES - 1, 1)
+    label(ray_server, folder, tmp_path / "loose")
+    found, expected = open_output(str(tmp_path / "zip")).table(), open_output(str(tmp_path / "loose")).table()
+    same = ["id", "width", "height", "index", "prob", "embedding"]
+    assert found.select(same).equals(expected.select(same))
+    assert found.column_names == [*expected.column_names, "comment"]
+    assert found["uri"][0].as_py() == f"{archive}#even/{Path(expected['uri'][0].as_py()).name}"
+    assert found["comment"].to_pylist() == [f"photograph {index}" for index in found["id"].to_pylist()]
+    (failed,) = open_output(str(tmp_path / "zip")).table(failed=True).to_pylist()
+    assert failed["comment"] == f"photograph {failed['id']}"
+    assert failed["error_kind"] == "not_an_image"
+
+
+def test_every_job_reads_the_list_that_evaluate_reads(folder: Path, tmp_path: Path, ray_server: RayHead) -> None:
+    paths = sorted(folder.rglob("*.jpg"), reverse=True)
+    lines = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in paths]
+    (tmp_path / "list.csv").write_text("uri,label\n" + "\n".join(lines))
+    label(ray_server, tmp_path / "list.csv", tmp_path / "out")
+    rows = open_output(str(tmp_path / "out")).table(["id", "uri"]).to_pylist()
+    good = [index for index, path in enumerate(paths) if path.read_bytes() != b"no image"]
+    assert rows == [{"id": index, "uri": str(paths[index])} for index in good]
+    labelled = read_labelled(str(tmp_path / "list.csv"), [])
+    assert labelled.table["uri"].to_pylist() == [str(path) for path in paths]
+
+
+def test_a_list_for_infer_needs_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("uri\na.jpg\n")
+    listing = ListReader().list(ListRequest(str(tmp_path / "list.csv"), []))
+    assert listing.table.to_pylist() == [{"uri": f"{tmp_path}/a.jpg", "size_bytes": None, "etag": ""}]
+    with pytest.raises(RequestError, match="has no column label"):
+        ListReader().list(ListRequest(str(tmp_path / "list.csv"), [], with_labels=True))
+
+
+def test_labelled_images_of_any_form_are_pinned_with_their_reader(
+    zip_reader: ZipReader, archive: Path, tmp_path: Path
+) -> None:
+    images = read_labelled(str(archive), [])
+    assert images.class_names() == ["even", "odd"]
+    pin(str(tmp_path / "data"), "train", images)
+    found = find_pinned(str(tmp_path / "data"), "train")
+    assert found is not None
+    assert found.reader is zip_reader
+    assert found.table.equals(images.table)
+    contents = {one.position: one.content for one in found.reader.read(found.rows(), 10**8)}
+    assert len(contents) == NUM_IMAGES
+
+
+class ClashingReader(ZipReader):
+    """Carries a column that the output has too."""
+
+    def list(self, request: ListRequest) -> Listing:
+        """List a column called `prob`."""
+        listing = super().list(request)
+        names = ["prob" if name == "comment" else name for name in listing.table.column_names]
+        return Listing(listing.table.rename_columns(names), 0)
+
+
+def test_a_column_with_a_name_of_ours_is_refused(
+    archive: Path, tmp_path: Path, ray_server: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[Reader] = [ClashingReader(), *registry._READERS]
+    monkeypatch.setattr(registry, "_READERS", readers)
+    with pytest.raises(RequestError, match="the input's column 'prob' has the name of a column of the output"):
+        label(ray_server, archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_iterator_of_results_holds_each_row_once(folder: Path) -> None:
+    rows = FilesReader().list(ListRequest(str(folder), [])).table
+    results: Iterator[int] = (fetched.position for fetched in FilesReader().read(rows, 10**8))
+    assert sorted(results) == list(range(NUM_IMAGES))
