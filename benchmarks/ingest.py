@@ -1,7 +1,7 @@
 """What ingest costs training: steps on images that lie ready in memory, beside `jobs.train` on photographs.
 
-    python -m benchmarks.ingest --use-gpu [--model ecaresnet50d] [--batch-size 256] [--precision bfloat16]
-    python -m benchmarks.ingest --model ecaresnet26t --batch-size 16 --num-images 128 --precision float32   # on CPUs
+    python -m benchmarks.ingest --use-gpu [--model ecaresnet50d] [--batch-size 256] [--dtype bfloat16]
+    python -m benchmarks.ingest --model ecaresnet26t --batch-size 16 --num-images 128 --dtype float32   # on CPUs
 
 Each of the two with and without `torch.compile`; the first steps, in which it compiles, are left out.
 """
@@ -31,14 +31,14 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-images", type=int, default=16384, help="photographs of 59 KB, of an epoch")
-    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--use-gpu", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for index in range(NUM_CLASSES):
             write_crops(str(folder / "images" / str(index)), args.num_images // NUM_CLASSES)
-        print(f"{args.model} at {args.image_size}, batches of {args.batch_size}, {args.precision}")
+        print(f"{args.model} at {args.image_size}, batches of {args.batch_size}, {args.dtype}")
         for is_compiled in (False, True):
             config = describe(args, folder, is_compiled)
             with ProcessPoolExecutor(1, get_context("spawn")) as process:  # it gives the GPU's memory back
@@ -56,14 +56,12 @@ def describe(args: argparse.Namespace, folder: Path, is_compiled: bool) -> dict[
     return {
         "data": {"train": {"uri": str(folder / "images")}},
         "output": {"uri": str(folder / f"run-{is_compiled}")},
-        "model": {"name": args.model, "weights": "random"},
+        "model": {"name": args.model, "weights": "random", "dtype": args.dtype, "compile": is_compiled},
         "preprocess": {"image_size": args.image_size},
         "optim": {
             "epochs": 2,
             "global_batch_size": args.batch_size,
             "lr": 0.05,
-            "precision": args.precision,
-            "compile": is_compiled,
         },
         "scaling": {"use_gpu": args.use_gpu},
     }

@@ -70,7 +70,7 @@ def _ours(args: argparse.Namespace, folder: Path, name: str, num_workers: int, n
         "scaling.num_workers": num_workers,
     }
     if num_cpus < (os.cpu_count() or 1):
-        keys["scaling.resources_per_worker"] = json.dumps({"CPU": num_cpus})
+        keys["scaling.num_cpus_per_worker"] = str(num_cpus)
     _run("jobs.train", *[word for key, value in keys.items() for word in (f"--{key}", str(value))])
     return float(json.loads((output / "_run.json").read_text())["history"][-1]["images_per_s"])
 

@@ -1,4 +1,4 @@
-"""The request of `jobs.benchmark`."""
+"""Config of `jobs.benchmark`."""
 
 from pydantic import Field
 
@@ -7,18 +7,18 @@ from pipelines.config.infer import InferConfig
 
 
 class BenchmarkSampleConfig(Section):
-    """What is measured with."""
+    """Sample of the input to measure with."""
 
     num_images: int | None = Field(default=None, ge=1)
-    """Images of the input, spread evenly over it, that the end-to-end run labels. Default: as many as take a minute at
+    """Images of the input, spread evenly over it, that the whole chain labels. If not set: as many as take a minute at
     the lowest ceiling, at least 1,000, or all there are."""
 
     stage_s: float = Field(default=5.0, gt=0)
-    """How long each stage is measured alone, in seconds, after a warm-up of its own, before and after the whole.
-    Default: 5."""
+    """Duration of the measurement of each stage, in seconds, after its own warm-up; each stage is measured before and
+    after the whole chain."""
 
 
 class BenchmarkConfig(InferConfig):
-    """Measure the ceiling of each stage of infer, the rate of the whole, and which stage binds."""
+    """Measure the ceiling of each stage of infer, the rate of the whole chain, and which stage limits it."""
 
     sample: BenchmarkSampleConfig = BenchmarkSampleConfig()

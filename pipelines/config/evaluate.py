@@ -1,4 +1,4 @@
-"""The request of `jobs.evaluate`."""
+"""Config of `jobs.evaluate`."""
 
 from pydantic import Field, model_validator
 
@@ -14,14 +14,14 @@ from pipelines.config.sections import (
 
 
 class EvaluateInputConfig(LabelledInputConfig):
-    """The labelled images to measure with."""
+    """Labelled images to evaluate on."""
 
     max_bytes: int = Field(default=MAX_BYTES, gt=0)
-    """Largest object fetched, in bytes; a larger one counts as failed. Default: 256 MiB."""
+    """Largest object fetched, in bytes. A larger one counts as failed."""
 
 
 class EvaluateConfig(Section):
-    """Measure top-1 and top-5 over a labelled set, every image counted once."""
+    """Measure top-1 and top-5 accuracy on labelled images. Every image counts once."""
 
     input: EvaluateInputConfig
     model: ModelConfig = ModelConfig()

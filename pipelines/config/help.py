@@ -1,10 +1,12 @@
-"""`--help`: every key with its type, its default and the docstring of its field."""
+"""Help text of a job: every key with its type, its default and the docstring of its field."""
 
 import textwrap
 import types
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from pipelines.config.base import leaf_fields, required_leaves
 
@@ -27,13 +29,41 @@ def format_help(schema: type[BaseModel], prog: str) -> str:
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
             lines += ["", f"{section}:"] if section else [""]
-        lines.append(f"  --{key} {_type_name(field.annotation)}{' (required)' if key in required else ''}")
+        lines.append(f"  --{key} {_type_name(field.annotation)}{_default(field, is_required=key in required)}")
         text = " ".join((field.description or "").replace("`", "").split())
         lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
+def _default(field: FieldInfo, is_required: bool) -> str:
+    """Return the default as the command line would take it. Defaults that depend on something else are described."""
+    if is_required:
+        return " (required)"
+    if field.default is None or field.default is PydanticUndefined:
+        return ""
+    return f" (default: {_as_text(field.default)})"
+
+
+def _as_text(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case tuple() | list() | dict():
+            return ",".join(map(_as_text, value)) or "none"
+        case int() if value >= 10_000:
+            return f"{value:_}"
+        case float():
+            return f"{value:.4g}"
+    return str(value)
+
+
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return ",".join(map(_type_name, get_args(annotation)))
+    if get_origin(annotation) is dict:
+        return "JSON"
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
     if get_origin(annotation) is types.UnionType:

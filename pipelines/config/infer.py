@@ -1,4 +1,4 @@
-"""The request of `jobs.infer`."""
+"""Config of `jobs.infer`."""
 
 from pydantic import model_validator
 

@@ -7,4 +7,4 @@ class ModelsConfig(Section):
     """Print the ECA family: what the model cards say beside what this installation measures."""
 
     names: list[str] = []
-    """timm names to print, the ECA ResNets or any other classifier. Default: the whole ECA ResNet family."""
+    """timm names of classifiers to print; the whole ECA ResNet family if none is given."""

@@ -1,4 +1,4 @@
-"""The request of `jobs.train`."""
+"""Config of `jobs.train`."""
 
 from typing import Any, Literal
 
@@ -8,6 +8,7 @@ from pipelines.config.base import Section
 from pipelines.config.sections import (
     MAX_BYTES,
     PILLOW_MAX_PIXELS,
+    CustomResources,
     LabelledInputConfig,
     Uri,
     WorkerRange,
@@ -18,97 +19,103 @@ LR_BASE, LR_BASE_SIZE = 0.1, 256
 
 
 class DataConfig(Section):
-    """The images to learn from and those to measure with."""
+    """Training and validation images."""
 
     train: LabelledInputConfig
     validation: LabelledInputConfig | None = None
-    """Default: no validation; the last checkpoint is then the best."""
+    """Labelled images to validate on after each epoch. Without them, the last checkpoint counts as the best."""
 
     max_bytes: int = Field(default=MAX_BYTES, gt=0)
-    """Largest object fetched, in bytes; a larger one counts as failed. Default: 256 MiB."""
+    """Largest object fetched, in bytes. A larger one counts as failed."""
 
 
 class TrainOutputConfig(Section):
-    """Where the result goes."""
+    """Output of the training."""
 
     uri: Uri
-    """Folder or prefix for checkpoints, metrics and curves: a local path or `s3://bucket/prefix`. The same command on
-    the same output goes on from its last checkpoint. On a cluster of several nodes a local path has to be one that all
-    nodes share."""
+    """Folder or prefix for checkpoints, metrics and curves: a local path or `s3://bucket/prefix`. The same command with
+    the same output continues from its last checkpoint. On a cluster of several nodes, a local path has to be one that
+    all nodes share."""
 
 
 class TrainModelConfig(Section):
-    """The network and what it starts from."""
+    """Architecture and initial weights."""
 
     name: str = "ecaresnet50d"
-    """timm's name of the architecture, with or without a tag. Default: ecaresnet50d, or, where `model.weights` names a
-    directory, the architecture that its config.json names."""
+    """Architecture, by its timm name, with or without a tag. If not set and `model.weights` names a directory, the
+    architecture in its config.json."""
 
     weights: Uri = "pretrained"
-    """`pretrained` (timm's hub weights, the default); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file or
-    of a directory written by train or export; or `random` (by `optim.seed`). The classifier is kept where its classes
-    are those of the images, by name, or in timm's order of folders where the weights name none and have as many; else
-    it is made anew."""
+    """`pretrained` (timm's weights from the hub); a path or URI of a `.safetensors`, `.pth` or `.pth.tar` file or of a
+    directory written by train or export; or `random` (seeded by `optim.seed`). The classifier is kept if its classes
+    are those of the images: by name, or in timm's order of folders if the weights name no classes and have as many.
+    Otherwise a new one is created."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward and backward passes (autocast; float16 scales the gradients). On GPUs, convolutions in
+    float32 use TF32, as torch does."""
+
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
 
     drop_rate: float | None = Field(default=None, ge=0, lt=1)
-    """Dropout before the classifier. Default: the model's own, 0 for most."""
+    """Dropout before the classifier. If not set, the architecture's own default (0 for most)."""
 
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1)
-    """Stochastic depth. Default: the model's own, 0 for ResNets."""
+    """Stochastic depth. If not set, the architecture's own default (0 for ResNets)."""
 
     freeze_backbone: bool = False
-    """Train the classifier alone; batch norm then keeps its statistics. Default: false."""
+    """Train the classifier only. Batch norm layers keep their statistics."""
 
     freeze_batch_norm: bool = False
-    """Batch norm keeps its statistics and its scale. Default: false."""
+    """Freeze the statistics and the affine parameters of all batch norm layers."""
 
     sync_batch_norm: bool = False
-    """Batch statistics over all workers; on GPUs only. Default: false."""
+    """Compute batch norm statistics over all workers. GPUs only."""
 
 
 class TrainPreprocessConfig(Section):
-    """From bytes to the model's input."""
+    """From encoded bytes to the model's input."""
 
     image_size: int | None = Field(default=None, ge=1)
-    """Side of the square input, in pixels. Default: the model's own (224 for the five ECA ResNets)."""
+    """Side of the square input, in pixels. If not set, the model's own (224 for the five ECA ResNets)."""
 
     max_pixels: int = Field(default=PILLOW_MAX_PIXELS, ge=1)
-    """Largest source image decoded, width times height; a larger one counts as failed. Default: Pillow's own limit,
-    178,956,970."""
+    """Largest source image decoded, as width times height. A larger one counts as failed."""
 
 
 class AugmentConfig(Section):
-    """Random changes of the training images, by timm's names."""
+    """Random augmentation of the training images, under the names that timm uses."""
 
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the random crop's area, as a share of the image. Default: 0.08 to 1."""
+    """Range of the area of the random crop, as a fraction of the image."""
 
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the random crop's width over height. Default: 3/4 to 4/3."""
+    """Range of the aspect ratio (width over height) of the random crop."""
 
     hflip: float = Field(default=0.5, ge=0, le=1)
-    """Probability of a horizontal flip. Default: 0.5."""
+    """Probability of a horizontal flip."""
 
     vflip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a vertical flip. Default: 0."""
+    """Probability of a vertical flip."""
 
     color_jitter: float = Field(default=0.4, ge=0)
-    """Random brightness, contrast and saturation, up to this factor; off with `auto_augment`. Default: 0.4."""
+    """Strength of random changes of brightness, contrast and saturation. Ignored if `auto_augment` is set."""
 
     auto_augment: str | None = None
-    """timm's RandAugment, AutoAugment or AugMix string, such as `rand-m7-mstd0.5-inc1`. Default: none."""
+    """timm policy string for RandAugment, AutoAugment or AugMix, such as `rand-m7-mstd0.5-inc1`."""
 
     random_erase_prob: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a rectangle is filled with noise. Default: 0."""
+    """Probability of filling a random rectangle with noise."""
 
     mixup: float = Field(default=0.0, ge=0)
-    """Alpha of mixup. Default: 0, off."""
+    """Alpha of mixup; 0 turns it off."""
 
     cutmix: float = Field(default=0.0, ge=0)
-    """Alpha of CutMix. Default: 0, off."""
+    """Alpha of CutMix; 0 turns it off."""
 
     interpolation: Literal["bilinear", "bicubic", "random"] = "random"
-    """Filter of the random crop's resize. Default: random, one of the two for each image."""
+    """Resize filter of the random crop; `random` picks bilinear or bicubic for each image."""
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -126,93 +133,86 @@ class AugmentConfig(Section):
 
 
 def scales_lr_by_root(opt: str) -> bool:
-    """Tell whether timm scales an optimizer's default rate with the square root of the batch, not the batch."""
+    """Return whether timm scales the default rate of an optimizer with the square root of the batch size."""
     return any(name in opt.lower() for name in ("ada", "lamb"))
 
 
 def _default_lr(validated: dict[str, Any]) -> float:
-    """Return the learning rate that timm's `train.py` takes where none is given."""
+    """Return the learning rate that timm's `train.py` uses if none is given."""
     ratio = validated["global_batch_size"] / LR_BASE_SIZE
     return float(LR_BASE * (ratio**0.5 if scales_lr_by_root(validated["opt"]) else ratio))
 
 
 class OptimConfig(Section):
-    """Optimizer, schedule and length of the training, by timm's names."""
+    """Optimizer, learning-rate schedule and length of the training, under the names that timm uses."""
 
     epochs: int = Field(default=100, ge=1)
-    """Passes over the training images. Default: 100."""
+    """Passes over the training images."""
 
     global_batch_size: int = Field(default=256, ge=1)
-    """Images a step, over all workers and gradient accumulation. It stays what it is when the number of workers
-    changes, and so do the rate and the number of steps. Default: 256."""
+    """Images per optimizer step, over all workers and accumulated gradients. It does not change with the number of
+    workers, nor do the learning rate and the number of steps."""
 
     grad_accum_steps: int = Field(default=1, ge=1)
-    """Passes that each worker splits its share of a batch into, to save memory. Default: 1."""
+    """Microbatches that each worker splits its local batch into, to save memory."""
 
     opt: str = "sgd"
-    """Optimizer, by timm's name (`sgd`, `adamw`, `lamb`, ...). Default: sgd, with Nesterov's momentum."""
+    """Optimizer, by its timm name (`sgd`, `adamw`, `lamb`, ...). `sgd` uses Nesterov momentum."""
 
     lr: float = Field(default_factory=_default_lr, gt=0)
-    """Learning rate for the whole global batch. Default: 0.1 times `global_batch_size` / 256, or times the square root
-    of that for optimizers whose name holds `ada` or `lamb`: timm's `lr_base` and `lr_base_scale`."""
+    """Learning rate for the global batch. If not set: 0.1 x `global_batch_size` / 256, or 0.1 x the square root of that
+    ratio for optimizers whose name contains `ada` or `lamb` (`lr_base` and `lr_base_scale` in timm)."""
 
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Default: 0.9."""
+    """Momentum of the optimizer."""
 
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Not on biases and norms. Default: 1e-4."""
+    """Weight decay. Biases and normalization layers are exempt."""
 
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    """Factor on the rate from each layer to the one before it. Default: none."""
+    """Factor on the learning rate from each layer to the layer before it."""
 
     sched: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = "cosine"
-    """Schedule of the rate, updated at each step. Default: cosine."""
+    """Learning-rate schedule, updated at every step."""
 
     warmup_epochs: int = Field(default=0, ge=0)
-    """Epochs of linear warm-up. Default: 0."""
+    """Epochs of linear warm-up."""
 
     warmup_lr: float = Field(default=1e-5, ge=0)
-    """Rate at the start of the warm-up. Default: 1e-5."""
+    """Learning rate at the start of the warm-up."""
 
     min_lr: float = Field(default=0.0, ge=0)
-    """Rate at the end of the schedule. Default: 0."""
+    """Learning rate at the end of the schedule."""
 
     decay_epochs: float = Field(default=30, gt=0)
-    """Epochs between decays of `step`. Default: 30."""
+    """Epochs between two decays of the `step` schedule."""
 
     decay_rate: float = Field(default=0.1, gt=0)
-    """Factor of each decay of `step` and `multistep`; of `poly` the exponent. Default: 0.1."""
+    """Factor of each decay of `step` and `multistep`; exponent of `poly`."""
 
     decay_milestones: list[int] = []
-    """Epochs at which `multistep` decays. Default: none."""
+    """Epochs at which `multistep` decays."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target spread over all classes. Default: 0."""
+    """Fraction of the target that is spread over all classes."""
 
     bce_loss: bool = False
-    """Binary cross-entropy, each class by itself, in place of softmax cross-entropy. Default: false."""
+    """Use binary cross-entropy for each class in place of softmax cross-entropy."""
 
     clip_grad: float | None = Field(default=None, gt=0)
-    """Largest norm of the gradient. Default: none."""
+    """Largest norm of the gradient. If not set, gradients are not clipped."""
 
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average (EMA) of the weights, which is then measured beside the model. Handed out
-    is what scores better on the validation images; without these, the EMA if it averages over at most a fifth of the
-    steps, else the model. Default: none."""
+    """Decay of an exponential moving average (EMA) of the weights, which is validated beside the model. The checkpoint
+    for use holds whichever scores better on the validation images. Without validation images it holds the EMA if that
+    averages over at most a fifth of the steps, else the model. If not set, no EMA is kept."""
 
     ema_warmup: bool = True
-    """Let the EMA's decay grow with the steps, up to `ema_decay`, by timm's formula: without it, an EMA of a short run
-    consists of early weights. Default: true."""
-
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of forward and backward pass (autocast; float16 with a scaled gradient). On GPUs float32's convolutions
-    take TF32, torch's default. Default: float32."""
-
-    compile: bool = False
-    """Whether the model is compiled by torch. Default: false."""
+    """Increase the EMA decay with the number of steps, up to `ema_decay`, with the formula that timm uses. Without it,
+    the EMA of a short run consists of early weights."""
 
     seed: int = Field(default=0, ge=0)
-    """Of everything random. Default: 0."""
+    """Seed of everything random."""
 
     @model_validator(mode="after")
     def _schedule_makes_sense(self) -> "OptimConfig":
@@ -221,67 +221,69 @@ class OptimConfig(Section):
                 f"warmup_epochs = {self.warmup_epochs} is longer than the training, epochs = {self.epochs}"
             )
         if self.warmup_epochs and self.warmup_lr > self.lr:
-            raise ValueError(f"warmup_lr = {self.warmup_lr:g} is above the rate that it leads to, lr = {self.lr:g}")
+            raise ValueError(f"warmup_lr = {self.warmup_lr:g} is above the rate after the warm-up, lr = {self.lr:g}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr = {self.min_lr:g} is above the rate at the start, lr = {self.lr:g}")
         if self.sched == "multistep" and not self.decay_milestones:
-            raise ValueError("sched = multistep decays at decay_milestones, and none are given")
+            raise ValueError("sched = multistep needs decay_milestones")
         if self.decay_milestones != sorted(set(self.decay_milestones)) or min(self.decay_milestones, default=1) < 1:
             raise ValueError(f"decay_milestones = {self.decay_milestones} are epochs from 1, in ascending order")
         return self
 
 
 class ScalingConfig(Section):
-    """The workers, by the names of Ray Train's `ScalingConfig`."""
+    """Training workers and their resources, under the names of Ray Train's `ScalingConfig`."""
 
     num_workers: WorkerRange = 1
-    """Training workers, or the least and the most of them, between which Ray resizes the run. Default: 1."""
+    """Number of training workers, or the minimum and maximum between which Ray resizes the run."""
 
     use_gpu: bool = False
-    """Whether each worker takes a GPU. Default: false."""
+    """Give each worker one GPU."""
 
-    resources_per_worker: dict[str, float] | None = None
-    """What Ray sets aside for each worker; on CPUs also its number of threads. Default: with a GPU, that and one CPU;
-    else half of the CPUs shared among the workers, so that fetching and decoding go on, and all of the cores shared as
-    threads."""
+    num_cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs that Ray reserves for each worker, and its number of threads if it has no GPU. If not set: one CPU with a
+    GPU; else the workers share half of the CPUs, so that fetching and decoding continue, and all cores as threads."""
+
+    resources_per_worker: CustomResources = {}
+    """Custom resources that Ray reserves for each worker, such as `{"NAME": 1}`."""
 
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How the workers are placed on the nodes. Default: PACK."""
+    """Placement of the workers on the nodes."""
 
     accelerator_type: str | None = None
-    """Type of GPU that the nodes must have, by Ray's name. Default: any."""
+    """Type of GPU that the nodes must have, by Ray's name. If not set, any type will do."""
 
     label_selector: dict[str, str] | None = None
-    """Labels that the workers' nodes must have, by Ray's names. Default: any node."""
+    """Ray node labels that the nodes of the workers must have. If not set, any node will do."""
 
     elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0)
-    """Seconds between looks at whether more workers fit, where `num_workers` is a range. Default: 60."""
+    """Seconds between checks for whether more workers fit, if `num_workers` is a range."""
 
 
 class CheckpointConfig(Section):
-    """When the state is saved."""
+    """Checkpoints within an epoch."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints within an epoch; each epoch's end is one too. Default: epochs' ends only."""
+    """Steps between two checkpoints within an epoch. If not set, only the end of each epoch is a checkpoint."""
 
 
 class FailureConfig(Section):
-    """What a run survives."""
+    """Limits on failures."""
 
     max_failures: int = Field(default=3, ge=-1)
-    """Restarts from the last checkpoint after workers or the store were lost; -1 for any number. An error of code ends
-    the run at once, as a restart would meet it again. Default: 3."""
+    """Restarts from the last checkpoint after workers or the store were lost; -1 for no limit. Errors in code end the
+    run at once, because a restart would meet them again."""
 
     max_fraction: float = Field(default=0.05, ge=0, le=1)
-    """Share of the training images that may fail in an epoch, and of the validation images that may fail in a
-    validation, before the run stops. Default: 0.05."""
+    """Fraction of the training images that may fail in an epoch, and of the validation images that may fail in a
+    validation, before the run stops."""
 
 
 class LoggingConfig(Section):
-    """What is said while it works."""
+    """Progress messages."""
 
     every_s: float = Field(default=5.0, gt=0)
-    """Seconds between lines of progress. Default: 5."""
+    """Seconds between two progress lines."""
 
 
 class TrainConfig(Section):
@@ -301,7 +303,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _sync_batch_norm_needs_gpus(self) -> "TrainConfig":
         if self.model.sync_batch_norm and not self.scaling.use_gpu:
-            raise ValueError("model.sync_batch_norm needs scaling.use_gpu: torch has no synchronized norm on CPUs")
+            raise ValueError("model.sync_batch_norm needs scaling.use_gpu: torch synchronizes batch norm on GPUs only")
         return self
 
     @model_validator(mode="after")

@@ -7,18 +7,18 @@ from pipelines.config.sections import Uri
 
 
 class VerifiedOutputConfig(Section):
-    """What is checked."""
+    """Output to check."""
 
     uri: Uri
-    """The output of a finished `infer`: a local path or `s3://bucket/prefix`."""
+    """Output of a finished `infer`: a local path or `s3://bucket/prefix`."""
 
 
 class SampleConfig(Section):
-    """Rows that are computed again."""
+    """Sample of the rows to compute again."""
 
     num_rows: int = Field(default=16, ge=0)
-    """How many rows, at most, are computed again, by the model and from the images that the run names, on the CPUs of
-    this machine; 0 for none, where one of them is gone. Default: 16."""
+    """Maximum number of rows that are computed again on the CPUs of this machine, with the model and the images that
+    the run names. 0 computes none, for when the model or the images are gone."""
 
 
 class VerifyConfig(Section):

@@ -26,6 +26,8 @@ PROGRESS_FORMAT = 1
 ADVICE = "restore it from a copy, or write to a new output"
 # Of the identity; the names themselves are in `label_names`.
 LABEL_NAMES_KEY = "label_names_sha256"
+# Keys of identities that earlier versions wrote, and their names today.
+RENAMED_KEYS = {"optim.precision": "model.dtype", "optim.compile": "model.compile"}
 # Of a value in a refusal, in characters: a fingerprint, but not hundreds of ids.
 MAX_SHOWN = 100
 
@@ -115,6 +117,7 @@ def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mappin
     if "label_names" in found:
         recorded[LABEL_NAMES_KEY] = label_names_digest(found["label_names"])
     before = {key: recorded[key] for key in identity if key in recorded} | found["identity"]
+    before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
     pairs = [(key, before[key], identity[key]) for key in sorted(before.keys() & identity.keys())]
     differing = [(key, _brief(old), _brief(new)) for key, old, new in pairs if old != new]
     if differing:

@@ -82,11 +82,10 @@ class Learner:
         self._layout = memory_format_for(task.architecture, device)
         self.module = module.to(device).to(memory_format=self._layout)
         freeze(self.module, config)
-        optim = config.optim
         self.average = make_ema(config, self.module)
         self._optimizer = make_optimizer(config, self.module)
         self._schedule = make_schedule(config, self._optimizer, task.steps_per_epoch)
-        self._scaler = NativeScaler(device.type) if optim.precision == "float16" else None
+        self._scaler = NativeScaler(device.type) if config.model.dtype == "float16" else None
         self._model: Any = self._wrapped()
         self._mixup = make_mixup(config, task.num_classes)
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
@@ -199,9 +198,9 @@ class Learner:
     def _wrapped(self) -> Any:
         if self.config.model.sync_batch_norm:
             self.module = convert_sync_batchnorm(self.module)  # timm's keeps the activations that some norms hold
-        if self.config.optim.compile:
+        if self.config.model.compile:
             use_private_compiler_cache()
-        model: Any = torch.compile(self.module) if self.config.optim.compile else self.module
+        model: Any = torch.compile(self.module) if self.config.model.compile else self.module
         if self.world_size > 1:
             device_ids = [self.device] if self.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=device_ids)
@@ -287,7 +286,7 @@ class Learner:
         return torch.from_numpy(share["target"][rows]).to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        precision = self.config.optim.precision
+        precision = self.config.model.dtype
         if precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, precision))

@@ -249,11 +249,11 @@ class Worker:
             what = f"weights or all of the latest gradients are NaN or infinite at step {step} of {self.total_steps}"
         else:
             return
-        precision = self.config.optim.precision
+        precision = self.config.model.dtype
         self.stopped_by = (
             f"{what}, at learning rate {self._divergence.lr_at(step):.3g}: try a smaller optim.lr, a longer "
             f"optim.warmup_epochs or optim.clip_grad"
-            + (f", or another optim.precision than {precision}" if precision != "float32" else "")
+            + (f", or another model.dtype than {precision}" if precision != "float32" else "")
             + (", with an output.uri of its own" if self._has_checkpoint else "")
         )
 

@@ -128,7 +128,7 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
         num_parameters=num_parameters,
         num_trained=sum(trained),
         state_bytes=_state_bytes(config, num_parameters, sum(trained)),
-        activation_bytes=_activation_bytes(module, start.transform.input_size, batch_size, optim.precision),
+        activation_bytes=_activation_bytes(module, start.transform.input_size, batch_size, config.model.dtype),
     )
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # What may differ between two runs that share an output: how a recipe is carried out, not the recipe or its images. As
 # the number of workers, the last two change the rounding, and the images that a batch norm sees at once.
-FREE = ("scaling", "logging", "checkpoint", "failure", "optim.grad_accum_steps", "optim.compile")
+FREE = ("scaling", "logging", "checkpoint", "failure", "optim.grad_accum_steps", "model.compile")
 # Ray Train's list of checkpoints, without which it goes on from none.
 CHECKPOINTS_FILE = "checkpoint_manager_snapshot.json"
 

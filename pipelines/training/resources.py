@@ -48,15 +48,16 @@ def plan_workers(scaling: ScalingConfig, nodes: list[Node], may_grow: bool) -> W
         raise RequestError(f"scaling.num_workers = {least} asks for {least} GPUs; the cluster has {num_gpus:g}")
     share = max(_largest_share(nodes, most), MIN_CPUS_PER_WORKER)
     default = {"GPU": 1.0, "CPU": min(1.0, share)} if scaling.use_gpu else {"CPU": _survive_loss(share, nodes, most)}
-    per_worker = scaling.resources_per_worker or default
-    wanted = per_worker.get("CPU", 0.0)
+    cpus = {} if scaling.num_cpus_per_worker is None else {"CPU": scaling.num_cpus_per_worker}
+    per_worker = default | cpus | scaling.resources_per_worker
+    wanted = per_worker["CPU"]
     if wanted * least > num_cpus - MIN_CPUS_PER_WORKER and not may_grow:
         raise RequestError(
             f"scaling.num_workers = {least} at {wanted:g} CPUs each asks for {wanted * least:g} of {num_cpus:g} CPUs, "
             f"and leaves none for fetching and decoding"
         )
     left = max(num_cpus - wanted * most, MIN_CPUS_PER_WORKER)
-    num_threads = max(1, int(wanted if scaling.resources_per_worker else share / WORKERS_SHARE))
+    num_threads = max(1, int(wanted if scaling.num_cpus_per_worker else share / WORKERS_SHARE))
     # A task can't use two nodes; and it has to fit beside as many workers as a node may come to hold.
     beside_workers = (1 - WORKERS_SHARE) * max((node.num_cpus for node in nodes), default=1.0)
     num_cpus_per_task = min(1.0, left / 2, beside_workers)

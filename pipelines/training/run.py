@@ -178,7 +178,9 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
         train_loop_config={"job": job},
         torch_config=None if is_cluster_named() else OneMachineConfig(),
         # The same fields; Ray's annotations leave out those that are new.
-        scaling_config=ray.train.ScalingConfig(**config.scaling.model_dump() | {"resources_per_worker": per_worker}),
+        scaling_config=ray.train.ScalingConfig(
+            **config.scaling.model_dump(exclude={"num_cpus_per_worker"}) | {"resources_per_worker": per_worker}
+        ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=open_filesystem(parent)[1],

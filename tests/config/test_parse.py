@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,10 +13,12 @@ from pipelines.config.base import Section, leaf_fields
 from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.export import ExportConfig
+from pipelines.config.help import format_help
 from pipelines.config.infer import InferConfig
 from pipelines.config.models import ModelsConfig
 from pipelines.config.parse import parse_config
 from pipelines.config.train import TrainConfig
+from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError
 from tests.support.infer import REPOSITORY, run_command
 
@@ -262,3 +265,37 @@ def test_dry_run_prints_the_resolved_config_and_stops() -> None:
     done = run_command("jobs.infer", *NEEDED, "--outputs.topk", "3", "--dry-run", MODEL="x")
     assert done.returncode == 0
     assert InferConfig.model_validate_json(done.stdout).outputs.topk == 3
+
+
+SCHEMAS: tuple[type[Section], ...] = (
+    InferConfig,
+    TrainConfig,
+    EvaluateConfig,
+    BenchmarkConfig,
+    VerifyConfig,
+    ExportConfig,
+    ModelsConfig,
+)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_key_is_described_and_no_default_is_typed_by_hand(schema: type[Section]) -> None:
+    for key, field in leaf_fields(schema).items():
+        assert field.description, key
+        assert not re.search(r"[Dd]efault(s|:| is)", field.description), key
+
+
+def test_help_shows_the_default_that_the_schema_has() -> None:
+    lines = format_help(TrainConfig, "jobs.train").splitlines()
+    for expected in (
+        "  --output.uri TEXT (required)",
+        "  --augment.ratio X,X (default: 0.75,1.333)",
+        "  --optim.epochs N (default: 100)",
+        "  --optim.lr X",
+        "  --optim.weight_decay X (default: 0.0001)",
+        "  --optim.decay_milestones N[,...] (default: none)",
+        "  --model.dtype {float32,bfloat16,float16} (default: float32)",
+        "  --data.max_bytes N (default: 268_435_456)",
+        "  --scaling.resources_per_worker JSON (default: none)",
+    ):
+        assert expected in lines, [line for line in lines if expected.split()[0] in line]

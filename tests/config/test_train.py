@@ -52,7 +52,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"warmup_epochs": 5, "epochs": 3}, "warmup_epochs = 5 is longer"),
     ({"warmup_epochs": 1, "warmup_lr": 1.0, "lr": 0.1}, "warmup_lr = 1 is above"),
     ({"min_lr": 1.0, "lr": 0.1}, "min_lr = 1 is above"),
-    ({"sched": "multistep"}, "none are given"),
+    ({"sched": "multistep"}, "needs decay_milestones"),
     ({"sched": "multistep", "decay_milestones": [9, 3]}, "ascending"),
     ({"sched": "multistep", "decay_milestones": [0]}, "from 1"),
     ({"momentum": 1.5}, "less than 1"),

@@ -65,6 +65,13 @@ def test_label_names_are_in_the_identity_also_of_older_outputs() -> None:
         run_record.refuse_other_run("out", older, _infer_identity({}, ("x", "y")))
 
 
+def test_keys_of_earlier_versions_are_compared_under_their_new_names() -> None:
+    found = {"identity": {"optim.precision": "bfloat16", "optim.compile": False}}
+    run_record.refuse_other_run("out", found, {"model.dtype": "bfloat16"})
+    with pytest.raises(RequestError, match=r"model\.dtype was 'bfloat16', is 'float32'"):
+        run_record.refuse_other_run("out", found, {"model.dtype": "float32"})
+
+
 SECTIONS: dict[str, Any] = {"input": {"uri": "in"}, "output": {"uri": "out"}}
 
 

@@ -18,7 +18,7 @@ GPU = torch.device("cuda")
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_it_learns_in_mixed_precision(precision: str) -> None:
-    learner = Learner(config(optim={"precision": precision, "clip_grad": 5.0}), TASK, module(), GPU)
+    learner = Learner(config(model={"dtype": precision}, optim={"clip_grad": 5.0}), TASK, module(), GPU)
     for _ in range(40):
         learner.learn(share(step=3))
     images, top1, _, _ = learner.measure(share(step=3))["model"].tolist()
@@ -27,18 +27,18 @@ def test_it_learns_in_mixed_precision(precision: str) -> None:
 
 
 def test_the_scaler_goes_on_from_the_state() -> None:
-    whole = Learner(config(optim={"precision": "float16"}), TASK, module(), GPU)
+    whole = Learner(config(model={"dtype": "float16"}), TASK, module(), GPU)
     losses(whole, 3)
-    resumed = Learner(config(optim={"precision": "float16"}), TASK, module(), GPU)
+    resumed = Learner(config(model={"dtype": "float16"}), TASK, module(), GPU)
     resumed.load_state(whole.state())
     assert resumed.state()["scaler"] == whole.state()["scaler"]
     np.testing.assert_allclose(losses(resumed, 2), losses(whole, 2), rtol=1e-3)
 
 
 def test_compiled_it_learns_the_same() -> None:
-    frozen = {"model": {"freeze_batch_norm": True}}
-    eager = losses(Learner(config(**frozen), TASK, module(), GPU), 5)
-    compiled = losses(Learner(config(**frozen, optim={"compile": True}), TASK, module(), GPU), 5)
+    frozen = {"freeze_batch_norm": True}
+    eager = losses(Learner(config(model=frozen), TASK, module(), GPU), 5)
+    compiled = losses(Learner(config(model=frozen | {"compile": True}), TASK, module(), GPU), 5)
     np.testing.assert_allclose(compiled, eager, rtol=1e-2)
 
 

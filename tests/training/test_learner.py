@@ -67,7 +67,7 @@ def test_it_learns() -> None:
         {"optim": {"ema_decay": 0.9, "clip_grad": 1.0, "opt": "lamb", "lr": 0.01}},
         {"augment": {"mixup": 0.2, "cutmix": 1.0, "random_erase_prob": 0.5}, "optim": {"bce_loss": True}},
         {"model": {"drop_path_rate": 0.1}, "optim": {"grad_accum_steps": 2, "sched": "step", "decay_epochs": 1}},
-        {"optim": {"precision": "bfloat16", "label_smoothing": 0.1}},
+        {"model": {"dtype": "bfloat16"}, "optim": {"label_smoothing": 0.1}},
     ],
 )
 def test_it_goes_on_from_its_state_bit_for_bit(sections: dict[str, Any]) -> None:
@@ -303,7 +303,7 @@ def test_weights_that_are_not_finite_are_found(where: str, value: float) -> None
 
 
 def test_gradient_scale_that_has_shrunk_to_nothing_is_found() -> None:
-    learner = tiny_learner(optim={"precision": "float16"})
+    learner = tiny_learner(model={"dtype": "float16"})
     assert learner.is_scaled
     assert learner._scaler is not None
     scaler = learner._scaler._scaler

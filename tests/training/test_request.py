@@ -29,6 +29,7 @@ def config(folder: Path, **sections: Any) -> TrainConfig:
         "preprocess": {"image_size": 32},
     }
     base["optim"] = {"global_batch_size": 4, **sections.pop("optim", {})}
+    base["model"] |= sections.pop("model", {})
     return normalize(TrainConfig.model_validate(base | sections))
 
 
@@ -44,7 +45,7 @@ def learn_something(data: Path) -> None:
 
 FREE: list[dict[str, Any]] = [
     {"optim": {"grad_accum_steps": 2}},
-    {"optim": {"compile": True}},
+    {"model": {"compile": True}},
     {"scaling": {"num_workers": 2}},
     {"logging": {"every_s": 1}},
     {"checkpoint": {"every_steps": 5}},
@@ -65,7 +66,7 @@ OTHER_RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"optim": {"epochs": 5}}, "optim.epochs"),
     ({"optim": {"ema_decay": 0.9}}, "optim.ema_decay"),
     ({"optim": {"ema_warmup": False}}, "optim.ema_warmup"),
-    ({"optim": {"precision": "bfloat16"}}, "optim.precision"),
+    ({"model": {"dtype": "bfloat16"}}, "model.dtype"),
     ({"data": {"train": {"uri": "/other"}}}, "data.train.uri"),
     ({"preprocess": {"image_size": 32, "max_pixels": 100}}, "preprocess.max_pixels"),
 ]

@@ -33,7 +33,7 @@ def test_fetching_and_decoding_always_have_cpus_left(name: str, num_workers: Any
 
 @pytest.mark.parametrize("num_cpus", [0.5, 0.99, 0.999, 1.0])
 def test_no_task_gets_next_to_nothing_whatever_the_user_set_aside(num_cpus: float) -> None:
-    scaling = ScalingConfig(num_workers=2, resources_per_worker={"CPU": num_cpus})
+    scaling = ScalingConfig(num_workers=2, num_cpus_per_worker=num_cpus)
     assert plan_workers(scaling, [Node(2, 0)] * 2, may_grow=False).num_cpus_per_task >= 0.125
 
 
@@ -41,7 +41,7 @@ def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_asi
     laptop = CLUSTERS["laptop"]
     assert plan_workers(ScalingConfig(num_workers=1), laptop, False).num_threads == 2
     assert plan_workers(ScalingConfig(num_workers=2), laptop, False).num_threads == 1
-    assert plan_workers(ScalingConfig(resources_per_worker={"CPU": 1}), laptop, False).num_threads == 1
+    assert plan_workers(ScalingConfig(num_cpus_per_worker=1), laptop, False).num_threads == 1
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_task_fits_on_a_node_that_took_in_the_workers_of_a_lost_one(
     [
         ({"num_workers": 9}, "scaling.num_workers = 9 at 0.25 CPUs each asks for 2.25 of 2 CPUs"),
         ({"use_gpu": True}, "asks for 1 GPUs; the cluster has 0"),
-        ({"resources_per_worker": {"CPU": 2}}, "leaves none for fetching and decoding"),
+        ({"num_cpus_per_worker": 2}, "leaves none for fetching and decoding"),
     ],
 )
 def test_what_does_not_fit_is_refused_unless_the_cluster_grows(scaling: dict[str, Any], message: str) -> None:
@@ -91,5 +91,5 @@ def test_what_does_not_fit_is_refused_unless_the_cluster_grows(scaling: dict[str
 
 @pytest.mark.parametrize("num_workers", [0, (0, 2), (3, 2)])
 def test_numbers_of_workers_that_make_no_sense_are_refused(num_workers: Any) -> None:
-    with pytest.raises(ValueError, match="the least and the most"):
+    with pytest.raises(ValueError, match="the minimum and maximum"):
         ScalingConfig(num_workers=num_workers)
