@@ -6,8 +6,8 @@ import pyarrow as pa
 
 from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.engine.engine import Engine
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import ComputePlan
-from pipelines.engine.replica import PredictOptions
 from pipelines.engine.source import Tasks, plan_tasks, rows_per_file
 from pipelines.inference.request import resolve_topk
 from pipelines.inputs.reader import Reader

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.quantization_sample import every_nth
-from pipelines.engine.replica import PredictOptions
 from pipelines.engine.schema import IMAGES
 from pipelines.errors import RunError
 from pipelines.images.jpeg import size_for_device
@@ -93,11 +93,9 @@ def measure_device_decode(
     Raises:
         RunError: the device decodes no JPEG.
     """
-    import torch  # late
-
     from pipelines.engine.pixels import cut_by_pixels
     from pipelines.images.device import DeviceDecoder
-    from pipelines.models.device import replica_device
+    from pipelines.models.accelerators import replica_accelerator
 
     contents = _fetch_some(rows, options.batch_size, decode)
     sizes = [size_for_device(content, decode.transform, decode.max_pixels) for content in contents]
@@ -105,14 +103,13 @@ def measure_device_decode(
     if not jpegs:
         return None
     groups = [[jpegs[position][0] for position in group] for group in cut_by_pixels(np.array([n for _, n in jpegs]))]
-    device = replica_device(options.use_gpu)
-    decode_group = DeviceDecoder(decode.transform, decode.max_pixels, device)
+    accelerator = replica_accelerator(options.use_gpu)
+    decode_group = DeviceDecoder(decode.transform, decode.max_pixels, accelerator.device)
 
     def decode_all(_: None) -> int:
         for group in groups:
             decode_group(group)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        accelerator.synchronize()
         return len(contents)
 
     decode_all(None)

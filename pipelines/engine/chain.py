@@ -8,8 +8,9 @@ import ray.data
 from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import ComputePlan
-from pipelines.engine.replica import PredictOptions, PredictorActor
+from pipelines.engine.replica import PredictorActor
 from pipelines.engine.source import FetchTask, Source
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY

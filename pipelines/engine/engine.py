@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pipelines.engine.autoscaling import plan_for_cluster
 from pipelines.engine.config import EngineConfig
 from pipelines.engine.fetch_decode import FetchAndDecode, make_decode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import ComputePlan, plan_compute
 from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
-from pipelines.engine.replica import PredictOptions
 from pipelines.engine.source import Source
 from pipelines.inputs.reader import Reader
 from pipelines.models.bundle import ModelFacts

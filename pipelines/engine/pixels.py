@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import ItemError
 from pipelines.images.transform import EvalTransform
-from pipelines.models.transfer import SideStream, with_freed_memory
+from pipelines.models.accelerators import Accelerator
 from pipelines.runtime import metrics
 
 # Decoded at a time, in full size: 0.8 GB of RGB.
@@ -24,17 +24,18 @@ class PixelLoader:
     Args:
         transform: the eval transform.
         max_pixels: largest image decoded; None where all come decoded.
-        beside: the device, beside all else that it does: what is decoded may be written at any time to memory that
-            others on the same stream take for free.
+        accelerator: decodes, on a stream of its own, because nvJPEG may write at any time to memory that work on the
+            same stream takes for free.
     """
 
-    def __init__(self, transform: EvalTransform, max_pixels: int | None, beside: SideStream) -> None:
-        self._input_size, self._beside = transform.input_size, beside
+    def __init__(self, transform: EvalTransform, max_pixels: int | None, accelerator: Accelerator) -> None:
+        self._input_size, self._accelerator = transform.input_size, accelerator
+        self._side_stream = accelerator.side_stream()
         self._turn = threading.Lock()  # one thread of a replica at a time, for the same reason
         if max_pixels is not None:
             from pipelines.images.device import DeviceDecoder  # late: torchvision
 
-            self._decode = DeviceDecoder(transform, max_pixels, beside.device)
+            self._decode = DeviceDecoder(transform, max_pixels, accelerator.device)
 
     def __call__(self, batch: pa.Table) -> tuple[pa.Table, torch.Tensor]:
         """`IMAGES`, and rows x height x width x 3 uint8 of those without an error.
@@ -48,14 +49,16 @@ class PixelLoader:
             return batch, torch.from_numpy(_stack(good["image"], self._input_size))
         errors: dict[int, ItemError] = {}
         with self._turn, metrics.timed("decode"):
-            pixels = with_freed_memory(lambda: self._beside(lambda: self._load(good, errors)))
+            pixels = self._accelerator.retry_with_freed_memory(
+                lambda: self._side_stream.run(lambda: self._load(good, errors))
+            )
         return with_errors(batch, {good["id"][position].as_py(): error for position, error in errors.items()}), pixels
 
     def _load(self, good: pa.Table, errors: dict[int, ItemError]) -> torch.Tensor:
         """The pixels of these rows; the position of each that has none, and why, is what `errors` then holds."""
         errors.clear()  # those of a try that ran out of memory
         is_jpeg = pc.is_valid(good["jpeg"]).to_numpy()
-        uploaded = torch.from_numpy(_stack(good["image"].drop_null(), self._input_size)).to(self._beside.device)
+        uploaded = torch.from_numpy(_stack(good["image"].drop_null(), self._input_size)).to(self._accelerator.device)
         images: list[torch.Tensor | None] = [None] * len(good)
         for position, image in zip(np.flatnonzero(~is_jpeg), uploaded):
             images[position] = image

@@ -11,17 +11,16 @@ import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.pixels import PixelLoader, with_errors
-from pipelines.engine.replica import PredictOptions
 from pipelines.engine.schema import IMAGES, predictions_schema
-from pipelines.errors import ItemError
+from pipelines.errors import ItemError, RunError
+from pipelines.models.accelerators import replica_accelerator
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.cpu.compiled import Forward, compile_program
 from pipelines.models.cpu.packing import pack_convolutions
-from pipelines.models.device import replica_device
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import Download, SideStream, is_out_of_memory
 from pipelines.runtime import metrics
 from pipelines.runtime.cache import use_private_compiler_cache
 
@@ -49,11 +48,13 @@ class Predictor:
         torch.backends.cudnn.allow_tf32 = False  # who asks for float32 gets it
         self.options = options
         self.batch_size = options.batch_size
-        self.device = replica_device(options.use_gpu)
+        self._accelerator = replica_accelerator(options.use_gpu)
+        self.device = self._accelerator.device
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
-        self._beside = SideStream(self.device)
-        self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, SideStream(self.device))
-        self._turn = threading.Lock() if self.device.type == "cuda" else contextlib.nullcontext()
+        self._side_stream = self._accelerator.side_stream()
+        self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, self._accelerator)
+        takes_turns = self._accelerator.runs_one_batch_at_a_time
+        self._turn = threading.Lock() if takes_turns else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.dtype = bundle.dtype
         self.forward = self._load_forward(bundle)
@@ -64,6 +65,8 @@ class Predictor:
             shape = (self.batch_size, *bundle.transform.input_size, 3)
             return compile_program(module, shape, self.options.num_threads)
         dtype: torch.dtype = getattr(torch, bundle.dtype)
+        if not self._accelerator.supports(dtype):
+            raise RunError(f"this GPU has no {bundle.dtype}: take float16, or another type of GPU")
         layout = memory_format_for(bundle.name, self.device)
         model = module.to(self.device, dtype).to(memory_format=layout)
         if self.device.type == "cpu" and not self.options.compile:
@@ -85,9 +88,8 @@ class Predictor:
         batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            metrics.show_gpu_memory(total - free)
+        if (used_bytes := self._accelerator.used_bytes()) is not None:
+            metrics.show_gpu_memory(used_bytes)
         return self._join(*self._without_broken(batch, results))
 
     def _predict_images(self, images: torch.Tensor) -> pa.Table:
@@ -101,9 +103,9 @@ class Predictor:
                 start += batch_size
                 continue
             except RuntimeError as error:
-                if batch_size == 1 or not is_out_of_memory(error):
+                if batch_size == 1 or not self._accelerator.is_out_of_memory(error):
                     raise
-            torch.cuda.empty_cache()  # here, where the error and what it holds are gone
+            self._accelerator.release_cached_memory()  # after the except block, which holds the error
             self.batch_size = batch_size // 2
             log.warning("the GPU's memory holds no batch of %d: going on with %d", batch_size, self.batch_size)
         return pa.concat_tables(chunks)
@@ -116,10 +118,10 @@ class Predictor:
         metrics.count("ecaray_batch_places", batch_size)
         if num_images < batch_size:
             images = torch.cat([images, images.new_zeros(batch_size - num_images, *images.shape[1:])])
-        uploaded = self._beside.upload(images)
+        uploaded = self._side_stream.upload(images)
         with self._turn:
             logits, features = self.forward(uploaded)
-            download = Download(self._wanted(logits[:num_images], features[:num_images]))
+            download = self._accelerator.download(self._wanted(logits[:num_images], features[:num_images]))
         return self._columns(download.wait())
 
     def _wanted(self, logits: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:

@@ -1,35 +1,12 @@
-"""A replica in a Ray actor, as the driver describes it. Imports no torch: drivers need none."""
+"""Replica of the model in a Ray actor. Imports torch only in the actor: drivers need none."""
 
 import pickle
-from dataclasses import dataclass
 
 import pyarrow as pa
 import ray
 
+from pipelines.engine.options import PredictOptions
 from pipelines.runtime.garbage_collector import paused_gc
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """How a replica runs.
-
-    Attributes:
-        batch_size: images per forward pass; fewer are padded to it.
-        topk: classes kept per image; 0 for none.
-        embedding: whether the pooled features are kept.
-        use_gpu: run on the GPU that Ray gave this process, else on the CPU.
-        num_threads: on the CPU; of one batch each, or all of one batch where the model is quantized.
-        compile: whether `torch.compile` takes the model, for the one shape that all batches have.
-        max_pixels: largest image that a replica decodes; None where images come decoded.
-    """
-
-    batch_size: int
-    topk: int
-    embedding: bool
-    use_gpu: bool
-    num_threads: int = 1
-    compile: bool = False
-    max_pixels: int | None = None
 
 
 class PredictorActor:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
 from pipelines.engine.fetch_decode import make_decode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.quantization_sample import read_sample, refuse_if_unable
-from pipelines.engine.replica import PredictOptions
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.request import SAMPLED_IDS
 from pipelines.inputs.manifest import Manifest

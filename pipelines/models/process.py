@@ -1,6 +1,6 @@
 """A model, resolved and folded in a process of its own.
 
-Importing torch and timm takes longer than anything else that a driver does before Ray starts. SideStream the driver, it
+Importing torch and timm takes longer than anything else that a driver does before Ray starts. Beside the driver, it
 costs no time while the driver looks at the stores, and folding none while Ray starts; the driver needs neither.
 """
 

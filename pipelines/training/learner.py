@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config.train import TrainConfig
+from pipelines.models.accelerators import choose_accelerator
 from pipelines.models.build import TimmModule
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
-from pipelines.models.transfer import SideStream
 from pipelines.runtime.cache import use_private_compiler_cache
 from pipelines.training.batches import PADDING_ID
 from pipelines.training.recipe import (
@@ -91,7 +91,7 @@ class Learner:
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
         self._normalize = Normalizer(task.mean, task.std).to(device)
-        self._beside = SideStream(device)
+        self._side_stream = choose_accelerator(device).side_stream()
 
     @property
     def lr(self) -> float:
@@ -279,7 +279,7 @@ class Learner:
 
     def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows x 3 x height x width, normalized, in the model's layout."""
-        images: torch.Tensor = self._normalize(self._beside.upload(torch.from_numpy(share["image"][rows])))
+        images: torch.Tensor = self._normalize(self._side_stream.upload(torch.from_numpy(share["image"][rows])))
         return images.contiguous(memory_format=self._layout)
 
     def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:

@@ -23,8 +23,8 @@ from pipelines.benchmark.whole import steady_rate
 from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.sections import ComputeConfig, ModelConfig, PreprocessConfig
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import plan_compute
-from pipelines.engine.replica import PredictOptions
 from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.bundle import ModelBundle

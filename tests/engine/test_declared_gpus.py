@@ -12,7 +12,7 @@ from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.config.infer import InferConfig
 from pipelines.errors import RunError
-from pipelines.models.device import TEST_DEVICE_VARIABLE, replica_device
+from pipelines.models.accelerators import TEST_DEVICE_VARIABLE, replica_accelerator
 from tests.conftest import REPOSITORY
 from tests.support.embeddings import cosines
 from tests.support.infer import read_kind
@@ -147,5 +147,5 @@ def test_a_gpu_that_torch_cannot_use_is_one_clear_line(gpu_head: RayHead, sectio
 
 def test_replicas_without_gpus_stay_on_the_cpu_whatever_the_hook_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TEST_DEVICE_VARIABLE, "meta")
-    assert replica_device(use_gpu=False).type == "cpu"
-    assert replica_device(use_gpu=True).type == "meta"
+    assert replica_accelerator(use_gpu=False).device.type == "cpu"
+    assert replica_accelerator(use_gpu=True).device.type == "meta"

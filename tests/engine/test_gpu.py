@@ -17,8 +17,8 @@ from cluster.local.photographs import crops, encode
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.engine import pixels
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.predict import Predictor
-from pipelines.engine.replica import PredictOptions
 from pipelines.images.device import DeviceDecoder
 from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import Mode

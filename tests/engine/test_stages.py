@@ -20,10 +20,11 @@ from PIL import Image
 
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.predict import Predictor
-from pipelines.engine.replica import PredictOptions
 from pipelines.engine.schema import IMAGES
 from pipelines.images.preprocess import Mode
+from pipelines.models.accelerators.cuda import CudaAccelerator
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from pipelines.outputs import run_record
@@ -115,7 +116,9 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
         return model(batch)
 
     monkeypatch.setattr(predictor, "forward", small_memory)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(
+        predictor._accelerator, "is_out_of_memory", CudaAccelerator(torch.device("cuda")).is_out_of_memory
+    )
     found = predictor(images)
     assert sizes == [8, 4, *[2] * 6]
     assert found["id"].equals(predictions["id"])

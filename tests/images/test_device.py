@@ -17,8 +17,8 @@ from cluster.local.photographs import photographs as sources
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.engine import pixels
 from pipelines.engine.fetch_decode import FetchAndDecode
+from pipelines.engine.options import PredictOptions
 from pipelines.engine.predict import Predictor
-from pipelines.engine.replica import PredictOptions
 from pipelines.errors import ItemError, RunError
 from pipelines.images import device
 from pipelines.images.decode import decode_rgb
@@ -26,6 +26,7 @@ from pipelines.images.device import DeviceDecoder
 from pipelines.images.jpeg import MAX_DEVICE_BYTES, MAX_DEVICE_PIXELS, read_size, size_for_device
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
+from pipelines.models.accelerators import Accelerator
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.images.test_fast import IMAGENET
@@ -173,6 +174,7 @@ def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypat
 
     monkeypatch.setattr(device, "decode_jpeg", decode_once_there_is_room)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(Accelerator, "release_cached_memory", lambda self: empty_cache())
     monkeypatch.setattr(device.DeviceDecoder, "_decode_on_cpu", never)
     monkeypatch.setattr(torch, "stack", stack_at_second_try)
     assert predict(encoded).equals(expected)
