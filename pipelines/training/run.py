@@ -34,7 +34,14 @@ from pipelines.training.fenced_storage import FencedHandler
 from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.process_group import LOOPBACK_INTERFACE, OneMachineConfig
-from pipelines.training.request import TrainRequest, find_summary, has_checkpoint, normalize, resolve_request
+from pipelines.training.request import (
+    CHECKPOINTS_FILE,
+    TrainRequest,
+    find_summary,
+    has_checkpoint,
+    normalize,
+    resolve_request,
+)
 from pipelines.training.resources import WorkerResources, plan_workers
 from pipelines.training.worker import run_worker
 
@@ -120,6 +127,7 @@ def _remove_orphaned_checkpoints(output: Output, result: Any, fence: Fence) -> N
     """Remove the checkpoints that dead attempts uploaded and Ray Train does not know of."""
     known = [checkpoint for checkpoint, _ in result.best_checkpoints] + [result.checkpoint]
     kept = {posixpath.basename(checkpoint.path.rstrip("/")) for checkpoint in known if checkpoint is not None}
+    kept.add(CHECKPOINTS_FILE)  # a run that is killed before its `_run.json` goes on from what this names
     for name in output.list_names():
         if name.startswith(CHECKPOINT_PREFIX) and name not in kept:
             log.info("%s is left from an interrupted attempt: removing it", name)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,10 @@ from pipelines.config.sections import ModelConfig
 from pipelines.config.train import TrainConfig
 from pipelines.models.weights import resolve_weights
 from pipelines.outputs import run_record
-from pipelines.training.request import _identity, normalize
+from pipelines.outputs.lease import Fence
+from pipelines.outputs.output import Output
+from pipelines.training.request import CHECKPOINTS_FILE, _identity, normalize
+from pipelines.training.run import _remove_orphaned_checkpoints
 from tests.support.infer import REPOSITORY, summary_of
 from tests.training.test_run import all_digits, arguments, digits, in_this_process
 
@@ -84,7 +88,22 @@ def test_a_frozen_training_is_taken_over_and_changes_nothing_when_it_wakes(digit
     summary = summary_of((tmp_path / "second.log").read_text())
     assert summary["epochs"] == 4
     assert resolve_weights(ModelConfig(weights=summary["checkpoint_uri"])).name == "test_resnet"
-    assert len(list(output.glob("checkpoint_*"))) <= 2  # the best and the last
+    assert len(list(output.glob("checkpoint_2*"))) <= 2  # the best and the last
+
+
+def test_orphaned_checkpoints_are_removed_and_the_list_of_checkpoints_stays(tmp_path: Path) -> None:
+    for name in ("checkpoint_2026-01-01", "checkpoint_2026-01-02", "checkpoint_2026-01-03"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"state")
+    (tmp_path / CHECKPOINTS_FILE).write_text("{}")
+    best, last = (SimpleNamespace(path=f"{tmp_path}/checkpoint_2026-01-0{day}") for day in (1, 3))
+    result = SimpleNamespace(best_checkpoints=[(best, {})], checkpoint=last)
+    _remove_orphaned_checkpoints(Output(str(tmp_path)), result, Fence(str(tmp_path), epoch=0))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint_2026-01-01",
+        "checkpoint_2026-01-03",
+        CHECKPOINTS_FILE,
+    }
 
 
 def test_a_finished_training_without_its_mark_gets_it(digits: Path, tmp_path: Path) -> None:
