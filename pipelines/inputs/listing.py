@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from obstore.exceptions import InvalidPathError
 
 from pipelines.errors import RequestError
-from pipelines.inputs.local_listing import Entry, LocalLister, as_text, entry_of
+from pipelines.inputs.local_listing import Entry, LocalLister, entry_of
 from pipelines.inputs.reader import Listing
 from pipelines.storage import s3, uris
 from pipelines.storage.bulk import is_obstore_path
@@ -120,7 +120,7 @@ def _in_tables(entries: Iterable[Entry]) -> Iterator[pa.Table]:
 
 
 def _local_file(path: str) -> Entry:
-    return entry_of(as_text(path), os.stat(path))
+    return entry_of(uris.as_text(path), os.stat(path))
 
 
 def _fsspec_entries(uri: str) -> Iterator[Entry]:

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from pipelines.storage.filesystem import etag_of_file
+from pipelines.storage.uris import as_text
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +131,3 @@ def entry_of(path: str, found: os.stat_result | None) -> Entry:
     if found is None or not stat.S_ISREG(found.st_mode):
         return path, 0, ""
     return path, found.st_size, etag_of_file(found)
-
-
-def as_text(path: str) -> str:
-    r"""Return a path as UTF-8 can hold it: bytes that are not UTF-8 become `\xe9`."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(path).decode(errors="backslashreplace")
-    return path

@@ -238,6 +238,8 @@ def _item_error(error: BaseException, uri: str) -> ItemError:
     if isinstance(error, ItemError):
         return error
     if isinstance(error, FileNotFoundError | NotADirectoryError):
+        if uris.is_local(uri) and uris.is_escaped(uri):
+            return ItemError("not_found", "its name is not UTF-8: rename the file")
         return ItemError("not_found", "it was listed, but is gone")
     if isinstance(error, DENIED) or getattr(error, "status", None) in (401, 403):
         is_unsigned = uris.protocol_of(uri) == "s3" and not s3.has_credentials()

@@ -69,6 +69,22 @@ def _without_dots(uri: str) -> str:
     return "/".join([bucket, *kept]) + query
 
 
+def as_text(path: str) -> str:
+    r"""Return a local path as UTF-8 can hold it: bytes that are not UTF-8 become `\xe9`."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path).decode(errors="backslashreplace")
+    return path
+
+
+def is_escaped(path: str) -> bool:
+    """Return whether a local path is what `as_text` makes of the path of a file that exists."""
+    text = path.encode()
+    raw = re.sub(rb"\\x([89a-f][0-9a-f])", lambda found: bytes.fromhex(found[1].decode()), text)
+    return raw != text and os.path.lexists(raw)
+
+
 def join(uri: str, name: str) -> str:
     """Return the place called `name` below `uri`."""
     return f"{uri.rstrip('/')}/{name}"

@@ -13,6 +13,7 @@ import pytest
 from pipelines.errors import RequestError
 from pipelines.inputs.labelled import read_labelled
 from pipelines.inputs.listing import list_objects
+from pipelines.storage.bulk import fetch_many
 
 NOBODY = 65534
 
@@ -197,6 +198,17 @@ def test_a_name_that_is_not_utf8_costs_itself_only(tmp_path: Path, caplog: Any) 
     caplog.clear()
     assert names_under(root, ["caf*", "*t/*"]) == ["01.jpg"]
     assert not caplog.text
+
+
+def test_a_failed_row_says_that_the_name_is_not_utf8(tmp_path: Path) -> None:
+    root = write(tmp_path / "in", "00.jpg", "01.jpg", r"caf\xe8.jpg")
+    os.rename(os.fsencode(root / "00.jpg"), os.fsencode(root) + b"/caf\xe9.jpg")
+    listed = [f"{root}/{name}" for name in names_under(root)]
+    os.remove(root / "01.jpg")
+    contents = {listed[found.position]: found.content for found in fetch_many(listed, max_bytes=1000)}
+    assert contents[rf"{root}/caf\xe8.jpg"] == b"x"
+    assert str(contents[rf"{root}/caf\xe9.jpg"]) == "('not_found', 'its name is not UTF-8: rename the file')"
+    assert str(contents[f"{root}/01.jpg"]) == "('not_found', 'it was listed, but is gone')"
 
 
 def test_a_pattern_that_matches_nothing_is_said(tmp_path: Path, caplog: Any) -> None:
