@@ -157,3 +157,26 @@ def test_ray_is_shut_down_without_waiting_for_its_autoscaler(own_home: Path) -> 
         [sys.executable, "-c", ENDED], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
     )
     assert ended.stdout.split() == ["first", "1", "then", "0"]
+
+
+STARTED = """
+import ray
+from pipelines.runtime.ray_session import ray_session
+
+with ray_session():
+    print(ray.get(ray.remote(lambda: "done").remote()))
+"""
+
+
+@pytest.mark.integration
+def test_home_need_not_be_writable(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no folder, so that nothing can be written below it, not even by root")
+    started = subprocess.run(
+        [sys.executable, "-c", STARTED],
+        cwd=REPOSITORY,
+        env=os.environ | {"HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (started.returncode, started.stdout) == (0, "done\n"), started.stderr
