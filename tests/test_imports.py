@@ -40,6 +40,18 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+def private_ray_names(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+    return {name for name in found if name.startswith("ray.") and "._" in name}
+
+
 def layer_of(room: str) -> int:
     return next(layer for layer, rooms in enumerate(LAYERS) if room in rooms)
 
@@ -61,6 +73,11 @@ def test_rooms_import_only_from_rooms_below_them(path: Path) -> None:
             other = name.split(".")[1]
             is_below = layer_of(other) < layer_of(room)
             assert is_below or other == room or (room, other) in NEIGHBOURS, f"{path} imports {name}"
+
+
+def test_private_ray_names_are_used_in_ray_compat_only() -> None:
+    users = {path.name for path in (REPOSITORY / "pipelines").rglob("*.py") if private_ray_names(path)}
+    assert users == {"ray_compat.py"}
 
 
 def test_no_module_lies_beside_the_rooms() -> None:

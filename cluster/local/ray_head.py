@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local.services import end_with_parent, find_program, free_ports, stop, wait_until
-from pipelines.runtime.ray_session import LOOPBACK_VARIABLES, RAYLET_CONFIG
+from pipelines.runtime.ray_compat import LOOPBACK_VARIABLES, SYSTEM_CONFIG
 
 ANSWER_TIMEOUT_S = 60.0
 
@@ -68,7 +68,7 @@ def ray_head(
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Jobs begin with `python`: on a node, that is the one this package is installed for.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    tuning = {f"RAY_{name}": str(value) for name, value in RAYLET_CONFIG.items()}
+    tuning = {f"RAY_{name}": str(value) for name, value in SYSTEM_CONFIG.items()}
     variables = inherited | tuning | {"PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **LOOPBACK_VARIABLES}
     variables |= dict(environment or {})
     try:

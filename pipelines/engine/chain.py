@@ -5,7 +5,6 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 
 from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.engine.options import PredictOptions
@@ -14,6 +13,7 @@ from pipelines.engine.replica import PredictorActor
 from pipelines.engine.source import FetchTask, Source
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
+from pipelines.runtime.ray_compat import range_dataset
 
 # Ray Data plans every task of a dataset before the first one runs. More images than these tasks hold take several
 # datasets, one after the other.
@@ -51,14 +51,8 @@ def stream(
 def _fetch_and_decode(task: FetchTask, num_tasks: int, plan: ComputePlan) -> ray.data.Dataset:
     """Network and one core; through the object store go uint8 images of the input size, or JPEGs for GPUs."""
     num_cpus = plan.num_cpus_per_decode_task
-    # `ray.data.range` without its tasks of a whole CPU, which may never be free beside the replicas. With the same
-    # share of one for both, number and images are made in one task.
-    numbers = ray.data.read_datasource(
-        RangeDatasource(num_tasks, block_format="arrow", column_name="id"),
-        override_num_blocks=num_tasks,
-        num_cpus=num_cpus,
-        **_place_tasks(plan),
-    )
+    # Ray fuses the two stages into one task because they request the same resources.
+    numbers = range_dataset(num_tasks, num_cpus=num_cpus, **_place_tasks(plan))
     images: ray.data.Dataset = numbers.map_batches(
         task, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus, **_place_tasks(plan)
     )

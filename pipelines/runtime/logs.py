@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import functools
 import io
 import logging
 import os
@@ -13,6 +12,8 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TextIO, cast
+
+from pipelines.runtime.ray_compat import hide_harmless_warnings
 
 # Lines of Ray's own processes that would bury ours: Ray Train asks a dashboard for its state, which is not always
 # there, and repeats each report in full; Ray Data announces the end of each pass.
@@ -26,14 +27,6 @@ RAYS_NOISE = (
 # Lines that Ray's C++ code prints on the driver's stderr although nothing is wrong: every pool of actors that can be
 # restarted brings the first, every job that is interrupted the second.
 RAYS_CPP_NOISE = re.compile("has constructor arguments in the object store|Attempting to recover [0-9]+ lost objects")
-# Messages of Ray's on the driver that ask nothing of the user, by logger and beginning.
-RAYS_WARNINGS = {
-    "ray._private.worker": "SIGTERM handler is not set",  # the job answers it itself
-    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
-    # The job's last line says why, and Ray's advice to ignore the error would lose rows.
-    "ray.data.exceptions": "Exception occurred in user code",
-    "ray.data._internal.execution.streaming_executor_state": "An exception was raised from a task of operator",
-}
 # How Ray marks the lines of workers: `(RayTrainWorker pid=123, ip=10.0.0.7) `; and that it left out equal ones.
 WORKER_PREFIX = re.compile(r"^\((?:[\w.<>() ]+ )?pid=\d+(?:, ip=[\w.:]+)?\) ")
 REPEATED = re.compile(r"\x1b\[32m( \[repeated \d+x across cluster\][^\x1b]*)\x1b\[0m")
@@ -53,8 +46,7 @@ def log_to_stderr() -> None:
     logging.getLogger("pipelines").setLevel(logging.INFO)
     for name in ("aiobotocore", "botocore"):  # say where they found credentials and endpoint, in each process
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name, beginning in RAYS_WARNINGS.items():
-        logging.getLogger(name).addFilter(functools.partial(_is_other, beginning))
+    hide_harmless_warnings()
 
 
 def escape_controls(text: str) -> str:
@@ -189,7 +181,3 @@ def _forward(reading: int, is_over: threading.Event) -> None:
 def _print_cpp(line: str) -> None:
     if not RAYS_CPP_NOISE.search(line):
         print(line, file=sys.stderr, flush=True)
-
-
-def _is_other(beginning: str, record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(beginning)

@@ -14,40 +14,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # its stubs lack them
 
 from pipelines.errors import RequestError, RunError, root_cause
+from pipelines.runtime import ray_compat
 from pipelines.runtime.signals import end_as_interrupted
 
 log = logging.getLogger(__name__)
 
 # Ray's job manager sets the second in a submitted job.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
-AUTOSCALER = b"/ray/autoscaler/"  # in the command line of its process
-# Ray ends a worker that was idle for a second where there are more of them, actors included, than CPUs. On two cores
-# that is every worker between two of its tasks, and each new one costs seconds of imports. Nobody reads the metrics of
-# a Ray without dashboard, which every one of its processes would gather.
-RAYLET_CONFIG = {"idle_worker_killing_time_threshold_ms": 120_000, "enable_metrics_collection": False}
-# Ray 2.60 binds every service to loopback where it takes a machine for one that cannot be part of a cluster, as it does
-# Windows and macOS. The metrics of its autoscaler and its dashboard ask for no token; at no port, nobody gets them.
-LOOPBACK_VARIABLES = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "AUTOSCALER_METRIC_PORT": "-1",
-    "DASHBOARD_METRIC_PORT": "-1",
-}
-# Ray Train asks the state API of "the" Ray of a machine after its driver, which fails with a traceback where there are
-# two. A Ray without dashboard has no such API: nothing ever listens at port 0.
-NO_STATE_API = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:0"}
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-# Linux's limit on the path of a socket (`sun_path` of unix(7)) without its last byte, and what Ray 2.60 puts behind the
-# folder that it is given, with a process id of seven digits.
+# Length limit of a Unix socket's path (`sun_path` of unix(7)), without the terminating zero byte.
 MAX_SOCKET_PATH = 107
-SOCKET_IN_FOLDER = "/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store.1"
 DEFAULT_FOLDER = "/tmp"  # noqa: S108 - sockets need a short path; what lies there is a folder of this user's own
 FOLDER_PREFIX, NUM_RANDOM_CHARACTERS = "ray-", 8
-MAX_BASE_LENGTH = MAX_SOCKET_PATH - len(SOCKET_IN_FOLDER) - len(f"/{FOLDER_PREFIX}") - NUM_RANDOM_CHARACTERS
+MAX_BASE_LENGTH = (
+    MAX_SOCKET_PATH - len(ray_compat.LONGEST_SOCKET_SUFFIX) - len(f"/{FOLDER_PREFIX}") - NUM_RANDOM_CHARACTERS
+)
 
 
 def is_cluster_named() -> bool:
@@ -195,27 +178,17 @@ def _start(folder: Path) -> None:
         RunError: Ray did not come up.
     """
     # A token in the environment: Ray would write one to HOME, which may not be writable, and which other Rays share.
-    variables = LOOPBACK_VARIABLES | NO_STATE_API | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    variables = (
+        ray_compat.LOOPBACK_VARIABLES | ray_compat.NO_STATE_API_VARIABLES | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    )
     try:
-        with _variables(variables), _on_loopback():
-            _forget_token()
-            ray.init(
-                "local",
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                _system_config=RAYLET_CONFIG,
-                _temp_dir=str(folder),
-            )
+        with _variables(variables), ray_compat.on_loopback():
+            ray_compat.forget_auth_token()
+            ray_compat.init_local(folder)
     except OSError as error:
         raise RequestError(f"Ray cannot start on this machine: {error}") from None
     except Exception as error:
         raise RunError(f"Ray did not start on this machine: {root_cause(error)}") from error
-
-
-def _forget_token() -> None:
-    """Have Ray read its token anew: it keeps that of the Ray that this process was connected to before."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
@@ -233,17 +206,6 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Have Ray 2.60 know this machine as 127.0.0.1; it reads `LOOPBACK_VARIABLES` only when it is imported."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
 def _settle() -> None:
     end_as_interrupted()  # ray.init has handlers of its own
     _quieten_ray_data()
@@ -257,7 +219,7 @@ def _shut_down() -> None:
     for thread in threading.enumerate():  # a process belongs to the thread that started it
         for child in _children(os.getpid(), thread.native_id or 0):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if AUTOSCALER in Path(f"/proc/{child}/cmdline").read_bytes():
+                if ray_compat.AUTOSCALER_COMMAND in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(child, signal.SIGKILL)
     ray.shutdown()
 
@@ -285,11 +247,11 @@ def _path_of_children(process_id: int, thread_id: int) -> Path:
 def _connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     is_local = _listens_on_loopback_only(address)
-    _forget_token()
+    ray_compat.forget_auth_token()
     try:
-        with _variables({}), _on_loopback() if is_local else contextlib.nullcontext():
+        with _variables({}), ray_compat.on_loopback() if is_local else contextlib.nullcontext():
             if is_local:  # no other machine can pose as this Ray to get the token in HOME
-                maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+                ray_compat.use_auth_token_if_present()
             ray.init(logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:  # the last two: it is no address of a cluster
         raise RequestError(f"no Ray cluster answers at {address}: {error}") from None
@@ -318,7 +280,4 @@ def _quieten_ray_data() -> None:
     context.print_on_execution_start = False
     # Off: a thread in each worker that sums the pages of the process every second, with the memory locked meanwhile.
     context.memory_usage_poll_interval_s = None
-    # Ray Data sets its logger up on first use, with a level of its own.
-    ray.data._internal.logging.configure_logging()
-    for name in ("ray.data", "ray.data._internal.progress"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    ray_compat.silence_ray_data()

@@ -13,8 +13,8 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataIterator
-from ray.data._internal.datasource.range_datasource import RangeDatasource
 
+from pipelines.runtime.ray_compat import range_dataset
 from pipelines.training.batches import LocalBatchLoader, LocalBatchTask
 
 # Blocks are planned when a dataset starts, at about 0.1 ms each.
@@ -42,13 +42,8 @@ def split_among_workers(
         num_cpus_per_task: what Ray sets aside for each share in the making.
     """
     num_shares = num_steps * loader.world_size
-    # `ray.data.range` without its tasks of a whole CPU, which may never be free beside the workers. With the same share
-    # of one for both, number and share are made in one task.
-    numbers = ray.data.read_datasource(
-        RangeDatasource(num_shares, block_format="arrow", column_name="id"),
-        override_num_blocks=num_shares,
-        num_cpus=num_cpus_per_task,
-    )
+    # Ray fuses the two stages into one task because they request the same resources.
+    numbers = range_dataset(num_shares, num_cpus=num_cpus_per_task)
     dataset = numbers.map_batches(
         LocalBatchTask(loader, images, first_step, steps_per_epoch), batch_size=1, num_cpus=num_cpus_per_task
     )

@@ -9,39 +9,28 @@ from typing import Any
 
 import ray
 import ray.train.torch
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+
+from pipelines.runtime.ray_compat import join_process_group
 
 # Gloo and NCCL bind to the address that the host's name leads to unless told an interface.
 LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
-class OneMachineBackend(_TorchBackend):
+class OneMachineBackend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
     """Ray Train's backend for torch, as of Ray 2.60, with a FileStore for all workers."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join the workers to one process group."""
         path = Path(ray.get_runtime_context().get_temp_dir()) / f"rendezvous-{uuid.uuid4().hex}"
         uses_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        worker_group.execute(_set_torch_distributed_env_vars)
-        joining = [
-            worker_group.execute_single_async(
-                rank,
-                _setup_torch_process_group,
-                backend=backend_config.backend or ("nccl" if uses_gpus else "gloo"),
-                world_rank=rank,
-                world_size=len(worker_group),
-                init_method=path.as_uri(),
-                timeout_s=backend_config.timeout_s,
-            )
-            for rank in range(len(worker_group))
-        ]
-        ray.get(joining)
+        backend = backend_config.backend or ("nccl" if uses_gpus else "gloo")
+        join_process_group(worker_group, backend, init_method=path.as_uri(), timeout_s=backend_config.timeout_s)
 
 
 class OneMachineConfig(ray.train.torch.TorchConfig):
     """`TorchConfig` for a Ray that has one machine."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[OneMachineBackend]:
         """Class that Ray Train starts the process group with."""
         return OneMachineBackend

@@ -14,7 +14,6 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from cluster.local.ray_head import RayHead
 from cluster.local.services import free_ports
-from pipelines.runtime import nodes
 from pipelines.runtime.nodes import this_machine
 from tests.conftest import NUM_PHOTOGRAPHS
 from tests.support.infer import REPOSITORY, run_command, summary_of
@@ -50,7 +49,9 @@ def test_this_machine_offers_the_gpus_that_may_be_seen(
     visible: str | None, num_gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 8))
-    monkeypatch.setattr(nodes, "get_accelerator_manager_for_resource", lambda _: NvidiaGPUAcceleratorManager)
+    monkeypatch.setattr(
+        "ray._private.accelerators.get_accelerator_manager_for_resource", lambda _: NvidiaGPUAcceleratorManager
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.runtime.ray_session import RAYLET_CONFIG
+from pipelines.runtime.ray_compat import SYSTEM_CONFIG
 from tests.multinode.hosts import Host
 from tests.support.infer import REPOSITORY, summary_of
 
@@ -21,7 +21,7 @@ UP_TIMEOUT_S = 60.0
 JOB_TIMEOUT_S = 600.0
 TOKEN_FILE = Path(".ray", "auth_token")
 # Whoever may reach a port of Ray may run code on its nodes: so each node, and each client, has to show the token.
-TUNING = RAYLET_CONFIG | {"enable_metrics_collection": True, "metrics_report_interval_ms": 2_000}
+TUNING = SYSTEM_CONFIG | {"enable_metrics_collection": True, "metrics_report_interval_ms": 2_000}
 SETTINGS = {"RAY_AUTH_MODE": "token"} | {f"RAY_{name}": str(value) for name, value in TUNING.items()}
 RAY = str(Path(sys.executable).with_name("ray"))
 

@@ -12,10 +12,10 @@ import pytest
 from cluster.local.processes import with_variable
 from pipelines.errors import RequestError, RunError
 from pipelines.runtime import ray_session as ray_session_module
+from pipelines.runtime.ray_compat import LONGEST_SOCKET_SUFFIX
 from pipelines.runtime.ray_session import (
     MAX_BASE_LENGTH,
     MAX_SOCKET_PATH,
-    SOCKET_IN_FOLDER,
     _session_folder,
     refuse_if_ray_cannot_start,
 )
@@ -33,7 +33,7 @@ def test_session_folder_is_private_and_goes_with_the_session(monkeypatch: pytest
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     with _session_folder() as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert len(f"{folder}{SOCKET_IN_FOLDER}") <= MAX_SOCKET_PATH
+        assert len(f"{folder}{LONGEST_SOCKET_SUFFIX}") <= MAX_SOCKET_PATH
         (folder / "session").mkdir()
     assert not folder.exists()
 
