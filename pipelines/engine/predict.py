@@ -89,7 +89,7 @@ class Predictor:
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
         if (used_bytes := self._accelerator.used_bytes()) is not None:
-            metrics.show_gpu_memory(used_bytes)
+            metrics.record_gpu_memory(used_bytes)
         return self._join(*self._without_broken(batch, results))
 
     def _predict_images(self, images: torch.Tensor) -> pa.Table:

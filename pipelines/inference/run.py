@@ -28,7 +28,7 @@ from pipelines.outputs.commit import Commit
 from pipelines.outputs.lease import Lease
 from pipelines.outputs.schema import failed_schema, parts_schema
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.ray_session import ray_session_beside
+from pipelines.runtime.ray_session import ray_session_in_background
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
 
 def _run_with_lease(state: OutputState, engine: Engine, lease: Lease, started: float) -> dict[str, Any]:
     may_be_done = state.is_complete and state.config.failure.retry == "none"
-    with ray_session_beside(at_once=not may_be_done) as wait_for_ray:
+    with ray_session_in_background(start_now=not may_be_done) as wait_for_ray:
         # Ray Data takes half a second to import: here, Ray starts meanwhile.
         import pipelines.engine.chain  # noqa: F401
 

@@ -1,1 +1,1 @@
-"""Processes and Ray: job entry, logs, signals, the Ray session, nodes, metrics, caches."""
+"""Processes and Ray: job entry point, logging, signals, Ray session, nodes, metrics and caches."""

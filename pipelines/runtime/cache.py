@@ -1,7 +1,8 @@
-"""Files that take long to make and that any process of this user on this machine can use again.
+"""Cache of files that are slow to build, shared by all processes of this user on this machine.
 
-Some are code that is loaded into the process. So the folder has to be this user's own, as the home folder has to be for
-ssh (StrictModes of sshd_config(5)): whoever else can write to it could have this user run their code.
+Some of these files are code that is loaded into the process. If another user could write to the folder, they could run
+code as this user. The folder is therefore subject to the same checks as a home folder under `StrictModes` of
+sshd_config(5).
 """
 
 import contextlib
@@ -18,57 +19,64 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# The ones used last stay; most are as large as a model.
+# The least recently used files beyond this limit are removed. Most files are as large as a model.
 MAX_FILES = 8
-LONGEST_MAKING_S = 86_400.0
+MAX_BUILD_TIME_S = 86_400.0
 COMPILER_FOLDER = "inductor"
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Return the file that `make` writes, made once however many processes ask for it at the same time.
+    """Return the path of a cached file, and build it first if it is missing.
+
+    Concurrent calls in several processes build the file once.
 
     Args:
-        name: of the file; says all that the content follows from.
-        make: writes the file to the path it is given.
+        name: Name of the file. It must identify everything that determines the content.
+        make: Function that writes the file to the path it receives.
 
     Raises:
-        OSError: there is no folder for it that only this user can write to.
+        OSError: No folder is available that only this user can write to.
     """
     folder = private_folder()
     path = folder / name
     with _locked(folder / f"{name}.lock"):
-        if reason := _why_not_ours(path):
-            log.warning("making %s anew: %s", path, reason)
+        if reason := _untrusted_reason(path):
+            log.warning("rebuilding %s, because the cached file cannot be trusted: %s", path, reason)
             path.unlink()
         if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as aside:
-                make(Path(aside) / name)
-                with (Path(aside) / name).open("rb") as file:
-                    os.fsync(file.fileno())  # or a machine that fails may leave an empty one
-                (Path(aside) / name).chmod(0o600)
-                (Path(aside) / name).replace(path)
+            with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+                make(Path(build_folder) / name)
+                with (Path(build_folder) / name).open("rb") as file:
+                    os.fsync(file.fileno())  # a crash of the machine could otherwise leave an empty file
+                (Path(build_folder) / name).chmod(0o600)
+                (Path(build_folder) / name).replace(path)
         os.utime(path)
-    _drop_oldest(folder)
+    _evict(folder)
     return path
 
 
 def private_folder() -> Path:
-    """Return the folder of the cache, made where it is missing; another one where somebody else can write to it.
+    """Return the cache folder, and create it if it is missing.
+
+    If other users can write to the folder in `XDG_CACHE_HOME` or HOME, a folder in the temporary directory replaces it.
 
     Raises:
-        OSError: neither can be had.
+        OSError: Neither folder can be created, or other users can write to both.
     """
     chosen = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ecaray"
     try:
-        return _make_private(chosen)
+        return _create_private_folder(chosen)
     except UntrustedError as error:
         fallback = Path(tempfile.gettempdir()) / f"ecaray-{os.geteuid()}"
-        _warn_once(f"the cache of compiled code goes to {fallback}: {error}")
-        return _make_private(fallback)
+        _warn_once(f"caching compiled code in {fallback}: {error}")
+        return _create_private_folder(fallback)
 
 
 def use_private_compiler_cache() -> None:
-    """Have torch's compiler keep its code in this cache, not in one of /tmp that anybody may have made."""
+    """Store the compiled code of torch in this cache, unless `TORCHINDUCTOR_CACHE_DIR` is set.
+
+    The default is a folder in /tmp with a predictable name, which another user may have created.
+    """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         try:
             folder = private_folder() / COMPILER_FOLDER
@@ -78,44 +86,47 @@ def use_private_compiler_cache() -> None:
 
 
 class UntrustedError(PermissionError):
-    """Somebody else can write to a folder whose code this user would run."""
+    """Raised when another user can write to a folder from which this user would load code."""
 
 
-def _make_private(folder: Path) -> Path:
+def _create_private_folder(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder = folder.parent.resolve() / folder.name  # what links lead to is looked at, and used
+    folder = folder.parent.resolve() / folder.name  # check and use the targets of symbolic links
     for parent in folder.parents:
-        if reason := _why_not_safe(parent):
-            raise UntrustedError(f"{folder} is not used: {reason}")
+        if reason := _unsafe_parent_reason(parent):
+            raise UntrustedError(f"{folder} cannot be trusted: {reason}")
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    if reason := _why_not_ours(folder):
-        raise UntrustedError(f"{folder} is not used: {reason}")
+    if reason := _untrusted_reason(folder):
+        raise UntrustedError(f"{folder} cannot be trusted: {reason}")
     return folder
 
 
-def _why_not_safe(parent: Path) -> str | None:
-    """Say how somebody else could put another folder in place of one below `parent`."""
+def _unsafe_parent_reason(parent: Path) -> str | None:
+    """Return the reason why another user could replace a folder below `parent`, or None if nobody can."""
     found = parent.stat()
     if found.st_uid not in (0, os.geteuid()):
         return f"{parent} belongs to user {found.st_uid}"
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
-        return f"everybody can write to {parent}"
+        return f"all users can write to {parent}"
     return None
 
 
-def _why_not_ours(path: Path) -> str | None:
-    """Say what makes a folder or file one that somebody else can write, or has made; None where it is not there."""
+def _untrusted_reason(path: Path) -> str | None:
+    """Return the reason why another user may have created or changed a file or folder, or None if nobody can have.
+
+    The result is also None if the path does not exist.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(found.st_mode):
-        return f"{path} is a link"
+        return f"{path} is a symbolic link"
     if found.st_uid != os.geteuid():
         return f"{path} belongs to user {found.st_uid}"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others can write to {path}"
+        return f"other users can write to {path}"
     return None
 
 
@@ -131,14 +142,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _drop_oldest(folder: Path) -> None:
-    """Remove files beyond the limit, and what processes left that died while they made one."""
+def _evict(folder: Path) -> None:
+    """Remove the least recently used files beyond `MAX_FILES`, and build folders of processes that died."""
     used_at: dict[Path, float] = {}
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process drops the same
+        with contextlib.suppress(FileNotFoundError):  # another process removed it first
             if path.name == COMPILER_FOLDER:
                 continue
-            if path.is_dir() and path.stat().st_mtime < time.time() - LONGEST_MAKING_S:
+            if path.is_dir() and path.stat().st_mtime < time.time() - MAX_BUILD_TIME_S:
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_file() and path.suffix != ".lock":
                 used_at[path] = path.stat().st_mtime

@@ -1,4 +1,4 @@
-"""What the CPUs of this machine can do."""
+"""Capabilities of this machine's CPUs."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The kernel's names of the CPU's features; empty where it gives none."""
+    """Return the CPU features listed in /proc/cpuinfo, or an empty set if the kernel lists none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -19,14 +19,14 @@ def cpu_flags() -> frozenset[str]:
 
 
 def cxx() -> str | None:
-    """The C++ compiler of this machine: `CXX` of the environment, or g++; None where there is none."""
+    """Return the path of the C++ compiler (`CXX`, or g++ by default), or None if it is not installed."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def why_no_int8() -> str | None:
-    """What this machine lacks for models in int8; None where it lacks nothing."""
+    """Return the reason why this machine cannot run int8 models, or None if it can."""
     if not cpu_flags() & VNNI_FLAGS:
-        return "its CPU has no VNNI, without which int8 is neither faster nor safe from overflow"
+        return "its CPU lacks VNNI instructions, without which int8 is no faster and can overflow"
     if not cxx():
-        return "it has no C++ compiler (g++) to compile the model with"
+        return "it has no C++ compiler to compile the model; install g++ or set CXX"
     return None

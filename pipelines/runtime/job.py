@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pipelines.config.parse import parse_config
 from pipelines.errors import RequestError, RunError
 from pipelines.runtime.logs import log_to_stderr, safe_streams
-from pipelines.runtime.signals import end_as_interrupted
+from pipelines.runtime.signals import interrupt_on_sigterm
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -26,11 +26,11 @@ def main(
     run: Callable[[Schema], Mapping[str, Any]],
     dry_run: Callable[[Schema], None] | None = None,
 ) -> NoReturn:
-    """Run `run_job` as a whole process, which ends with its status.
+    """Run `run_job` and exit the process with its status.
 
-    The process ends without the interpreter's teardown. All that has to be closed is closed by then, and threads of
-    Ray, Arrow and obstore have been seen to crash a teardown after the summary of a job that had succeeded.
-    Nobody has to read its output: a closed stdout or stderr changes neither the run nor its status.
+    The process exits without the interpreter's teardown. All resources are closed by then, and threads of Ray, Arrow
+    and obstore have been seen to crash the teardown after a successful job had printed its summary. A closed stdout or
+    stderr changes neither the run nor its exit status.
     """
     with safe_streams():
         status = run_job(prog, schema, run, dry_run=dry_run)
@@ -48,16 +48,16 @@ def run_job(
     """Run one job from its command line.
 
     Args:
-        prog: the module's name, as in `python -m PROG`.
-        schema: what the job can be told.
-        run: does the job and returns its summary; called only once the config is good. It imports what is slow to
-            import (torch, ray) itself, so that `--help` and refusals come at once.
-        argv: arguments without the program's name; those of the process by default.
-        dry_run: says what the job would do, for `--dry-run`, which prints the resolved config either way.
+        prog: Name of the job's module, as in `python -m PROG`.
+        schema: Schema of the job's config.
+        run: Function that does the job and returns its summary. It is called only with a valid config, and imports
+            slow modules (torch, ray) itself, so that `--help` and config errors take little time.
+        argv: Arguments without the program name. Defaults to those of the process.
+        dry_run: Function that describes the run, for `--dry-run`, which prints the resolved config in any case.
 
     Returns:
-        The exit status: 0 done, 1 the run failed, 2 the request was wrong. With 0, the last line on stdout is the
-        summary, one JSON object.
+        Exit status: 0 if the job is done, 1 if the run failed, 2 if the request was wrong. If it is 0, the last line on
+        stdout is the summary, a JSON object.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
@@ -65,7 +65,7 @@ def run_job(
 
         print(format_help(schema, prog))
         return DONE
-    end_as_interrupted()
+    interrupt_on_sigterm()
     try:
         is_dry_run = "--dry-run" in arguments
         config = parse_config(schema, [word for word in arguments if word != "--dry-run"])
@@ -82,10 +82,10 @@ def run_job(
     except RunError as error:
         return _report(prog, error, FAILED)
     except KeyboardInterrupt:
-        return _report(prog, "interrupted; the same command goes on from what is done", FAILED)
+        return _report(prog, "interrupted; run the same command again to resume", FAILED)
     except Exception:
         traceback.print_exc()
-        return _report(prog, "the run failed; the traceback above says where", FAILED)
+        return _report(prog, "the run failed with an unexpected error; see the traceback above", FAILED)
     sys.stderr.flush()
     print(json.dumps(summary), flush=True)
     return DONE

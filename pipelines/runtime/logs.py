@@ -1,4 +1,4 @@
-"""Log lines of the jobs: plain lines on stderr, without control characters, whoever reads them."""
+"""Log output of jobs: plain lines on stderr, with control characters escaped."""
 
 import contextlib
 import faulthandler
@@ -15,44 +15,44 @@ from typing import TextIO, cast
 
 from pipelines.runtime.ray_compat import hide_harmless_warnings
 
-# Lines of Ray's own processes that would bury ours: Ray Train asks a dashboard for its state, which is not always
-# there, and repeats each report in full; Ray Data announces the end of each pass.
-RAYS_NOISE = (
+# Lines of Ray's own processes that would bury ours. Ray Train queries the dashboard, which is not always running, and
+# repeats each report in full. Ray Data announces the end of each execution.
+RAY_NOISE = (
     "Failed to query Ray Train Controller actor state",
     "Reporting training result",
     "has constructor arguments in the object store",
     "Progress bars disabled",
     r"Dataset \S+ execution finished",
 )
-# Lines that Ray's C++ code prints on the driver's stderr although nothing is wrong: every pool of actors that can be
-# restarted brings the first, every job that is interrupted the second.
-RAYS_CPP_NOISE = re.compile("has constructor arguments in the object store|Attempting to recover [0-9]+ lost objects")
-# How Ray marks the lines of workers: `(RayTrainWorker pid=123, ip=10.0.0.7) `; and that it left out equal ones.
+# Lines that Ray's C++ code prints on the driver's stderr although nothing is wrong: the first for every pool of
+# restartable actors, the second for every interrupted job.
+RAY_CPP_NOISE = re.compile("has constructor arguments in the object store|Attempting to recover [0-9]+ lost objects")
+# Ray prefixes lines of workers with `(RayTrainWorker pid=123, ip=10.0.0.7) `, and marks deduplicated lines.
 WORKER_PREFIX = re.compile(r"^\((?:[\w.<>() ]+ )?pid=\d+(?:, ip=[\w.:]+)?\) ")
 REPEATED = re.compile(r"\x1b\[32m( \[repeated \d+x across cluster\][^\x1b]*)\x1b\[0m")
-# Begins a line of progress that takes the place of the last one on a terminal.
+# Start of a progress line, which replaces the previous line on a terminal.
 CLEAR_LINE = "\x1b[2K\r"
 STDERR = 2
 
 
 def log_to_stderr() -> None:
-    """Print the package's messages as they are, from INFO up, and keep Ray from printing what nobody reads.
+    """Log the package's messages to stderr from level INFO, without a prefix, and silence Ray's noise.
 
-    To be called before Ray is imported, which reads its variables then.
+    Call this before Ray is imported, because Ray reads its environment variables at import.
     """
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(RAYS_NOISE))
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "|".join(RAY_NOISE))
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("pipelines").setLevel(logging.INFO)
-    for name in ("aiobotocore", "botocore"):  # say where they found credentials and endpoint, in each process
+    for name in ("aiobotocore", "botocore"):  # every process would log where it found credentials
         logging.getLogger(name).setLevel(logging.WARNING)
     hide_harmless_warnings()
 
 
 def escape_controls(text: str) -> str:
-    """Replace control characters, such as those of a file's name, by Python's escapes; newlines and tabs stay.
+    """Replace control characters, such as those in a file name, with Python escapes. Newlines and tabs stay.
 
-    Terminals obey escape sequences, and Unicode's format characters, such as U+202E, reorder what is read.
+    Terminals execute escape sequences, and Unicode format characters such as U+202E change the order of the text.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -69,20 +69,20 @@ def _escape(character: str) -> str:
 
 
 class SafeStream(io.TextIOBase):
-    """A stream for people and logs: control characters are escaped, and a reader that has gone stops nothing."""
+    """Text stream that escapes control characters, and ignores write errors such as a closed pipe."""
 
     def __init__(self, stream: TextIO) -> None:
         """Wrap a stream.
 
         Args:
-            stream: what is written to. Once it refuses, all further text is dropped.
+            stream: Underlying stream. After its first error, all further text is dropped.
         """
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        self._stream, self._is_gone = stream, False
+        self._stream, self._has_failed = stream, False
 
     def write(self, text: str) -> int:
-        """Write text, with its control characters escaped."""
+        """Write text with its control characters escaped."""
         self._attempt(lambda: self._stream.write(self._clean(text)))
         return len(text)
 
@@ -91,19 +91,19 @@ class SafeStream(io.TextIOBase):
         self._attempt(self._stream.flush)
 
     def isatty(self) -> bool:
-        """Return whether people read along."""
-        return not self._is_gone and self._stream.isatty()
+        """Return True if the stream is a terminal and has not failed."""
+        return not self._has_failed and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Return the stream's descriptor."""
+        """Return the file descriptor of the stream."""
         return self._stream.fileno()
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        if not self._is_gone:
+        if not self._has_failed:
             try:
                 action()
-            except (OSError, ValueError):  # a pipe without reader or a full disk; a stream that was closed
-                self._is_gone = True
+            except (OSError, ValueError):  # OSError: no reader, or a full disk; ValueError: closed stream
+                self._has_failed = True
 
     def _clean(self, text: str) -> str:
         is_terminal = self._stream.isatty()
@@ -116,16 +116,16 @@ class SafeStream(io.TextIOBase):
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Put stdout and stderr of this process behind `SafeStream`, and keep C++ code from printing noise on stderr.
+    """Wrap stdout and stderr of this process in `SafeStream`, and filter the noise of C++ code on stderr.
 
-    For the whole life of a process. Python's own lines go where they went; what C and C++ write on the second file
-    descriptor passes a thread, which drops `RAYS_CPP_NOISE`.
+    Use this once, for the whole life of the process. Python writes to the original descriptors. Output of C and C++
+    code on file descriptor 2 passes through a thread, which drops `RAY_CPP_NOISE`.
     """
     _open_closed_descriptors()
     stderr = os.dup(STDERR)
     sys.stdout = _safe(1)
     sys.stderr = _safe(stderr)
-    faulthandler.enable(stderr)  # past the thread, which a crash takes along
+    faulthandler.enable(stderr)  # bypasses the thread, which does not survive a crash
     reading, writing = os.pipe()
     os.dup2(writing, STDERR)
     os.close(writing)
@@ -148,7 +148,10 @@ def _safe(descriptor: int) -> TextIO:
 
 
 def _open_closed_descriptors() -> None:
-    """Open what `>&-` closed on /dev/null. The next file or socket would take its number, and what is printed there."""
+    """Open descriptors that `>&-` has closed on /dev/null.
+
+    Otherwise the next file or socket would get the number, and receive the printed output.
+    """
     for descriptor in (0, 1, STDERR):
         try:
             os.fstat(descriptor)
@@ -160,7 +163,7 @@ def _open_closed_descriptors() -> None:
 
 
 def _forward(reading: int, is_over: threading.Event) -> None:
-    """Hand on the lines of a pipe until all are read after the end."""
+    """Print the lines of the pipe `reading` until `is_over` is set and the pipe is empty."""
     rest = b""
     while True:
         has_ended = is_over.is_set()
@@ -179,5 +182,5 @@ def _forward(reading: int, is_over: threading.Event) -> None:
 
 
 def _print_cpp(line: str) -> None:
-    if not RAYS_CPP_NOISE.search(line):
+    if not RAY_CPP_NOISE.search(line):
         print(line, file=sys.stderr, flush=True)

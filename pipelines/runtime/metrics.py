@@ -1,6 +1,7 @@
-"""What a run tells Prometheus, by Ray's metrics: counters that the workers keep and every node's agent exports.
+"""Prometheus metrics of a run. Workers update them through Ray's metrics API, and each node's agent exports them.
 
-Ray puts `ray_` before each name and `_total` behind it. `cluster/grafana.json` draws them.
+Ray adds the prefix `ray_` to each name, and the suffix `_total` to counters. `cluster/grafana.json` is a dashboard for
+these metrics.
 """
 
 import contextlib
@@ -15,35 +16,35 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """What a name stands for, and the tags that its values carry."""
+    """Description of a metric, and the names of its tags."""
 
     description: str
     tags: tuple[str, ...] = ()
 
 
 COUNTERS = {
-    "ecaray_images": Metric("Images whose rows were written, by status: ok or failed.", ("status",)),
-    "ecaray_fetched_bytes": Metric("Encoded bytes of the images fetched."),
-    "ecaray_written_bytes": Metric("Bytes of the Parquet files written."),
+    "ecaray_images": Metric("Images whose rows were written, by status (ok or failed).", ("status",)),
+    "ecaray_fetched_bytes": Metric("Encoded bytes of fetched images."),
+    "ecaray_written_bytes": Metric("Bytes of written Parquet files."),
     "ecaray_stage_seconds": Metric(
         "Seconds that workers spent in a stage: fetch (waiting for the store), decode, forward or write.", ("stage",)
     ),
-    "ecaray_batch_images": Metric("Images in the forward passes."),
-    "ecaray_batch_places": Metric("Places in the forward passes, padding included."),
-    "ecaray_requests_sent_again": Metric("Requests to the store that were sent again, of images and rows written."),
+    "ecaray_batch_images": Metric("Images in forward passes."),
+    "ecaray_batch_places": Metric("Batch slots in forward passes, including padding."),
+    "ecaray_requests_sent_again": Metric("Retried requests to the store, for images and for written rows."),
 }
 GPU_MEMORY = "ecaray_gpu_memory_bytes"
 
 
 def count(name: str, value: float, **tags: str) -> None:
-    """Add to one of `COUNTERS`; outside of Ray, nothing."""
+    """Add `value` to one of `COUNTERS`. Does nothing outside Ray."""
     if value > 0 and _is_worker():
         _counter(name).inc(value, tags)
 
 
 @contextlib.contextmanager
 def timed(stage: str) -> Iterator[None]:
-    """Add the seconds of a `with` block to a stage's."""
+    """Add the duration of the block to `ecaray_stage_seconds` of a stage."""
     started = time.monotonic()
     try:
         yield
@@ -51,14 +52,14 @@ def timed(stage: str) -> Iterator[None]:
         count("ecaray_stage_seconds", time.monotonic() - started, stage=stage)
 
 
-def show_gpu_memory(num_bytes: int) -> None:
-    """Tell how much of its GPU's memory is taken, by the decoder and the driver too."""
+def record_gpu_memory(num_bytes: int) -> None:
+    """Set the gauge of the GPU memory in use, which includes the memory of the decoder and the driver."""
     if _is_worker():
         _gpu_memory().set(num_bytes)
 
 
 def _is_worker() -> bool:
-    # The stages run without Ray, too, where importing it would cost a second.
+    # Stages also run without Ray, and importing it only to find out would take a second.
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
@@ -74,4 +75,4 @@ def _counter(name: str) -> "Counter":
 def _gpu_memory() -> "Gauge":
     from ray.util.metrics import Gauge
 
-    return Gauge(GPU_MEMORY, description="Bytes taken of a replica's GPU's memory.")
+    return Gauge(GPU_MEMORY, description="Bytes in use of the memory of a replica's GPU.")

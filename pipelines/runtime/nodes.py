@@ -1,4 +1,4 @@
-"""The machines that Ray has, and whether it can get more."""
+"""Nodes of the Ray cluster."""
 
 import math
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ import ray
 
 from pipelines.runtime import ray_compat
 
-# Ray's own; so are those with a colon in their names.
-OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
+# Resources that Ray defines itself, besides those with a colon in their names.
+BUILT_IN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine offers to Ray.
+    """Resources that one machine offers to Ray.
 
     Attributes:
-        num_cpus: logical CPUs.
-        num_gpus: logical GPUs.
-        resources: custom ones, by name.
-        node_id: Ray's, where Ray is up.
-        memory_bytes: for processes; Ray's object store is beside it.
+        num_cpus: Number of logical CPUs.
+        num_gpus: Number of logical GPUs.
+        resources: Amounts of custom resources by name.
+        node_id: Ray's ID of the node, or None if Ray has not started.
+        memory_bytes: Memory for worker processes in bytes, without Ray's object store.
     """
 
     num_cpus: float
@@ -32,18 +32,18 @@ class Node:
 
 
 def list_nodes() -> list[Node]:
-    """The living nodes that offer CPUs."""
+    """Return the alive nodes that offer CPUs."""
     nodes = [_describe(node["Resources"], node["NodeID"]) for node in ray.nodes() if node["Alive"]]
     return [node for node in nodes if node.num_cpus > 0]
 
 
 def _describe(offer: Mapping[str, float], node_id: str) -> Node:
-    custom = {name: count for name, count in offer.items() if name not in OWN_RESOURCES and ":" not in name}
+    custom = {name: count for name, count in offer.items() if name not in BUILT_IN_RESOURCES and ":" not in name}
     return Node(offer.get("CPU", 0), offer.get("GPU", 0), custom, node_id, offer.get("memory", math.inf))
 
 
 def this_machine() -> Node:
-    """What this machine's own Ray will offer, known before it starts."""
+    """Return the resources that Ray will offer if it is started on this machine."""
     memory_bytes = ray_compat.worker_memory_bytes()
     return Node(ray_compat.count_cpus(), ray_compat.count_visible_gpus(), memory_bytes=memory_bytes)
 

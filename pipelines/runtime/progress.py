@@ -1,4 +1,7 @@
-"""Progress: images done, rate and time left. One line every few seconds; on a terminal, one line that changes."""
+"""Progress reports on stderr: images done, rate and remaining time.
+
+A log file gets one line every few seconds. On a terminal, a single line is updated in place.
+"""
 
 import sys
 import threading
@@ -8,21 +11,21 @@ from typing import Any
 
 from pipelines.runtime.logs import CLEAR_LINE
 
-LINE_EVERY_S = 5.0
+REPORT_INTERVAL_S = 5.0
 
 
 class Progress:
-    """Counts images and reports them from a thread of its own, so that it also speaks while nothing arrives."""
+    """Counter of processed images. A separate thread reports it, so that reports continue while no results arrive."""
 
     def __init__(
         self, num_total: int, num_resumed: int = 0, publish: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        """Begin at nothing.
+        """Create a counter that starts at zero.
 
         Args:
-            num_total: images of the run.
-            num_resumed: those that were done before.
-            publish: is given the figures every few seconds.
+            num_total: Number of images of the run.
+            num_resumed: Number of images that an earlier attempt has processed.
+            publish: Function that receives the result of `figures` every few seconds.
         """
         self.num_total = num_total
         self.num_resumed = num_resumed
@@ -50,7 +53,7 @@ class Progress:
             self._publish(self.figures() | {"is_running": False})
 
     def add(self, num_ok: int, num_failed: int, num_files: int = 0, num_retries: int = 0, num_clipped: int = 0) -> None:
-        """Count what a task reports."""
+        """Add the counts of one task."""
         self.num_ok += num_ok
         self.num_failed += num_failed
         self.num_files += num_files
@@ -59,11 +62,11 @@ class Progress:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     def figures(self) -> dict[str, Any]:
-        """What a program may want to know now; `images_per_s` and `left_s` are None before the first image."""
+        """Return the current figures for programs. `images_per_s` and `left_s` are None before the first image."""
         num_new = self.num_ok + self.num_failed
         rate = num_new / self.elapsed_s if num_new else None
         return {
@@ -79,7 +82,7 @@ class Progress:
         }
 
     def line(self) -> str:
-        """What is reported now."""
+        """Return the current report, such as `1,000 of 5,000 images, 80.0 images/s, 50 s left`."""
         num_new = self.num_ok + self.num_failed
         num_done = self.num_resumed + num_new
         text = f"{num_done:,} of {self.num_total:,} images"
@@ -89,16 +92,16 @@ class Progress:
             return f"{text}, starting, {self.elapsed_s:.0f} s"
         rate = num_new / self.elapsed_s
         left_s = (self.num_total - num_done) / rate
-        counts = {"files": self.num_files, "requests sent again": self.num_retries}
+        counts = {"files": self.num_files, "retries": self.num_retries}
         extra = "".join(f", {count:,} {what}" for what, count in counts.items() if count)
         return f"{text}, {rate:.1f} images/s, {_duration(left_s)} left{extra}"
 
     def _report(self) -> None:
-        every_s = 0.5 if self._is_terminal else LINE_EVERY_S
+        interval_s = 0.5 if self._is_terminal else REPORT_INTERVAL_S
         published = time.monotonic()
-        while not self._stop.wait(every_s):
+        while not self._stop.wait(interval_s):
             self._print(end="\r" if self._is_terminal else "\n")
-            if self._publish and time.monotonic() - published >= LINE_EVERY_S - every_s / 2:
+            if self._publish and time.monotonic() - published >= REPORT_INTERVAL_S - interval_s / 2:
                 self._publish(self.figures())
                 published = time.monotonic()
 

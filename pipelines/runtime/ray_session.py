@@ -1,4 +1,4 @@
-"""Ray for the length of one job: the cluster that is named, or this machine's own."""
+"""Ray session of one job: a connection to an existing cluster, or a local Ray."""
 
 import contextlib
 import functools
@@ -17,16 +17,16 @@ import ray
 
 from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.runtime import ray_compat
-from pipelines.runtime.signals import end_as_interrupted
+from pipelines.runtime.signals import interrupt_on_sigterm
 
 log = logging.getLogger(__name__)
 
-# Ray's job manager sets the second in a submitted job.
+# Ray's job manager sets the second variable in submitted jobs.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 # Length limit of a Unix socket's path (`sun_path` of unix(7)), without the terminating zero byte.
 MAX_SOCKET_PATH = 107
-DEFAULT_FOLDER = "/tmp"  # noqa: S108 - sockets need a short path; what lies there is a folder of this user's own
+DEFAULT_FOLDER = "/tmp"  # noqa: S108 - sockets need a short path; mkdtemp creates a private folder there
 FOLDER_PREFIX, NUM_RANDOM_CHARACTERS = "ray-", 8
 MAX_BASE_LENGTH = (
     MAX_SOCKET_PATH - len(ray_compat.LONGEST_SOCKET_SUFFIX) - len(f"/{FOLDER_PREFIX}") - NUM_RANDOM_CHARACTERS
@@ -34,88 +34,91 @@ MAX_BASE_LENGTH = (
 
 
 def is_cluster_named() -> bool:
-    """Whether this process was told of a cluster, by `RAY_ADDRESS` or as a submitted job."""
+    """Return True if `RAY_ADDRESS` names a cluster, or if this process is a submitted job."""
     return any(os.environ.get(name) for name in CLUSTER_VARIABLES)
 
 
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
-    """Connect to the named cluster, or start Ray on this machine; shut down at the end, whatever happens.
+    """Connect to the named cluster, or start Ray on this machine, and shut down at the end of the block.
 
-    Workers' prints reach the driver's stdout, so a summary is printed after this block only.
+    Output of workers is copied to the driver's stdout, so print the summary after this block.
 
     Raises:
-        RequestError: the named cluster does not answer, or no folder here can hold Ray's sockets.
-        RunError: Ray did not start.
+        RequestError: The named cluster does not answer, or no folder can hold the sockets of a local Ray.
+        RunError: The local Ray did not start.
     """
     if is_cluster_named():
         _connect()
         try:
-            _settle()
+            _configure_driver()
             yield
         finally:
-            ray.shutdown()  # to its processes, where this one started them, the end of a job is nothing
+            ray.shutdown()  # only disconnects from the cluster
         return
     with _session_folder() as folder:
         _start(folder)
         try:
-            _settle()
+            _configure_driver()
             yield
         finally:
             _shut_down()
 
 
 @contextlib.contextmanager
-def ray_session_beside(at_once: bool) -> Iterator[Callable[[], None]]:
-    """`ray_session`, for a block that has other things to do until it calls what it is given, once or more often.
+def ray_session_in_background(start_now: bool) -> Iterator[Callable[[], None]]:
+    """Provide `ray_session` to a block that needs Ray only later.
+
+    The block receives a function that waits until Ray is ready. It may be called more than once.
 
     Args:
-        at_once: start this machine's Ray while the block goes on. Where the block ends before Ray is up, its processes
-            are killed half started, and this one has to end by `os._exit`: Ray's exit handlers would wait a minute.
+        start_now: Start a local Ray in a thread while the block continues. If the block ends before Ray is ready, the
+            processes started so far are killed, and this process must end with `os._exit`, since Ray's exit handlers
+            would wait for a minute.
 
     Raises:
-        RequestError: no folder here can hold Ray's sockets; from the call, as `ray_session`.
-        RunError: from the call, as `ray_session`.
+        RequestError: No folder can hold the sockets of a local Ray. The function also raises it, as `ray_session` does.
+        RunError: Raised by the function, as by `ray_session`.
     """
     with contextlib.ExitStack() as stack:
-        if at_once and not is_cluster_named() and _path_of_children(os.getpid(), os.getpid()).exists():
-            start = RayStart(stack.enter_context(_session_folder()))
-            stack.callback(start.end)
-            yield start.finish
+        if start_now and not is_cluster_named() and _children_file(os.getpid(), os.getpid()).exists():
+            local_ray = BackgroundRay(stack.enter_context(_session_folder()))
+            stack.callback(local_ray.end)
+            yield local_ray.wait_until_ready
         else:
             yield functools.cache(lambda: stack.enter_context(ray_session()))
 
 
 def refuse_if_ray_cannot_start() -> None:
-    """Look for a folder for Ray's sockets now, for a job that reads much before it starts Ray.
+    """Check early that a folder can hold Ray's sockets, for a job that reads much data before it starts Ray.
 
     Raises:
-        RequestError: no folder here can hold them.
+        RequestError: No folder can hold them.
     """
     if not is_cluster_named():
-        os.rmdir(_make_session_folder())
+        os.rmdir(_create_session_folder())
 
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """Make a folder that only this user can enter, for Ray's sockets and logs. It stays where the block fails."""
-    folder = _make_session_folder()
-    is_wanted = False
+    """Create a private folder for Ray's sockets and logs, and remove it after the block unless the run failed."""
+    folder = _create_session_folder()
+    keep_logs = False
     try:
         yield folder
     except Exception as error:
-        is_wanted = not isinstance(error, RequestError)
+        keep_logs = not isinstance(error, RequestError)
         raise
     finally:
-        if is_wanted:
+        if keep_logs:
             log.info("Ray's logs are in %s", folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_session_folder() -> Path:
-    said = os.environ.get("RAY_TMPDIR")
-    candidates = [said] if said else [*filter(None, [os.environ.get("TMPDIR")]), DEFAULT_FOLDER]
+def _create_session_folder() -> Path:
+    requested = os.environ.get("RAY_TMPDIR")
+    candidates = [requested] if requested else [*filter(None, [os.environ.get("TMPDIR")]), DEFAULT_FOLDER]
     reasons: list[str] = []
     for base in map(os.path.abspath, candidates):
         if len(os.fsencode(base)) > MAX_BASE_LENGTH:
@@ -126,13 +129,16 @@ def _make_session_folder() -> Path:
         except OSError as error:
             reasons.append(f"{base}: {error.strerror}")
     raise RequestError(
-        f"Ray finds no folder for its sockets ({'; '.join(reasons)}): "
+        f"no folder can hold Ray's sockets ({'; '.join(reasons)}); "
         "set RAY_TMPDIR to a folder with a short path that you can write to"
     )
 
 
-class RayStart:
-    """This machine's Ray, started by a thread that stays until the end: what it starts would die with it."""
+class BackgroundRay:
+    """Local Ray, started by a thread.
+
+    The thread lives until the end, because the processes that it starts would die with it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -141,20 +147,20 @@ class RayStart:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until Ray is up."""
+    def wait_until_ready(self) -> None:
+        """Wait until Ray is ready, and raise the error of a failed start."""
         self._is_done.wait()
         if self._error:
             raise self._error
-        _settle()
+        _configure_driver()
 
     def end(self) -> None:
-        """Shut Ray down, or kill what there is of it."""
+        """Shut Ray down, or kill its processes if it has not finished starting."""
         if self._is_done.is_set():
             _shut_down()
         elif self._thread.native_id:
-            threading.excepthook = _say_nothing  # ray.init's threads would print that they lost their Ray
-            _kill_children(os.getpid(), self._thread.native_id)
+            threading.excepthook = _ignore_error  # threads of ray.init would print that they lost the connection
+            _kill_descendants(os.getpid(), self._thread.native_id)
         self._is_over.set()
 
     def _run(self) -> None:
@@ -166,23 +172,24 @@ class RayStart:
         self._is_over.wait()
 
 
-def _say_nothing(_: threading.ExceptHookArgs) -> None:
+def _ignore_error(_: threading.ExceptHookArgs) -> None:
     pass
 
 
 def _start(folder: Path) -> None:
-    """Start this machine's Ray, on loopback, with a token that only its processes know.
+    """Start a local Ray on loopback, with a token that only its own processes know.
 
     Raises:
-        RequestError: a folder cannot be written to.
-        RunError: Ray did not come up.
+        RequestError: A folder cannot be written to.
+        RunError: Ray did not start.
     """
-    # A token in the environment: Ray would write one to HOME, which may not be writable, and which other Rays share.
+    # Pass a token in the environment. Otherwise Ray writes one to HOME, which may be read-only, and which other Ray
+    # clusters share.
     variables = (
         ray_compat.LOOPBACK_VARIABLES | ray_compat.NO_STATE_API_VARIABLES | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     )
     try:
-        with _variables(variables), ray_compat.on_loopback():
+        with _environment(variables), ray_compat.on_loopback():
             ray_compat.forget_auth_token()
             ray_compat.init_local(folder)
     except OSError as error:
@@ -192,8 +199,8 @@ def _start(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a block and the processes that it starts, and undo what Ray sets there."""
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block, and restore them and `RAY_AUTH_MODE`, which Ray sets, afterwards."""
     before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_MODE")}
     os.environ.update(values)
     try:
@@ -206,17 +213,18 @@ def _variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _settle() -> None:
-    end_as_interrupted()  # ray.init has handlers of its own
-    _quieten_ray_data()
+def _configure_driver() -> None:
+    interrupt_on_sigterm()  # ray.init installs its own handler
+    _configure_ray_data()
 
 
 def _shut_down() -> None:
-    """End Ray, without the second for which its shutdown waits for an autoscaler that does not answer SIGTERM.
+    """Shut Ray down, but kill its autoscaler first, which saves a second.
 
-    One machine's autoscaler has nothing to scale, and nothing to save.
+    `ray.shutdown` waits that long for the autoscaler, which ignores SIGTERM. On one machine the autoscaler has nothing
+    to scale, and no state to save.
     """
-    for thread in threading.enumerate():  # a process belongs to the thread that started it
+    for thread in threading.enumerate():  # Linux lists child processes by the thread that started them
         for child in _children(os.getpid(), thread.native_id or 0):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if ray_compat.AUTOSCALER_COMMAND in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -224,23 +232,23 @@ def _shut_down() -> None:
     ray.shutdown()
 
 
-def _kill_children(process_id: int, thread_id: int) -> None:
-    """Kill what a thread started and all below, the last first: those whose parent is gone would be hard to find."""
+def _kill_descendants(process_id: int, thread_id: int) -> None:
+    """Kill all descendants of a thread, children before their parents, since orphans would be hard to find."""
     for child in _children(process_id, thread_id):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for thread in os.listdir(f"/proc/{child}/task"):
-                _kill_children(child, int(thread))
+                _kill_descendants(child, int(thread))
             os.kill(child, signal.SIGKILL)
 
 
 def _children(process_id: int, thread_id: int) -> list[int]:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return [int(child) for child in _path_of_children(process_id, thread_id).read_text().split()]
+        return [int(child) for child in _children_file(process_id, thread_id).read_text().split()]
     return []
 
 
-def _path_of_children(process_id: int, thread_id: int) -> Path:
-    """Of Linux: the process ids of a thread's children."""
+def _children_file(process_id: int, thread_id: int) -> Path:
+    """Return the file in which Linux lists the process IDs of a thread's children."""
     return Path(f"/proc/{process_id}/task/{thread_id}/children")
 
 
@@ -249,18 +257,18 @@ def _connect() -> None:
     is_local = _listens_on_loopback_only(address)
     ray_compat.forget_auth_token()
     try:
-        with _variables({}), ray_compat.on_loopback() if is_local else contextlib.nullcontext():
-            if is_local:  # no other machine can pose as this Ray to get the token in HOME
+        with _environment({}), ray_compat.on_loopback() if is_local else contextlib.nullcontext():
+            if is_local:  # no other machine can impersonate this Ray to obtain the token in HOME
                 ray_compat.use_auth_token_if_present()
             ray.init(logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:  # the last two: it is no address of a cluster
+    except (ConnectionError, ValueError, RuntimeError) as error:  # the last two: not the address of a cluster
         raise RequestError(f"no Ray cluster answers at {address}: {error}") from None
 
 
 def _listens_on_loopback_only(address: str) -> bool:
-    """Return whether Ray's head on this machine, such as that of `cluster.local`, has no other address.
+    """Return True if `address` is a Ray head on this machine that listens on loopback only, such as `cluster.local`.
 
-    Ray itself would look for it at the address by which other machines reach this one.
+    Ray itself would look for the head at the address by which other machines reach this one.
     """
     host, _, port = address.rpartition(":")
     if host.strip("[]") not in LOOPBACK_HOSTS or not port.isdigit():
@@ -272,12 +280,12 @@ def _listens_on_loopback_only(address: str) -> bool:
     return False
 
 
-def _quieten_ray_data() -> None:
+def _configure_ray_data() -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the job prints its own progress, in images
+    context.enable_progress_bars = False  # jobs report their own progress, in images
     context.print_on_execution_start = False
-    # Off: a thread in each worker that sums the pages of the process every second, with the memory locked meanwhile.
+    # Disable the thread in each worker that sums the pages of the process every second and locks its memory meanwhile.
     context.memory_usage_poll_interval_s = None
     ray_compat.silence_ray_data()

@@ -132,7 +132,7 @@ def test_a_stopped_job_keeps_what_is_done_and_says_how_to_go_on(
         _, stderr = process.communicate(timeout=20)
     assert process.returncode == 1, stderr
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "jobs.infer: error: interrupted; the same command goes on from what is done"
+    assert stderr.splitlines()[-1] == "jobs.infer: error: interrupted; run the same command again to resume"
     assert not (output / "_SUCCESS").exists()
     again = run_command("jobs.infer", *arguments)
     assert again.returncode == 0, again.stderr

@@ -114,7 +114,7 @@ def infer(output: Path, model: ResolvedModel) -> dict[str, Any]:
         }
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(infer_run, "ray_session_beside", lambda at_once: contextlib.nullcontext(lambda: None))
+        patch.setattr(infer_run, "ray_session_in_background", lambda start_now: contextlib.nullcontext(lambda: None))
         patch.setattr("pipelines.engine.chain.stream", _stream)
         patch.setattr("pipelines.engine.chain.writing", lambda writer, num_rows, plan: _write(writer))
         return infer_run.run(config, model)  # type: ignore[arg-type]

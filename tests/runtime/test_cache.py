@@ -1,4 +1,4 @@
-"""The cache of compiled code trusts nothing that another user made or can change."""
+"""Cache of compiled code: it trusts nothing that another user has created or can change."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from pipelines.runtime.cache import cached, private_folder, use_private_compiler
 from tests.support.infer import REPOSITORY
 
 NOBODY = 65534
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user, which takes root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="creates files of another user, which requires root")
 
 
 def write_ours(path: Path) -> None:
@@ -20,7 +20,7 @@ def write_ours(path: Path) -> None:
 
 
 def make_as_nobody(*folders: Path) -> None:
-    """Make folders, with a file, as another user, who may read nothing of this one's Python."""
+    """Create folders with a file in each as another user. A shell does it, as that user cannot read our Python."""
     for folder in folders:
         script = 'mkdir -m 777 "$0" && printf theirs > "$0/key.so"'
         subprocess.run(
@@ -29,13 +29,13 @@ def make_as_nobody(*folders: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_warning_said() -> None:
+def reset_warnings() -> None:
     cache._warn_once.cache_clear()
 
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like /tmp that is XDG_CACHE_HOME, below folders that everybody can enter."""
+    """Return a folder with the mode of /tmp that is `XDG_CACHE_HOME`, below folders that all users can enter."""
     for folder in (tmp_path, *tmp_path.parents):
         if not folder.stat().st_mode & 0o005:
             folder.chmod(0o755)
@@ -47,7 +47,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shared"
 
 
-def assert_planted_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+def assert_planted_file_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
     path = cached("key.so", write_ours)
     assert path.read_text() == "ours"
     assert path.lstat().st_uid == os.geteuid()
@@ -56,24 +56,24 @@ def assert_planted_is_refused(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @needs_root
-def test_folder_of_another_user_is_refused(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_of_another_user_is_rejected(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_as_nobody(shared / "ecaray")
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
     assert "belongs to user 65534" in caplog.text
     assert (shared / "ecaray" / "key.so").read_text() == "theirs"
 
 
 @needs_root
-def test_folder_below_one_of_another_user_is_refused(
+def test_folder_inside_a_folder_of_another_user_is_rejected(
     shared: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_as_nobody(shared / "home")
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "home" / "cache"))
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
 
 
 @needs_root
-def test_fallback_of_another_user_is_refused_too(shared: Path) -> None:
+def test_fallback_of_another_user_is_rejected_too(shared: Path) -> None:
     shared.with_name("fallback").chmod(0o1777)
     make_as_nobody(shared / "ecaray", shared.with_name("fallback") / f"ecaray-{os.geteuid()}")
     with pytest.raises(PermissionError, match="belongs to user 65534"):
@@ -81,49 +81,49 @@ def test_fallback_of_another_user_is_refused_too(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
-def test_folder_that_others_can_write_to_is_refused(mode: int, shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_writable_by_others_is_rejected(mode: int, shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     (shared / "ecaray").mkdir()
     (shared / "ecaray").chmod(mode)
     (shared / "ecaray" / "key.so").write_text("theirs")
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
 
 
-def test_linked_folder_is_refused(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_symlinked_folder_is_rejected(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "elsewhere" / "key.so").write_text("theirs")
     (shared / "ecaray").symlink_to(tmp_path / "elsewhere")
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
 
 
-def test_parent_that_everybody_can_change_is_refused(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_world_writable_parent_is_rejected(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     shared.chmod(0o777)
-    assert_planted_is_refused(caplog)
-    assert "everybody can write to" in caplog.text
+    assert_planted_file_is_rejected(caplog)
+    assert "all users can write to" in caplog.text
 
 
-def test_file_that_others_can_write_to_is_made_anew(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_writable_by_others_is_rebuilt(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     (private_folder() / "key.so").write_text("theirs")
     (private_folder() / "key.so").chmod(0o666)
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
 
 
-def test_linked_file_is_made_anew(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_symlinked_file_is_rebuilt(shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "theirs").write_text("theirs")
     (private_folder() / "key.so").symlink_to(tmp_path / "theirs")
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
     assert (tmp_path / "theirs").read_text() == "theirs"
 
 
 @needs_root
-def test_file_of_another_user_is_made_anew(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_of_another_user_is_rebuilt(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     (private_folder() / "key.so").write_text("theirs")
     os.chown(private_folder() / "key.so", NOBODY, NOBODY)
-    assert_planted_is_refused(caplog)
+    assert_planted_file_is_rejected(caplog)
 
 
-def test_own_folder_is_used_again(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_own_folder_is_reused(shared: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert cached("key.so", write_ours) == shared / "ecaray" / "key.so"
-    assert cached("key.so", lambda path: pytest.fail("made twice")).read_text() == "ours"
+    assert cached("key.so", lambda path: pytest.fail("built twice")).read_text() == "ours"
     assert caplog.messages == []
 
 
@@ -134,8 +134,8 @@ assert load_library() is not None
 """
 
 
-def test_compiler_keeps_its_code_in_the_private_folder(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "put back afterwards")
+def test_torch_compiler_uses_the_private_folder(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "restored by monkeypatch")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     use_private_compiler_cache()
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -159,7 +159,7 @@ def test_compiled_code_of_another_user_does_not_run(shared: Path, tmp_path: Path
     (name,) = [path.name for path in (shared / "ecaray").glob("*.so")]
     (shared / "ecaray" / name).write_bytes((tmp_path / "x.so").read_bytes())
     subprocess.run(run, cwd=REPOSITORY, env=variables)
-    assert pwned.exists()  # so it runs where it is trusted
+    assert pwned.exists()  # the library does run if it is trusted
     pwned.unlink()
     for path in [shared / "ecaray", *(shared / "ecaray").iterdir()]:
         os.chown(path, NOBODY, NOBODY)

@@ -1,4 +1,4 @@
-"""The garbage collector, paused."""
+"""Pausing of the garbage collector."""
 
 import gc
 
@@ -7,7 +7,7 @@ import pytest
 from pipelines.runtime.garbage_collector import paused_gc
 
 
-def test_it_is_off_within_the_block_alone() -> None:
+def test_collector_is_paused_within_the_block_only() -> None:
     frozen = gc.get_freeze_count()
     try:
         with paused_gc():
@@ -18,7 +18,7 @@ def test_it_is_off_within_the_block_alone() -> None:
         gc.unfreeze()
 
 
-def test_it_comes_back_after_an_error() -> None:
+def test_collector_resumes_after_an_error() -> None:
     try:
         with pytest.raises(ValueError, match="broken"), paused_gc():
             raise ValueError("broken")

@@ -1,4 +1,4 @@
-"""Output of a job, and of Ray within it, on terminals and in log files."""
+"""Output of a job and its Ray, on terminals and in log files."""
 
 import io
 import os
@@ -32,12 +32,12 @@ def test_control_characters_are_escaped() -> None:
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_hostile_names_do_not_reach_the_reader_raw(stream: type[io.StringIO]) -> None:
+def test_streams_escape_hostile_file_names(stream: type[io.StringIO]) -> None:
     assert printed(HOSTILE, stream()) == f"{ESCAPED}\n"
     assert printed(f"{CLEAR_LINE}{HOSTILE}", io.StringIO()) == rf"\x1b[2K\r{ESCAPED}" + "\n"
 
 
-def test_progress_still_replaces_its_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_updates_its_line_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", SafeStream(terminal))
     with Progress(3) as progress:
@@ -46,7 +46,7 @@ def test_progress_still_replaces_its_line_on_a_terminal(monkeypatch: pytest.Monk
     assert "\r" + CLEAR_LINE in terminal.getvalue()
 
 
-def test_log_files_hold_no_worker_prefix_and_no_colour() -> None:
+def test_log_files_have_no_worker_prefixes_or_colours() -> None:
     assert printed("(RayTrainWorker pid=71, ip=10.0.0.7) epoch 1", io.StringIO()) == "epoch 1\n"
     assert printed("(MapBatches(PartWriter) pid=71) late", io.StringIO()) == "late\n"
     assert printed("(RayTrainWorker pid=71) epoch 1", Terminal()) == "(RayTrainWorker pid=71) epoch 1\n"
@@ -67,7 +67,7 @@ def run(config):
     os.write(2, b"[E] core_worker.cc:2: the raylet died \\x1b[31m\\n")
     os.write(2, b"no newline at the end")
     with open(os.environ["DONE"], "w") as file:
-        assert file.fileno() > 2  # a closed descriptor is not taken by the next file
+        assert file.fileno() > 2  # the file must not reuse a closed standard descriptor
     return {"num": 1}
 
 main("a job", VerifyConfig, run)
@@ -98,14 +98,16 @@ def run_job(redirection: str, done: str) -> "subprocess.CompletedProcess[str]":
         ("2>&1 >/dev/null | head -1", "line 0\n"),
     ],
 )
-def test_a_run_ends_well_whoever_reads_its_output(redirection: str, stdout: str, tmp_path: os.PathLike[str]) -> None:
+def test_run_succeeds_if_its_output_cannot_be_written(
+    redirection: str, stdout: str, tmp_path: os.PathLike[str]
+) -> None:
     done = run_job(redirection, os.path.join(tmp_path, "done"))
     assert (done.returncode, done.stdout) == (0, stdout), done.stderr
     assert os.path.exists(os.path.join(tmp_path, "done"))
     assert "Traceback" not in done.stderr
 
 
-def test_noise_of_rays_core_is_dropped_and_its_other_lines_are_not(tmp_path: os.PathLike[str]) -> None:
+def test_only_the_noise_of_rays_core_is_dropped(tmp_path: os.PathLike[str]) -> None:
     lines = run_job("", os.path.join(tmp_path, "done")).stderr.splitlines()
     assert sorted(lines) == [
         r"[E] core_worker.cc:2: the raylet died \x1b[31m",

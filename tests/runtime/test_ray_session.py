@@ -1,4 +1,4 @@
-"""This machine's own Ray: where it may start, and what is left of it when a request is refused meanwhile."""
+"""Local Ray: its folder, and its cleanup when a request is refused during the start."""
 
 import os
 import stat
@@ -28,7 +28,7 @@ def long_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_session_folder_is_private_and_goes_with_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_folder_is_private_and_removed_after_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     with _session_folder() as folder:
@@ -38,7 +38,7 @@ def test_session_folder_is_private_and_goes_with_the_session(monkeypatch: pytest
     assert not folder.exists()
 
 
-def test_logs_of_a_failed_run_stay_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_of_a_failed_run_are_kept_and_their_folder_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with pytest.raises(RunError), _session_folder() as folder:
         raise RunError("a worker died")
@@ -49,7 +49,7 @@ def test_logs_of_a_failed_run_stay_and_are_named(caplog: pytest.LogCaptureFixtur
     assert not folder.exists()
 
 
-def test_tmpdir_too_long_for_sockets_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tmpdir_too_long_for_sockets_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(long_folder(tmp_path)))
     with _session_folder() as folder:
         assert folder.parent == Path("/tmp")
@@ -78,10 +78,10 @@ import os, threading, time
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import RequestError
 from pipelines.runtime.job import main
-from pipelines.runtime.ray_session import ray_session_beside
+from pipelines.runtime.ray_session import ray_session_in_background
 
 def run(config):
-    with ray_session_beside(at_once=True):
+    with ray_session_in_background(start_now=True):
         time.sleep(float(os.environ["REFUSED_AFTER_S"]))
         while os.environ.get("REFUSED_WITH") not in {None, *(thread.name for thread in threading.enumerate())}:
             time.sleep(0.001)
@@ -98,7 +98,11 @@ main("a job", VerifyConfig, run_and_linger)
 
 
 def refuse_after(delay_s: float, **more: str) -> "tuple[subprocess.Popen[str], str]":
-    """A job that is refused so long after Ray began to start, and the mark that all of its processes carry."""
+    """Start a job that is refused `delay_s` seconds after Ray began to start.
+
+    Returns:
+        The job, and the name of an environment variable that marks all of its processes.
+    """
     mark = f"MARK_{uuid.uuid4().hex}"
     command = [sys.executable, "-c", REFUSED, "--output.uri", "/absent"]
     variables = os.environ | {mark: "1", "REFUSED_AFTER_S": str(delay_s)} | more
@@ -110,7 +114,7 @@ SLOW = [pytest.param(delay_s, marks=pytest.mark.slow) for delay_s in (0.5, 1.0, 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("delay_s", [0.0, 2.0, *SLOW])
-def test_a_refusal_while_ray_starts_leaves_nothing_behind(own_home: Path, delay_s: float) -> None:
+def test_refusal_while_ray_starts_leaves_no_processes(own_home: Path, delay_s: float) -> None:
     process, mark = refuse_after(delay_s)
     seen: set[str] = set()
     while process.poll() is None:
@@ -124,7 +128,7 @@ def test_a_refusal_while_ray_starts_leaves_nothing_behind(own_home: Path, delay_
 
 
 @pytest.mark.integration
-def test_threads_that_lose_a_ray_killed_half_started_say_nothing(own_home: Path) -> None:
+def test_refusal_while_ray_starts_prints_only_the_refusal(own_home: Path) -> None:
     process, _ = refuse_after(0, REFUSED_WITH="ray_print_logs", LINGER_S="2")
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (2, "a job: error: refused\n")
