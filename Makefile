@@ -1,9 +1,9 @@
-# Needs Python 3.11 or newer and make; `make help` lists the targets.
+# Requires Python 3.11 or newer and make. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 UV_VERSION := 0.13.9
-# Everything that starts Ray gets a limit: a starved pipeline would wait for ever.
+# Everything that starts Ray has a time limit, because a pipeline without resources would wait forever.
 LIMIT := timeout --kill-after=30
 
 .DEFAULT_GOAL := help
@@ -12,7 +12,7 @@ LIMIT := timeout --kill-after=30
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
-# Compiled bytecode halves the start-up of every process that imports torch, and Ray starts many.
+# Compiled bytecode halves the start-up time of every process that imports torch, and Ray starts many of them.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet uv==$(UV_VERSION)
@@ -20,36 +20,36 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 		-r pyproject.toml --extra dev --constraints requirements.lock
 	touch $@
 
-setup: $(VENV)/.installed  ## make the environment, in .venv
+setup: $(VENV)/.installed  ## create the environment in .venv
 
-demo: setup  ## label photographs, and learn digits, from an S3 store on this machine
+demo: setup  ## label photographs and train on digits, with an S3 store on this machine
 	$(LIMIT) 900 $(RUN) -m cluster.local.demo
 
-test: setup  ## the fast tests
+test: setup  ## run the fast tests
 	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
 
-test-unit: setup  ## the tests that start neither Ray nor a store
+test-unit: setup  ## run the tests that need neither Ray nor an object store
 	$(LIMIT) 300 $(RUN) -m pytest -m unit --numprocesses 2 --dist loadfile
 
-test-slow: setup  ## the slow tests: all five models, every way between stores, job submission
+test-slow: setup  ## run the slow tests: all five models, all combinations of stores, job submission
 	$(LIMIT) 3300 $(RUN) -m pytest -m "slow and not gpu and not multinode"
 
-test-multinode: setup  ## jobs on five hosts in network namespaces, which break (root, Linux)
+test-multinode: setup  ## run jobs on five hosts in network namespaces, with faults (needs root on Linux)
 	command -v ip > /dev/null || (apt-get update && apt-get install --yes --no-install-recommends iproute2)
 	$(LIMIT) 3000 $(RUN) -m pytest -m "multinode and not slow"
 
-test-gpu: setup  ## tests that need a GPU
+test-gpu: setup  ## run the tests that need a GPU
 	$(LIMIT) 1800 $(RUN) -m pytest -m gpu || [ $$? -eq 5 ]
 
-checks: setup  ## format, lint, types
+checks: setup  ## check format, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: setup  ## fetching, decoding, the forward pass, labelling and training beside their peers, agreement, large resumes, faults
+bench: setup  ## run the benchmarks, side by side with timm, Ray's documented pattern and Daft
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
 		-r pyproject.toml --extra bench --constraints requirements.lock
-	# Daft asks for an older pyarrow than the lock's, and works with it.
+	# Daft pins an older pyarrow than requirements.lock, but works with the locked one.
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps daft==0.7.26
 	$(LIMIT) 1800 $(RUN) -m benchmarks.decode
 	$(LIMIT) 1800 $(RUN) -m benchmarks.forward
@@ -64,7 +64,7 @@ bench: setup  ## fetching, decoding, the forward pass, labelling and training be
 	$(LIMIT) 1800 $(RUN) -m benchmarks.chaos
 	$(LIMIT) 14400 $(RUN) -m benchmarks.takeover
 
-lock: setup  ## resolve requirements.lock anew
+lock: setup  ## update requirements.lock
 	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --python-version 3.11 --no-header --quiet \
 		--no-emit-index-url --no-emit-find-links --constraints requirements.constraints -o requirements.lock
 

@@ -1,1 +1,1 @@
-"""Where the jobs run: this machine, and the files for clusters."""
+"""Deployment: configuration of clusters, and a local cluster for tests and demos."""

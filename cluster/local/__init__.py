@@ -1,1 +1,1 @@
-"""A cluster on one machine: object store, Ray head, sample data, a faulty proxy, the demo."""
+"""Local cluster for tests and demos: object store, Ray head, sample data, faulty proxy."""

@@ -1,8 +1,8 @@
-"""An S3 object store and a Ray head on this machine, to try things out and to develop.
+"""S3 object store and Ray head on this machine, for experiments and development.
 
-    python -m cluster.local     # starts both, prints how to reach them, stops them on Ctrl-C
+    python -m cluster.local     # starts both, prints the variables to reach them, stops them on Ctrl-C
 
-Both listen on loopback and ask for credentials.
+Both listen on loopback only and require credentials.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from cluster.local.ray_head import ray_head
 def main() -> None:
     """Run both until interrupted."""
     with object_store(buckets=("images", "results")) as store, ray_head(environment=store.environment()) as head:
-        print("Running: an object store with the buckets `images` and `results`, and a Ray head. To use them:\n")
+        print("An object store with the buckets `images` and `results` and a Ray head are running. To use them:\n")
         for name, value in (store.environment() | head.environment()).items():
             print(f"export {name}={value}")
-        print("\nCtrl-C stops both and removes their data.", flush=True)
+        print("\nPress Ctrl-C to stop both and remove their data.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
 

@@ -1,6 +1,7 @@
 """Handwritten digits as image files: real images that a small network learns in two minutes on two cores.
 
-scikit-learn's 1,797 digits of 8 x 8 pixels (UCI's optical recognition of handwritten digits), one file each.
+The images are scikit-learn's 1,797 digits of 8 x 8 pixels (UCI's optical recognition of handwritten digits), one file
+for each.
 """
 
 import io
@@ -13,17 +14,17 @@ from PIL import Image
 from pipelines.storage import uris
 from pipelines.storage.filesystem import write_bytes
 
-SIZE = 32  # five halvings leave one pixel
+SIZE = 32  # the model halves the size five times, down to one pixel
 HELD_OUT_EVERY = 3
 LARGEST_VALUE = 16
 NUM_WRITERS = 16
 
 
 def write_digits(train_uri: str, held_out_uri: str) -> tuple[int, int]:
-    """Write PNG files into folders named for the digit, every third one held out.
+    """Write the digits as PNG files into folders named after the class. Every third image is held out.
 
     Returns:
-        How many lie under each of the two.
+        Number of files under `train_uri` and under `held_out_uri`.
     """
     images, targets = sklearn.datasets.load_digits(return_X_y=True)
     contents: tuple[dict[str, bytes], dict[str, bytes]] = ({}, {})

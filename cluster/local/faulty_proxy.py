@@ -1,7 +1,7 @@
-"""A proxy in front of an object store, which does what stores do on bad days. One request a connection.
+"""HTTP proxy that injects faults into the requests to an object store. It serves one request for each connection.
 
 with faulty_proxy("http://127.0.0.1:8333", Faults(unavailable=0.05)) as proxy:
-    ...  # proxy.endpoint in place of the store's; proxy.counts: what it did
+    ...  # use proxy.endpoint instead of the store's; proxy.counts holds the number of injected faults
 """
 
 import asyncio
@@ -26,12 +26,13 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Faults:
-    """The share of requests that each of these happens to.
+    """Probability of each fault for a request, from 0 to 1.
 
     Attributes:
-        unavailable: answered 503 SlowDown.
-        reset: the connection is reset, half of them amid the answer.
-        stalled: answered after `stall_s` seconds.
+        unavailable: Probability of the response 503 SlowDown.
+        reset: Probability of a connection reset. Half of the resets happen in the middle of the response.
+        stalled: Probability of a response that is delayed by `stall_s`.
+        stall_s: Delay of stalled responses in seconds.
     """
 
     unavailable: float = 0.0
@@ -42,13 +43,16 @@ class Faults:
 
 @dataclass
 class Proxy:
-    """A running proxy.
+    """Running proxy.
 
     Attributes:
-        endpoint: what S3 clients are given.
-        counts: requests by what was done to them.
-        fetched: how often the object at each path was asked for.
-        is_gone: while true, every connection is reset.
+        endpoint: Endpoint for S3 clients.
+        upstream: Endpoint of the store.
+        faults: Probabilities of faults.
+        counts: Number of requests by fault, where "none" stands for the requests that were forwarded unchanged.
+        fetched: Number of GET requests forwarded unchanged, by path.
+        is_gone: While true, every connection is reset, as if the store were down.
+        rng: Random number generator that selects the faults.
     """
 
     endpoint: str
@@ -57,10 +61,10 @@ class Proxy:
     counts: "Counter[str]" = field(default_factory=Counter)
     fetched: "Counter[str]" = field(default_factory=Counter)
     is_gone: bool = False
-    chance: random.Random = field(default_factory=lambda: random.Random(5))
+    rng: random.Random = field(default_factory=lambda: random.Random(5))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request."""
+        """Serve one request."""
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             request = await _read_message(reader, writer)
             fault = self._choose()
@@ -68,11 +72,11 @@ class Proxy:
             method, target = request.split(b" ", 2)[:2]
             if method == b"GET" and fault == "none":
                 self.fetched[target.decode()] += 1
-            await self._answer(request, fault, writer)
+            await self._respond(request, fault, writer)
             await writer.drain()
         writer.close()
 
-    async def _answer(self, request: bytes, fault: str, writer: asyncio.StreamWriter) -> None:
+    async def _respond(self, request: bytes, fault: str, writer: asyncio.StreamWriter) -> None:
         if fault == "unavailable":
             writer.write(UNAVAILABLE % len(UNAVAILABLE_BODY) + UNAVAILABLE_BODY)
             return
@@ -81,47 +85,47 @@ class Proxy:
             return
         if fault == "stalled":
             await asyncio.sleep(self.faults.stall_s)
-        answer = await self._ask_upstream(request)
-        if fault == "reset amid the answer":
-            writer.write(answer[: len(answer) // 2])
+        response = await self._forward(request)
+        if fault == "reset during the response":
+            writer.write(response[: len(response) // 2])
             await writer.drain()
             _reset(writer)
             return
-        writer.write(answer)
+        writer.write(response)
 
-    async def _ask_upstream(self, request: bytes) -> bytes:
+    async def _forward(self, request: bytes) -> bytes:
         address = urlsplit(self.upstream)
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
         head, _, body = request.partition(b"\r\n\r\n")
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"connection:", b"expect:"))]
         writer.write(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
-        answer = await reader.read(-1)
+        response = await reader.read(-1)
         writer.close()
-        head, _, body = answer.partition(b"\r\n\r\n")
+        head, _, body = response.partition(b"\r\n\r\n")
         lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
         return b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body
 
     def _choose(self) -> str:
         if self.is_gone:
             return "reset"
-        draw = self.chance.random()
+        draw = self.rng.random()
         for name, share in (("unavailable", self.faults.unavailable), ("stalled", self.faults.stalled)):
             if draw < share:
                 return name
             draw -= share
         if draw < self.faults.reset:
-            return self.chance.choice(["reset", "reset amid the answer"])
+            return self.rng.choice(["reset", "reset during the response"])
         return "none"
 
 
 @contextlib.contextmanager
 def faulty_proxy(upstream: str, faults: Faults, address: str = "127.0.0.1") -> Iterator[Proxy]:
-    """A proxy on a port of its own, in a thread.
+    """Run a proxy on a free port, in a thread.
 
     Args:
-        upstream: the store's endpoint.
-        faults: what happens to requests.
-        address: that it listens at.
+        upstream: Endpoint of the store.
+        faults: Probabilities of faults.
+        address: IP address on which the proxy listens.
     """
     with socket.socket() as listening:
         listening.bind((address, 0))
@@ -136,7 +140,7 @@ def faulty_proxy(upstream: str, faults: Faults, address: str = "127.0.0.1") -> I
             loop.call_soon_threadsafe(server.close)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
-            loop.set_exception_handler(lambda loop, context: None)  # of those cancelled
+            loop.set_exception_handler(lambda loop, context: None)  # ignore errors of cancelled tasks
             if waiting := asyncio.all_tasks(loop):
                 for task in waiting:
                     task.cancel()
@@ -149,7 +153,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 async def _read_message(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """Head and body of a request."""
+    """Return the head and body of one request."""
     head = await reader.readuntil(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:-2])
     if b"100-continue" in fields.get(b"expect", b""):

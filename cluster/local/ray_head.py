@@ -1,4 +1,4 @@
-"""A Ray head, and further nodes, on this machine.
+"""Ray head and further Ray nodes on this machine.
 
 They use free ports and temporary folders, and stop when their `with` block or the process that started them ends.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.local.services import end_with_parent, find_program, free_ports, stop, wait_until
+from cluster.local.services import find_program, free_ports, stop, terminate_with_parent, wait_until
 from pipelines.runtime.ray_compat import LOOPBACK_VARIABLES, SYSTEM_CONFIG
 
 ANSWER_TIMEOUT_S = 60.0
@@ -23,12 +23,12 @@ ANSWER_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class RayHead:
-    """A running Ray head.
+    """Running Ray head.
 
     Attributes:
-        address: for drivers, as `RAY_ADDRESS`.
-        job_server: for `ray job submit`, as `RAY_ADDRESS`.
-        home: HOME of the head and its clients; holds the access token at `.ray/auth_token`.
+        address: Value of `RAY_ADDRESS` for drivers.
+        job_server: Value of `RAY_ADDRESS` for `ray job submit`.
+        home: HOME of the head and its clients, which holds the access token in `.ray/auth_token`.
     """
 
     address: str
@@ -36,7 +36,7 @@ class RayHead:
     home: Path
 
     def environment(self) -> dict[str, str]:
-        """Variables with which `ray job` and drivers reach this head."""
+        """Return the variables with which `ray job` and drivers reach this head."""
         return {"HOME": str(self.home), "RAY_ADDRESS": self.job_server, "RAY_AUTH_MODE": "token", **LOOPBACK_VARIABLES}
 
 
@@ -44,17 +44,17 @@ class RayHead:
 def ray_head(
     num_cpus: int | None = None, environment: Mapping[str, str] | None = None, num_gpus: int | None = None
 ) -> Iterator[RayHead]:
-    """Run `ray start --head` with its job server for the length of a `with` block.
+    """Run `ray start --head` with its job server within the block.
 
-    All of it listens on loopback only, and answers only to who has the token in its HOME.
+    All services listen on loopback only, and accept only clients that have the token in HOME.
 
     Args:
-        num_cpus: what it offers; the machine's by default.
-        environment: variables for it and its workers, such as the object store's.
-        num_gpus: GPUs that it offers, whether they exist or not; the machine's by default.
+        num_cpus: Number of CPUs that the head offers. Defaults to the machine's.
+        environment: Environment variables for the head and its workers, such as those of the object store.
+        num_gpus: Number of GPUs that the head offers, whether they exist or not. Defaults to the machine's.
 
     Raises:
-        RuntimeError: it does not answer within `START_TIMEOUT_S`; holds the end of its log.
+        RuntimeError: The job server does not respond within `START_TIMEOUT_S`. The message contains the end of the log.
     """
     home = Path(tempfile.mkdtemp(prefix="ecaray-ray-"))
     ports = dict(
@@ -66,7 +66,7 @@ def ray_head(
     command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
     command += [] if num_gpus is None else [f"--num-gpus={num_gpus}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # Jobs begin with `python`: on a node, that is the one this package is installed for.
+    # Entrypoints of jobs start with `python`, which must be the interpreter that has this package installed.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     tuning = {f"RAY_{name}": str(value) for name, value in SYSTEM_CONFIG.items()}
     variables = inherited | tuning | {"PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **LOOPBACK_VARIABLES}
@@ -75,7 +75,7 @@ def ray_head(
         _write_token(home / ".ray" / "auth_token")
         with open(home / "ray.log", "wb") as log:
             process = subprocess.Popen(
-                command, env=variables, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+                command, env=variables, stdout=log, stderr=log, start_new_session=True, preexec_fn=terminate_with_parent
             )
         head = RayHead(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", home)
         try:
@@ -89,18 +89,21 @@ def ray_head(
 
 @contextlib.contextmanager
 def ray_node(head: RayHead, num_cpus: int, environment: Mapping[str, str]) -> Iterator[int]:
-    """Run another node of a head's cluster, on this machine too; gives the process id that its processes descend from.
+    """Run another node of a head's cluster on this machine within the block.
 
     Args:
-        head: what it joins.
-        num_cpus: what it offers.
-        environment: variables for its workers.
+        head: Head that the node joins.
+        num_cpus: Number of CPUs that the node offers.
+        environment: Environment variables for its workers.
+
+    Yields:
+        Process ID of `ray start`, the ancestor of all processes of the node.
     """
     command = [find_program("ray"), "start", "--block", f"--num-cpus={num_cpus}"]
-    # Ray takes 127.0.0.1 for this machine's other address, where the head does not listen; its other spelling it keeps.
+    # Ray replaces 127.0.0.1 with this machine's external address, where the head does not listen, but keeps 127.1.
     command += [f"--address={head.address.replace('127.0.0.1', '127.1')}"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # gRPC's own resolver does not know that spelling, the system's does.
+    # The resolver of gRPC does not accept 127.1, while that of the system does.
     variables = {"HOME": str(head.home), "RAY_AUTH_MODE": "token", "GRPC_DNS_RESOLVER": "native"}
     with open(head.home / "node.log", "wb") as log:
         process = subprocess.Popen(
@@ -109,7 +112,7 @@ def ray_node(head: RayHead, num_cpus: int, environment: Mapping[str, str]) -> It
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=terminate_with_parent,
         )
     try:
         yield process.pid

@@ -1,4 +1,4 @@
-"""The files by which clusters are made, against what Ray, KubeRay and our own schemas expect."""
+"""Deployment files, checked against the schemas of Ray, KubeRay and our own jobs."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.support.infer import REPOSITORY, run_command
 
 CLUSTER = REPOSITORY / "cluster"
 KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
-# Of KubeRay 1.5's custom resource definitions, v1.
+# Fields of the custom resource definitions (v1) of KubeRay 1.5.
 JOB_FIELDS = {
     "activeDeadlineSeconds",
     "backoffLimit",
@@ -85,7 +85,7 @@ GROUP_FIELDS = {
     "suspend",
     "template",
 }
-# What Ray and Ray Data export themselves, of what the dashboard draws.
+# Metrics in the dashboard that Ray and Ray Data export themselves.
 RAY_METRICS = {"ray_data_num_external_inqueue_blocks", "ray_data_obj_store_mem_used", "ray_node_gpus_utilization"}
 
 
@@ -106,7 +106,7 @@ def container(group: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def test_aws_is_what_rays_cluster_launcher_expects() -> None:
+def test_aws_config_is_valid_for_rays_cluster_launcher() -> None:
     config = fillout_defaults(load(CLUSTER / "aws.yaml"))
     validate_config(config)
     types = config["available_node_types"]
@@ -116,13 +116,13 @@ def test_aws_is_what_rays_cluster_launcher_expects() -> None:
     assert all((REPOSITORY / local).exists() for local in config["file_mounts"].values() if local.startswith("./"))
 
 
-def test_no_deployment_holds_a_key() -> None:
+def test_deployments_contain_no_secrets() -> None:
     for path in [*KUBERAY, CLUSTER / "aws.yaml", CLUSTER / "Dockerfile", CLUSTER / "runtime_env.yaml"]:
         assert not re.search(r"AKIA|(SECRET_ACCESS_KEY|AUTH_TOKEN|PASSWORD)\s*[:=]\s*[\"']?\w", path.read_text())
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
-def test_kuberay_knows_every_field(path: Path) -> None:
+def test_kuberay_files_have_known_fields_only(path: Path) -> None:
     document = load(path)
     assert document["apiVersion"] == "ray.io/v1"
     spec = cluster_spec(document)
@@ -137,7 +137,7 @@ def test_kuberay_knows_every_field(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
-def test_kuberay_clusters_are_safe_and_of_one_piece(path: Path) -> None:
+def test_kuberay_clusters_are_secure_and_consistent(path: Path) -> None:
     spec = cluster_spec(load(path))
     assert spec["rayVersion"] == version("ray")
     assert (spec["authOptions"], spec["autoscalerOptions"]["version"]) == ({"mode": "token"}, "v2")
@@ -162,7 +162,7 @@ def most(num_workers: int | tuple[int, int] | None) -> int:
     return num_workers[1] if isinstance(num_workers, tuple) else num_workers or 1
 
 
-def test_entrypoints_are_requests_that_their_clusters_can_meet(tmp_path: Path) -> None:
+def test_entrypoints_use_all_gpus_of_their_clusters(tmp_path: Path) -> None:
     write_digits(str(tmp_path / "train"), str(tmp_path / "held-out"))
     local = ["--data.train.uri", str(tmp_path / "train"), "--data.validation.uri", str(tmp_path / "held-out")]
     jobs = [load(path)["spec"] for path in KUBERAY if load(path)["kind"] == "RayJob"]
@@ -170,7 +170,7 @@ def test_entrypoints_are_requests_that_their_clusters_can_meet(tmp_path: Path) -
     for spec in jobs:
         python, dash_m, job, *arguments = shlex.split(spec["entrypoint"])
         assert (python, dash_m) == ("python", "-m")
-        # Training looks at its data before it says what it would do.
+        # A dry run of training reads its data.
         more = [*local, "--output.uri", str(tmp_path / "run")] if job == "jobs.train" else []
         done = run_command(job, *arguments, *more, "--dry-run")
         assert done.returncode == 0, done.stderr
@@ -181,13 +181,13 @@ def test_entrypoints_are_requests_that_their_clusters_can_meet(tmp_path: Path) -
         assert num_workers == gpus_of(spec["rayClusterSpec"])
 
 
-def test_the_runtime_environment_is_one() -> None:
+def test_runtime_environment_is_valid() -> None:
     found = load(CLUSTER / "runtime_env.yaml")
     RuntimeEnv(**found)
     assert parse_and_validate_excludes(found["excludes"]) == found["excludes"]
 
 
-def test_the_image_is_built_from_the_lock_and_runs_as_no_root() -> None:
+def test_image_installs_locked_packages_and_does_not_run_as_root() -> None:
     lines = (CLUSTER / "Dockerfile").read_text().splitlines()
     copied = [line.split()[-2] for line in lines if line.startswith("COPY")]
     assert all((REPOSITORY / name).exists() for name in copied)
@@ -195,10 +195,10 @@ def test_the_image_is_built_from_the_lock_and_runs_as_no_root() -> None:
     assert [line for line in lines if line.startswith("USER")] == ["USER ray"]
 
 
-def test_the_dashboard_draws_what_is_exported() -> None:
+def test_dashboard_covers_all_exported_metrics() -> None:
     dashboard = json.loads((CLUSTER / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    drawn = {name for expression in expressions for name in re.findall(r"\bray_\w+", expression)}
+    shown = {name for expression in expressions for name in re.findall(r"\bray_\w+", expression)}
     ours = {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{GPU_MEMORY}"}
-    assert drawn == ours | RAY_METRICS
+    assert shown == ours | RAY_METRICS
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -1,3 +1,5 @@
+"""Local object store, sample data, and the files of the installation."""
+
 import signal
 import socket
 import subprocess
@@ -14,8 +16,8 @@ from tests.support.infer import REPOSITORY
 
 
 @pytest.mark.integration
-def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Those of a first store, as a user has them who starts a second beside it.
+def test_store_leaves_no_process_and_no_files(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A user who starts a second store has the credentials of the first one in the environment.
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stores")
     with object_store(("one", "two")) as store:
@@ -30,20 +32,20 @@ def test_nothing_is_left_of_a_store(own_home: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.integration
-def test_the_store_dies_with_its_starter(own_home: Path) -> None:
+def test_store_dies_with_its_parent_process(own_home: Path) -> None:
     code = (
         "import time; from cluster.local.object_store import object_store\n"
         "with object_store() as s:\n    print(s.pid, flush=True); time.sleep(60)"
     )
-    starter = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
-    starter.send_signal(signal.SIGKILL)
-    starter.wait()
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
     wait_until_gone(pid)
 
 
-def test_runtime_env_is_known_to_ray_and_names_no_secret() -> None:
+def test_runtime_env_is_valid_and_contains_no_secret() -> None:
     from ray.runtime_env import RuntimeEnv
 
     content = yaml.safe_load((REPOSITORY / "cluster" / "runtime_env.yaml").read_text())
@@ -61,13 +63,13 @@ def test_crops_differ_from_each_other() -> None:
 @pytest.mark.parametrize(
     "name", ["requirements.lock", "requirements.constraints", "Makefile", ".ci/run", "pyproject.toml"]
 )
-def test_no_registry_host_is_written_down(name: str) -> None:
+def test_no_package_index_is_named(name: str) -> None:
     content = (REPOSITORY / name).read_text()
     assert "index-url" not in content.replace("--no-emit-index-url", "")
     assert "://" not in content
 
 
-def test_the_lock_pins_every_direct_dependency() -> None:
+def test_lock_pins_every_direct_dependency() -> None:
     import tomllib
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]

@@ -1,4 +1,4 @@
-"""Nothing that this project starts on a machine takes requests from another address or without credentials."""
+"""Local services accept no requests from other addresses or without credentials."""
 
 import os
 import subprocess
@@ -26,12 +26,12 @@ def assert_closed(pid: int, *services: str) -> None:
     assert {listener: requests for listener in listeners if (requests := open_services(listener))} == {}
 
 
-def test_store_and_ray_head_take_no_request_without_credentials(ray_server: RayHead) -> None:
+def test_store_and_ray_head_reject_requests_without_credentials(ray_server: RayHead) -> None:
     assert_closed(os.getpid(), "weed server", "gcs_server", "raylet", "dashboard")
 
 
 @pytest.mark.slow
-def test_foreign_client_runs_nothing_on_the_ray_head(ray_server: RayHead, tmp_path: Path) -> None:
+def test_ray_head_rejects_clients_without_the_token(ray_server: RayHead, tmp_path: Path) -> None:
     variables = ray_server.environment() | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
     code = "import ray; ray.init(); print('it ran', ray.get(ray.remote(lambda: 1).remote()))"
     for variable, command in (
@@ -61,7 +61,7 @@ with ray_session():
 
 
 @pytest.mark.slow
-def test_ray_of_a_job_takes_no_request_without_credentials(own_home: Path) -> None:
+def test_local_ray_of_a_job_rejects_requests_without_credentials(own_home: Path) -> None:
     job = subprocess.Popen(
         [sys.executable, "-c", JOB], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

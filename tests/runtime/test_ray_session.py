@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local.processes import with_variable
+from cluster.local.processes import processes_with_variable
 from pipelines.errors import RequestError, RunError
 from pipelines.runtime import ray_session as ray_session_module
 from pipelines.runtime.ray_compat import LONGEST_SOCKET_SUFFIX
@@ -118,10 +118,10 @@ def test_refusal_while_ray_starts_leaves_no_processes(own_home: Path, delay_s: f
     process, mark = refuse_after(delay_s)
     seen: set[str] = set()
     while process.poll() is None:
-        seen |= set(with_variable(mark).values())
+        seen |= set(processes_with_variable(mark).values())
     assert process.stderr is not None
     assert (process.returncode, process.stderr.read()) == (2, "a job: error: refused\n")
-    assert with_variable(mark) == {}
+    assert processes_with_variable(mark) == {}
     process.stderr.close()
     if delay_s >= 2:
         assert any("gcs_server" in command for command in seen)  # Ray was starting
