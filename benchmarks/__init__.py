@@ -1,1 +1,1 @@
-"""Side-by-side runs against peers: same files, same weights, same machine, one run."""
+"""Benchmarks that run ecaray side by side with its peers: same files, same weights, same machine, same session."""

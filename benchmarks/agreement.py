@@ -1,10 +1,11 @@
-"""How near the faster ways come to float32 and timm's transform, by a model that was trained on real images.
+"""Agreement of the faster variants with float32 and timm's transform, for a model trained on real images.
 
     python -m benchmarks.agreement [--num-images 500] [--epochs 6] [--folder DIRECTORY]
 
-A network learns which photograph a crop is of; then other crops are labelled in each way, half of them so large that
-`fast` scales them in the inverse DCT. Prints a table: accuracy, share of images with the top-1 of float32 and `exact`,
-median cosine of the embeddings. In a folder that is named, everything stays, and a second call does what is missing.
+The benchmark trains a network to tell from which photograph a crop was taken. Then each variant labels other crops,
+half of them so large that `fast` scales them in the inverse DCT. It prints a table: accuracy, fraction of images with
+the same top-1 as float32 with `exact`, and median cosine similarity of the embeddings. With `--folder`, all files are
+kept, and a second call resumes.
 """
 
 import argparse
@@ -23,12 +24,17 @@ from cluster.local.photographs import write_crops
 from pipelines.outputs import open_output
 
 MODEL = "ecaresnet50d_pruned"
-TRAIN_SIZE, TEST_SIZE = 128, 160  # networks see larger objects in training than in use (FixRes, arXiv:1906.06423)
+TRAIN_SIZE, TEST_SIZE = 128, 160  # objects appear larger in training than at test time (FixRes, arXiv:1906.06423)
 NUM_TRAIN = 800
 SIZES = {"small": (500, 375), "large": (1500, 1125)}
 RUN_TIMEOUT_S = 1800
-INT8 = ("--model.dtype", "int8", "--model.quantization.min_agreement", "0")  # it is to be seen here
-WAYS: dict[str, tuple[str, ...]] = {
+INT8 = (
+    "--model.dtype",
+    "int8",
+    "--model.quantization.min_agreement",
+    "0",
+)  # measure the agreement instead of refusing it
+VARIANTS: dict[str, tuple[str, ...]] = {
     "float32, exact": (),
     "float32, fast": ("--preprocess.mode", "fast"),
     "bfloat16, exact": ("--model.dtype", "bfloat16"),
@@ -38,7 +44,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    """Train, label in each way, compare."""
+    """Train, label with each variant, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=6)
@@ -49,16 +55,19 @@ def main() -> None:
         weights = _train(folder, args.epochs)
         for seed, (kind, size) in enumerate(SIZES.items(), start=2):
             write_crops(str(folder / "images" / kind), args.num_images // 2, quality=94, seed=seed, size=size)
-        tables = {way: _label(folder, index, options, weights) for index, (way, options) in enumerate(WAYS.items())}
+        tables = {
+            variant: _label(folder, index, options, weights)
+            for index, (variant, options) in enumerate(VARIANTS.items())
+        }
     reference = tables["float32, exact"]
     print(f"{MODEL}, trained at {TRAIN_SIZE} px; {args.num_images} crops of photographs at {TEST_SIZE} px")
-    print(f"{'way':18}{'crops':8}{'accuracy':>10}{'same top-1':>12}{'median cosine':>15}{'lowest':>10}")
-    for way, table in tables.items():
+    print(f"{'variant':18}{'crops':8}{'accuracy':>10}{'same top-1':>12}{'median cosine':>15}{'lowest':>10}")
+    for variant, table in tables.items():
         for kind in SIZES:
             ours, exact = _of_kind(table, kind), _of_kind(reference, kind)
             same, cosine = np.mean(_top1(ours) == _top1(exact)), _cosines(ours, exact)
             print(
-                f"{way:18}{kind:8}{_accuracy(ours):10.1%}{same:12.2%}{np.median(cosine):15.6f}{cosine.min():10.4f}",
+                f"{variant:18}{kind:8}{_accuracy(ours):10.1%}{same:12.2%}{np.median(cosine):15.6f}{cosine.min():10.4f}",
                 flush=True,
             )
 

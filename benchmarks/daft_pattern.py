@@ -1,7 +1,7 @@
-"""The peer: batch inference as Daft's documentation shows it, with timm's transform and model.
+"""Baseline: batch inference as in Daft's documentation, with timm's transform and model.
 
-`from_glob_path`, `download`, `decode_image`, a class with the model called on batches, `write_parquet`. Run as a
-program of its own, so that its start-up counts like ours:
+It uses `from_glob_path`, `download`, `decode_image`, a class with the model called on batches, and `write_parquet`. It
+is a separate program, so that its start-up time counts as ours does:
 
     python -m benchmarks.daft_pattern INPUT_URI OUTPUT_URI MODEL WEIGHTS
 """
@@ -21,7 +21,7 @@ ROW |= {"embedding": DataType.list(DataType.float32())}
 
 @daft.cls(max_concurrency=1)
 class Classify:
-    """The model, loaded once."""
+    """Model with its transform, loaded once."""
 
     def __init__(self, name: str, weights: str) -> None:
         import timm
@@ -32,7 +32,7 @@ class Classify:
 
     @daft.method.batch(return_dtype=DataType.struct(ROW), batch_size=BATCH_SIZE)
     def __call__(self, images: Series) -> list[dict[str, Any]]:
-        """Images to `index`, `prob` and `embedding`."""
+        """Return `index`, `prob` and `embedding` for a batch of images."""
         import torch
         from PIL import Image
 

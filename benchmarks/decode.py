@@ -1,8 +1,8 @@
-"""Bytes to the model's input on one core: timm's eval transform, `exact`, `fast`, and the bare calls that `fast` makes.
+"""Decoding and transforming on one core: timm's eval transform, `exact`, `fast`, and the library calls behind `fast`.
 
     python -m benchmarks.decode [--num-images 200] [--rounds 5]
 
-The ways take turns; prints the best round of each, in milliseconds of a core for each image, and the ratios.
+The variants take turns. The benchmark prints the best round of each, in CPU milliseconds per image, and the ratios.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MAX_PIXELS = 178_956_970
 
 
 def main() -> None:
-    """Time the ways in turn."""
+    """Time the variants in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
@@ -33,16 +33,16 @@ def main() -> None:
     torch.set_num_threads(1)
     files = [encode(image, quality=94) for _, image in crops(args.num_images)]
     exact, fast = (make_preprocess(mode, TRANSFORM, MAX_PIXELS) for mode in ("exact", "fast"))
-    ways: dict[str, Callable[[bytes], object]] = {
-        "timm": _timms_way(),
+    variants: dict[str, Callable[[bytes], object]] = {
+        "timm": _timm_transform(),
         "exact": lambda content: exact(content).pixels.tobytes(),
         "fast": lambda content: fast(content).pixels.tobytes(),
         "bare calls": _bare_calls,
     }
-    best = dict.fromkeys(ways, float("inf"))
+    best = dict.fromkeys(variants, float("inf"))
     for _ in range(args.rounds):
-        for name, way in ways.items():
-            best[name] = min(best[name], _seconds(way, files))
+        for name, preprocess in variants.items():
+            best[name] = min(best[name], _cpu_seconds(preprocess, files))
     print(f"{args.num_images} photographs of {sum(map(len, files)) / len(files) / 1000:.0f} KB, one core")
     for name, seconds in best.items():
         print(f"{name:12}{1000 * seconds:8.2f} ms{1 / seconds:10.0f} images/s")
@@ -50,14 +50,14 @@ def main() -> None:
         print(f"{name} / {other} = {best[other] / best[name]:.2f}")
 
 
-def _seconds(way: Callable[[bytes], object], files: list[bytes]) -> float:
+def _cpu_seconds(preprocess: Callable[[bytes], object], files: list[bytes]) -> float:
     started = time.thread_time()
     for content in files:
-        way(content)
+        preprocess(content)
     return (time.thread_time() - started) / len(files)
 
 
-def _timms_way() -> Callable[[bytes], object]:
+def _timm_transform() -> Callable[[bytes], object]:
     transform = create_transform((3, *TRANSFORM.input_size), interpolation="bicubic", crop_pct=TRANSFORM.crop_pct)
 
     def transformed(content: bytes) -> object:

@@ -1,11 +1,11 @@
-"""Whole objects from an S3 store: s3fs, Arrow's S3 client, and obstore as the fetching tasks of a run use it.
+"""Fetching whole objects from an S3 store: s3fs, Arrow's S3 client, and obstore as used by the tasks of a run.
 
     python -m benchmarks.fetch [--num-objects 1000] [--rounds 3]
 
-SeaweedFS on the same machine, which takes part of its cores; then through a proxy that answers each request after
-100 ms, as stores do that are not. The clients take turns. Prints objects and MB a second by the clock: near the store
-of the best round, with the milliseconds of a core that the client takes for an object; through the proxy of the only
-one, with the requests that it makes for one.
+The clients take turns. First they fetch from SeaweedFS on the same machine, which uses part of its cores. The benchmark
+prints objects and MB per second of wall time of the best round, and the client's CPU milliseconds per object. Then they
+fetch through a proxy that delays each response by 100 ms, as remote stores do. It prints the rates of one round, and
+the number of requests per object.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from pipelines.storage.bulk import fetch_many, s3_store
 from pipelines.storage.retry import MAX_IN_FLIGHT
 
 BUCKET_URI = "s3://images"
-BATCH_SIZE = 128  # of a task of a run
+BATCH_SIZE = 128  # as in a task of a run
 JPEG_QUALITY = 98  # about 100 KB
-LATE, NUM_LATE_OBJECTS = Faults(stalled=1.0, stall_s=0.1), 256
+LATENCY, NUM_DELAYED_OBJECTS = Faults(stalled=1.0, stall_s=0.1), 256
 
 
 class Rate(NamedTuple):
-    """Of one client.
+    """Rate of one client.
 
     Attributes:
-        objects_per_s: by the clock.
-        mb_per_s: by the clock.
-        cpu_ms: of this process, for an object.
+        objects_per_s: Objects per second of wall time.
+        mb_per_s: Megabytes per second of wall time.
+        cpu_ms: CPU time of this process per object in milliseconds.
     """
 
     objects_per_s: float
@@ -47,7 +47,7 @@ class Rate(NamedTuple):
 
 
 def main() -> None:
-    """Have the clients fetch the same objects in turn."""
+    """Fetch the same objects with each client in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-objects", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,24 +58,24 @@ def main() -> None:
         uris = list_objects(BUCKET_URI, []).table["uri"].to_pylist()
         print(f"{args.num_objects} objects of {num_bytes / args.num_objects / 1000:.0f} KB")
         for name, rate in _compare(uris, args.rounds).items():
-            print(f"{name:8}{_clock(rate)}{rate.cpu_ms:8.2f} ms of a core", flush=True)
-        with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], LATE) as proxy:
+            print(f"{name:8}{_format(rate)}{rate.cpu_ms:8.2f} CPU ms/object", flush=True)
+        with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], LATENCY) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
             s3_store.cache_clear()
-            few = uris[:NUM_LATE_OBJECTS]
-            print(f"{len(few)} of them, answered after 100 ms")
+            few = uris[:NUM_DELAYED_OBJECTS]
+            print(f"{len(few)} of them, with a latency of 100 ms")
             for name, fetch in _clients().items():
                 proxy.counts.clear()
                 rate = _measure(fetch, few)
-                print(f"{name:8}{_clock(rate)}{proxy.counts.total() / len(few):8.2f} requests an object")
+                print(f"{name:8}{_format(rate)}{proxy.counts.total() / len(few):8.2f} requests/object")
 
 
-def _clock(rate: Rate) -> str:
+def _format(rate: Rate) -> str:
     return f"{rate.objects_per_s:8.0f} objects/s{rate.mb_per_s:8.1f} MB/s"
 
 
 def _clients() -> dict[str, Callable[[list[str]], int]]:
-    return {"s3fs": _s3fs_way(), "Arrow": _arrow_way(), "ecaray": _our_way}
+    return {"s3fs": _s3fs_client(), "Arrow": _arrow_client(), "ecaray": _ecaray_client}
 
 
 def _compare(uris: list[str], num_rounds: int) -> dict[str, Rate]:
@@ -91,12 +91,12 @@ def _measure(fetch: Callable[[list[str]], int], uris: list[str]) -> Rate:
     return Rate(len(uris) / elapsed, num_bytes / elapsed / 1e6, 1000 * cpu / len(uris))
 
 
-def _s3fs_way() -> Callable[[list[str]], int]:
+def _s3fs_client() -> Callable[[list[str]], int]:
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True)
     return lambda uris: sum(map(len, filesystem.cat(uris).values()))
 
 
-def _arrow_way() -> Callable[[list[str]], int]:
+def _arrow_client() -> Callable[[list[str]], int]:
     filesystem = pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     threads = ThreadPoolExecutor(MAX_IN_FLIGHT)
 
@@ -107,7 +107,7 @@ def _arrow_way() -> Callable[[list[str]], int]:
     return lambda uris: sum(threads.map(read, uris))
 
 
-def _our_way(uris: list[str]) -> int:
+def _ecaray_client(uris: list[str]) -> int:
     num_bytes = 0
     for fetched in fetch_many(uris, 10**9):
         if isinstance(fetched.content, ItemError):

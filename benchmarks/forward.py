@@ -1,10 +1,10 @@
-"""The forward pass on one core: timm as it comes and in channels-last, ecaray without and with Winograd and in int8.
+"""Forward pass on one core: timm in its default layout and channels-last, ecaray without and with Winograd, and int8.
 
     python -m benchmarks.forward [--models ecaresnet50d_pruned ...] [--rounds 4]
 
-The ways take turns; prints the best round of each, in milliseconds an image, and its time beside ecaray in float32.
-The weights are random. Each model is measured in a process of its own, which keeps freed memory as a replica does. In
-int8, normalization included, only on CPUs that have the instructions.
+The variants take turns. The benchmark prints the best round of each, in milliseconds per image, and its time relative
+to ecaray in float32. The weights are random. Each model is measured in a separate process, which keeps freed memory as
+replicas do. int8, which includes normalization, is measured only on CPUs that support it.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from pipelines.runtime.cpu import why_no_int8
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
 
 MODELS = ["ecaresnet50d_pruned", "ecaresnet50d", "ecaresnetlight", "ecaresnet101d_pruned", "ecaresnet101d"]
-WAYS = ["timm", "timm, channels-last", "ecaray without Winograd", "ecaray"]
+VARIANTS = ["timm", "timm, channels-last", "ecaray without Winograd", "ecaray"]
 if why_no_int8() is None:
-    WAYS.append("ecaray, int8")
-OURS = WAYS.index("ecaray")
+    VARIANTS.append("ecaray, int8")
+OURS = VARIANTS.index("ecaray")
 
 
 def main() -> None:
-    """Measure one model after the other."""
+    """Measure one model after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--rounds", type=int, default=4)
     args = parser.parse_args()
-    os.environ.update(KEEP_FREED_MEMORY)  # read when a process starts
-    print(f"{'':24}" + "".join(f"{way:>26}" for way in WAYS))
+    os.environ.update(KEEP_FREED_MEMORY)  # glibc reads them when a process starts
+    print(f"{'':24}" + "".join(f"{variant:>26}" for variant in VARIANTS))
     for model in args.models:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             best = process.submit(measure, model, args.rounds).result()
@@ -54,39 +54,39 @@ def main() -> None:
 
 
 def measure(name: str, num_rounds: int) -> list[float]:
-    """Seconds an image, one for each of `WAYS`."""
+    """Return the seconds per image of each of `VARIANTS`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module: Any = timm.create_model(name).eval()
     images = torch.randn(CPU_BATCH_SIZE, *module.pretrained_cfg["input_size"])
-    in_channels_last = images.contiguous(memory_format=torch.channels_last)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
     with mock.patch.object(convolutions, "load_library", return_value=None):
-        without = _as_replicas_have_it(module)
-    ways: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = [
+        without_winograd = _prepare_as_in_replica(module)
+    variants: list[tuple[Callable[[torch.Tensor], object], torch.Tensor]] = [
         (copy.deepcopy(module), images),
-        (copy.deepcopy(module).to(memory_format=torch.channels_last), in_channels_last),
-        (without, in_channels_last),
-        (_as_replicas_have_it(module), in_channels_last),
+        (copy.deepcopy(module).to(memory_format=torch.channels_last), channels_last),
+        (without_winograd, channels_last),
+        (_prepare_as_in_replica(module), channels_last),
     ]
     if why_no_int8() is None:
-        ways.append(_in_int8(name))
-    best = [float("inf")] * len(ways)
+        variants.append(_compile_int8(name))
+    best = [float("inf")] * len(variants)
     with torch.inference_mode():
-        for _ in range(num_rounds + 1):  # the first one warms up
-            for index, (forward, batch) in enumerate(ways):
+        for _ in range(num_rounds + 1):  # the first round warms up
+            for index, (forward, batch) in enumerate(variants):
                 started = time.perf_counter()
                 forward(batch)
                 best[index] = min(best[index], (time.perf_counter() - started) / CPU_BATCH_SIZE)
     return best
 
 
-def _as_replicas_have_it(module: torch.nn.Module) -> torch.nn.Module:
+def _prepare_as_in_replica(module: torch.nn.Module) -> torch.nn.Module:
     model = prepare_for_inference(copy.deepcopy(module)).to(memory_format=torch.channels_last)
     convolutions.pack_convolutions(model)
     return model
 
 
-def _in_int8(name: str) -> tuple[Callable[[torch.Tensor], object], torch.Tensor]:
+def _compile_int8(name: str) -> tuple[Callable[[torch.Tensor], object], torch.Tensor]:
     bundle = resolve_bundle(ModelConfig(name=name, weights="random", dtype="int8"), PreprocessConfig())
     shape = (CPU_BATCH_SIZE, *bundle.transform.input_size, 3)
     noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

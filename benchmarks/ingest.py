@@ -1,9 +1,9 @@
-"""What ingest costs training: steps on images that lie ready in memory, beside `jobs.train` on photographs.
+"""Cost of data loading in training: steps on images in memory, compared with `jobs.train` on photographs.
 
     python -m benchmarks.ingest --use-gpu [--model ecaresnet50d] [--batch-size 256] [--dtype bfloat16]
     python -m benchmarks.ingest --model ecaresnet26t --batch-size 16 --num-images 128 --dtype float32   # on CPUs
 
-Each of the two with and without `torch.compile`; the first steps, in which it compiles, are left out.
+Both are measured with and without `torch.compile`. The first steps, which compile, are excluded.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", default="ecaresnet50d")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--num-images", type=int, default=16384, help="photographs of 59 KB, of an epoch")
+    parser.add_argument("--num-images", type=int, default=16384, help="number of photographs of 59 KB in an epoch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--use-gpu", action="store_true")
     args = parser.parse_args()
@@ -40,19 +40,20 @@ def main() -> None:
             write_crops(str(folder / "images" / str(index)), args.num_images // NUM_CLASSES)
         print(f"{args.model} at {args.image_size}, batches of {args.batch_size}, {args.dtype}")
         for is_compiled in (False, True):
-            config = describe(args, folder, is_compiled)
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # it gives the GPU's memory back
-                ready = process.submit(learn_what_lies_ready, config, args.image_size).result(RUN_TIMEOUT_S)
+            config = build_request(args, folder, is_compiled)
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:  # releases the GPU memory at its end
+                in_memory = process.submit(train_from_memory, config, args.image_size).result(RUN_TIMEOUT_S)
             streamed = train(config)
             title = "compiled" if is_compiled else "eager"
             print(
-                f"{title:9} ready {ready:9.1f} images/s; jobs.train {streamed:9.1f} images/s: {streamed / ready:.0%}",
+                f"{title:9} in memory {in_memory:9.1f} images/s; jobs.train {streamed:9.1f} images/s: "
+                f"{streamed / in_memory:.0%}",
                 flush=True,
             )
 
 
-def describe(args: argparse.Namespace, folder: Path, is_compiled: bool) -> dict[str, Any]:
-    """The request of `jobs.train`."""
+def build_request(args: argparse.Namespace, folder: Path, is_compiled: bool) -> dict[str, Any]:
+    """Return the config of `jobs.train`."""
     return {
         "data": {"train": {"uri": str(folder / "images")}},
         "output": {"uri": str(folder / f"run-{is_compiled}")},
@@ -67,8 +68,8 @@ def describe(args: argparse.Namespace, folder: Path, is_compiled: bool) -> dict[
     }
 
 
-def learn_what_lies_ready(request: dict[str, Any], image_size: int) -> float:
-    """Images/s of the learner's steps on one batch, time and again."""
+def train_from_memory(request: dict[str, Any], image_size: int) -> float:
+    """Return the images/s of training steps that repeat one batch."""
     import numpy as np
     import timm
     import torch
@@ -82,24 +83,24 @@ def learn_what_lies_ready(request: dict[str, Any], image_size: int) -> float:
     device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
     learner = Learner(config, task, module, device)
     num_rows = config.optim.global_batch_size
-    share = {
+    local_batch = {
         "image": np.random.default_rng(0).integers(0, 256, (num_rows, image_size, image_size, 3), np.uint8),
         "target": np.arange(num_rows) % NUM_CLASSES,
         "id": np.arange(num_rows),
         "error": np.array([""] * num_rows),
     }
     for _ in range(NUM_WARM_UP_STEPS):
-        float(learner.learn(share))
+        float(learner.learn(local_batch))
     started, num_steps = time.monotonic(), 0
     while time.monotonic() - started < MIN_STEP_S:
-        loss = learner.learn(share)
+        loss = learner.learn(local_batch)
         num_steps += 1
-    float(loss)  # waits for the last step
+    float(loss)  # wait for the last step
     return num_steps * num_rows / (time.monotonic() - started)
 
 
 def train(request: dict[str, Any]) -> float:
-    """Images/s of the last epoch of `jobs.train`."""
+    """Run `jobs.train` and return the images/s of its last epoch."""
     output = Path(request["output"]["uri"])
     path = output.with_suffix(".yaml")
     path.write_text(json.dumps(request))

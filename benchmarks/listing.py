@@ -1,9 +1,9 @@
-"""Ten million keys: listed, written down as a manifest, and cut into tasks; the time and the memory of the driver.
+"""Time and memory of the driver to list ten million keys, write the manifest, and plan the tasks.
 
     python -m benchmarks.listing [--num-keys 10000000] [--keys-per-folder 10000]
 
-No store on one machine holds so many objects: a server in a process of its own answers S3's ListObjectsV2 alone, page
-by page, from the numbers of the keys. It takes its share of the cores.
+A local store cannot hold that many objects. Instead, a server in a separate process implements only S3's
+ListObjectsV2, and generates the keys of each page from their numbers. It uses part of the cores.
 """
 
 import argparse
@@ -32,24 +32,24 @@ ETAG = hashlib.sha256(b"").hexdigest()[:32]
 
 
 def main() -> None:
-    """List, write, plan."""
+    """List the keys, write the manifest and plan the tasks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-keys", type=int, default=10_000_000)
     parser.add_argument("--keys-per-folder", type=int, default=10_000)
     args = parser.parse_args()
-    ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("fork").Process(target=_serve, args=(args, theirs), daemon=True)
+    receiver, sender = multiprocessing.Pipe()
+    server = multiprocessing.get_context("fork").Process(target=_serve, args=(args, sender), daemon=True)
     server.start()
     os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ours.recv()}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{receiver.recv()}",
         "AWS_ACCESS_KEY_ID": "anyone",
         "AWS_SECRET_ACCESS_KEY": "anything",
         "AWS_REGION": "us-east-1",
     }
-    print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the highest so far")
+    print(f"{args.num_keys:,} keys in folders of {args.keys_per_folder:,}; memory is the peak so far")
     with tempfile.TemporaryDirectory() as output:
-        manifest = _make_manifest(output, args.num_keys)
-        source = _measure("planned", lambda: _plan(manifest))
+        manifest = _list_into_manifest(output, args.num_keys)
+        source = _measure("tasks planned", lambda: _plan(manifest))
         rows = _measure("rows of the last task", lambda: source.rows_of(source.num_tasks - 1))
         print(f"{source.num_tasks:,} tasks; the last row: {rows['uri'][-1].as_py()}")
     server.terminate()
@@ -61,18 +61,18 @@ def _plan(manifest: Manifest) -> PendingInputs:
     return PendingInputs(manifest, none, none, tasks.starts)
 
 
-def _make_manifest(folder: str, num_keys: int) -> Manifest:
+def _list_into_manifest(folder: str, num_keys: int) -> Manifest:
     listing = _measure("listed", lambda: list_objects(INPUT_URI, []))
     assert listing.table.num_rows == num_keys
     written: Manifest = _measure("manifest written", lambda: write_manifest(folder, INPUT_URI, [], listing))
     return written
 
 
-def _measure(what: str, work: Callable[[], Any]) -> Any:
+def _measure(title: str, work: Callable[[], Any]) -> Any:
     started = time.monotonic()
     result = work()
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{what:24}{time.monotonic() - started:8.1f} s{peak_gb:8.2f} GB", flush=True)
+    print(f"{title:24}{time.monotonic() - started:8.1f} s{peak_gb:8.2f} GB", flush=True)
     return result
 
 
@@ -98,7 +98,7 @@ def _serve(args: argparse.Namespace, ready: Connection) -> None:
 
 
 def _page(args: argparse.Namespace, query: dict[str, str]) -> str:
-    """The folders below `images/`, or a page of the keys of one."""
+    """Return the folders below `images/`, or a page of the keys in one folder."""
     num_folders = -(-args.num_keys // args.keys_per_folder)
     folder = query.get("prefix", "").rstrip("/").rpartition("/")[2]
     if not folder.isdigit():

@@ -1,7 +1,7 @@
-"""The peer: batch inference as Ray's documentation shows it, with timm in the place of torchvision.
+"""Baseline: batch inference as in Ray's documentation, with timm instead of torchvision.
 
-`read_images`, `map` with the model's eval transform (float32 through the object store), `map_batches` with an eager
-model in an actor, `write_parquet`. Run as a program of its own, so that its start-up counts like ours:
+It uses `read_images`, `map` with the model's eval transform (float32 through the object store), `map_batches` with an
+eager model in an actor, and `write_parquet`. It is a separate program, so that its start-up time counts as ours does:
 
     python -m benchmarks.ray_pattern INPUT_URI OUTPUT_URI MODEL WEIGHTS
 """
@@ -18,7 +18,7 @@ BATCH_SIZE = 32
 
 
 class Preprocess:
-    """The model's eval transform, one image at a time."""
+    """Eval transform of the model, applied to one image at a time."""
 
     def __init__(self, model_name: str) -> None:
         import timm
@@ -29,14 +29,14 @@ class Preprocess:
         self.transform = create_transform(**resolve_data_config({}, pretrained_cfg=cfg.to_dict()), is_training=False)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`image` (height x width x 3, uint8) to `tensor` (3 x 224 x 224, float32)."""
+        """Return `tensor` (3 x 224 x 224, float32) for `image` (height x width x 3, uint8)."""
         from PIL import Image
 
         return {"path": row["path"], "tensor": self.transform(Image.fromarray(row["image"])).numpy()}
 
 
 class Classify:
-    """The eager model."""
+    """Eager model."""
 
     def __init__(self, model_name: str, weights: str) -> None:
         import timm
@@ -44,7 +44,7 @@ class Classify:
         self.model: Any = timm.create_model(model_name, checkpoint_path=weights).eval()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of tensors to `index`, `prob` and `embedding`."""
+        """Return `index`, `prob` and `embedding` for a batch of tensors."""
         import torch
 
         with torch.inference_mode():

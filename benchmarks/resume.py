@@ -1,10 +1,10 @@
-"""Going on with a large run that broke off: time and memory until the first new file.
+"""Resuming a large run that was killed: time and memory until the first new file.
 
     python -m benchmarks.resume [--num-inputs 1000000] [--num-missing 10000] [--model mobilenetv3_small_050]
 
-Makes an output in an S3 store that holds all rows but those of every n-th id, as a run leaves it that was killed.
-Prints when `jobs.infer` wrote its first new file, counted from the start of its process, and the memory of it and of
-Ray by then, in proportional set size, beside the same for an output of as many missing rows and none done.
+The benchmark creates an output in an S3 store that lacks only the rows of every n-th ID, as if the run had been killed.
+It prints the time from the start of `jobs.infer` to its first new file, and the peak memory of the job and of Ray until
+then (proportional set size). For comparison, it prints the same for a new run over the same number of missing rows.
 """
 
 import argparse
@@ -39,7 +39,7 @@ POLL_S = 0.25
 
 
 def main() -> None:
-    """Print a line each."""
+    """Print a line for a new run and a line for a resumed run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-inputs", type=int, default=1_000_000)
     parser.add_argument("--num-missing", type=int, default=10_000)
@@ -52,8 +52,8 @@ def main() -> None:
         weights = f"{folder}/weights.safetensors"
         _save_weights(args.model, weights)
         for name, num_inputs, ids in (
-            ("none done", args.num_missing, np.arange(args.num_missing)),
-            ("broken off", args.num_inputs, missing),
+            ("new run", args.num_missing, np.arange(args.num_missing)),
+            ("resumed", args.num_inputs, missing),
         ):
             output_uri = f"s3://results/{name.replace(' ', '-')}"
             command = [sys.executable, "-m", "jobs.infer", "--input.uri", INPUT_URI, "--output.uri", output_uri]
@@ -63,7 +63,7 @@ def main() -> None:
             seconds, peak_bytes, driver_bytes = _first_file(command, output_uri)
             print(
                 f"{name:10}: {num_inputs:,} inputs, {num_inputs - len(ids):,} of them done: first new file after "
-                f"{seconds:.1f} s; at most {peak_bytes / 1e9:.2f} GB, of which the driver {driver_bytes / 1e9:.2f} GB",
+                f"{seconds:.1f} s; peak memory {peak_bytes / 1e9:.2f} GB, driver {driver_bytes / 1e9:.2f} GB",
                 flush=True,
             )
 
@@ -85,7 +85,7 @@ def _save_weights(model: str, path: str) -> None:
 
 
 def _write_output(output_uri: str, num_inputs: int, missing: np.ndarray, command: list[str]) -> None:
-    """What a run that was killed leaves: `_run.json` by the job itself, then manifest and files as it writes them."""
+    """Write the output of a killed run: `_run.json` by the job itself, then the manifest and files in its format."""
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while run_record.find_run(output_uri) is None:
         time.sleep(POLL_S)
@@ -107,7 +107,7 @@ def _parts(num_inputs: int, missing: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _rows(ids: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows as a run would write, of one content: readers of ids never see it."""
+    """Return rows as a run would write them. Their content is constant, since a resumed run reads only the IDs."""
     num_features = schema.field("embedding").type.list_size
     row = {
         "width": 160,
@@ -127,7 +127,7 @@ def _rows(ids: np.ndarray, schema: pa.Schema) -> pa.Table:
 
 
 def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
-    """Seconds until a file is new, most memory of all processes by then, most of the driver's."""
+    """Return the seconds until a new file exists, and the peak memory of all processes and of the driver in bytes."""
     before = set(list_files(output_uri))
     started = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -137,7 +137,7 @@ def _first_file(command: list[str], output_uri: str) -> tuple[float, int, int]:
             own = memory_bytes(process.pid)
             peak, driver = max(peak, own + sum(map(memory_bytes, descendants(process.pid)))), max(driver, own)
             assert process.poll() is None, "the job ended without a new file"
-            assert time.monotonic() - started < TIMEOUT_S, "no new file"
+            assert time.monotonic() - started < TIMEOUT_S, f"no new file within {TIMEOUT_S} s"
             time.sleep(POLL_S)
         return time.monotonic() - started, peak, driver
     finally:

@@ -1,10 +1,10 @@
-"""Memory and rate of one long run, from its first thousand images to its last: both should be flat.
+"""Memory and rate of one long run, from its first thousand images to its last. Both should be constant.
 
     python -m benchmarks.scale [--num-images 20000] [--model mobilenetv3_small_050]
 
-Prints a line for each of some numbers of images done: images/s since the line before, and the most memory since then of
-the driver, of the replica (proportional set size) and of the machine's shared memory, which is Ray's object store. A
-small model, so that the rate is high and whatever grows with the images shows.
+The benchmark prints a line at several numbers of processed images: images/s since the previous line, and the peak
+memory since then of the driver, of the replica (proportional set size) and of the machine's shared memory, which is
+Ray's object store. The model is small, so that the rate is high and any growth with the number of images is visible.
 """
 
 import argparse
@@ -31,7 +31,7 @@ POLL_S = 0.5
 
 
 class Sample(NamedTuple):
-    """What was seen at one moment."""
+    """Progress and memory at one moment."""
 
     at_s: float
     num_ok: int
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 
 def main() -> None:
-    """Run, and print the curves."""
+    """Run the job and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=20_000)
     parser.add_argument("--model", default="mobilenetv3_small_050")
@@ -61,7 +61,7 @@ def main() -> None:
         rest = rest[len(lap) :]
         if not lap or lap[-1].num_ok == before.num_ok:
             continue
-        # The first to see so many.
+        # Use the first sample with this count.
         last = next(sample for sample in lap if sample.num_ok == lap[-1].num_ok)
         rate = (last.num_ok - before.num_ok) / (last.at_s - before.at_s)
         memory = [max(sample[column] for sample in lap) / 1e6 for column in (2, 3, 4)]
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def write_images(count: int) -> None:
-    """As many objects, of some hundred contents."""
+    """Write `count` objects, which share `NUM_DISTINCT` contents."""
     contents = [encode(image, quality=94) for _, image in crops(NUM_DISTINCT)]
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         list(
@@ -81,25 +81,25 @@ def write_images(count: int) -> None:
 
 
 def watch(command: list[str], num_images: int) -> Iterator[Sample]:
-    """Run a job over so many images, and look at it again and again."""
+    """Run a job over `num_images` images, and yield samples of it."""
     before, num_ok = shared_bytes(), 0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     started = time.monotonic()
     while process.poll() is None:
         below = descendants(process.pid)
         replicas = [pid for pid, command in below.items() if "PredictorActor" in command]
-        # All files are full but the last one; in the end they are made larger, and fewer.
+        # All files except the last one are full. Compaction at the end leaves fewer and larger files.
         num_files = sum(name.startswith("part-") for name in list_files(OUTPUT_URI))
         num_ok = max(num_ok, min(num_images, COMMIT_ROWS * num_files))
         memory = memory_bytes(process.pid), sum(map(memory_bytes, replicas)), shared_bytes() - before
         yield Sample(time.monotonic() - started, num_ok, *memory)
         time.sleep(POLL_S)
     if process.returncode:
-        raise RuntimeError(f"the job ended with status {process.returncode}")
+        raise RuntimeError(f"the job exited with status {process.returncode}")
 
 
 def shared_bytes() -> int:
-    """The machine's shared memory in use."""
+    """Return the machine's shared memory in use, in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
 

@@ -1,17 +1,22 @@
-"""Rows lost and doubled when a run is taken over: from a driver that was killed, frozen, or cut off from the store.
+"""Lost and duplicate rows when a second run takes over from a driver that was killed, frozen or cut off from the store.
 
     python -m benchmarks.takeover [--rounds 20] [--num-images 600] [--places local s3] [--seed 0]
 
-In each round one run labels photographs. At a random moment, also during compaction and during `--failure.retry all`,
-its driver is killed, while its workers live on for some seconds; or it is frozen whole (SIGSTOP for every process of
-its PID namespace, as for a paused VM); or its driver alone is frozen, or cut off from the store. A second run, in
-another PID namespace and so on another machine as far as the lease can tell, takes over and ends. Then the first one
-wakes. Rows are counted in every file that a reader finds by `part-*.parquet` and `failed-*.parquet`: when the second
-run has ended, and again 60 s after the first one woke; by then it has to have stopped by itself. Heartbeats are more
-frequent than in a real run.
+In each round a run labels photographs, and is broken at a random moment, also during compaction and during
+`--failure.retry all`. The faults are:
 
-In the rounds called "at once" nobody is hurt: two runs come to taking the lease at the same moment. One has to end
-with status 0, the other with status 2.
+- killed: the driver is killed, and its workers survive it for some seconds.
+- frozen: all processes of its PID namespace receive SIGSTOP, as in a paused VM.
+- driver frozen: only the driver receives SIGSTOP.
+- cut off: only the driver loses its connection to the store.
+
+A second run takes over and finishes. It has another PID namespace, so the lease regards it as another machine. Then
+the first run wakes up. Rows are counted in every file that a reader finds as `part-*.parquet` or `failed-*.parquet`,
+first when the second run has finished, and again 60 s after the first run has woken up. By then the first run must have
+stopped. Heartbeats are more frequent than in a real run.
+
+The rounds called "at once" have no fault. Two runs acquire the lease at the same moment, and must end with the exit
+statuses 0 and 2.
 """
 
 import argparse
@@ -43,12 +48,12 @@ from pipelines.storage import uris
 from pipelines.storage.bulk import read_object
 from pipelines.storage.filesystem import list_names
 
-# In place of 5, 16 and 14.5 s.
+# Instead of the default 5, 16 and 14.5 s.
 BEAT_EVERY_S, WATCH_S, GIVE_UP_S = 0.5, 4.0, 3.0
 RUN_TIMEOUT_S = 300
 SETTLE_S = 60.0
-# Runs the job with quick heartbeats, and with a compaction of files of any size. Where a folder is named, as many runs
-# as it says wait for each other before they take the lease.
+# Runs the job with frequent heartbeats, and with compaction of small files. If LINE_UP names a folder, two runs wait
+# for each other before they acquire the lease.
 RUNNER = f"""
 import os, pathlib, time
 import pipelines.outputs.lease as lease
@@ -70,12 +75,12 @@ FAULTS = ("killed", "frozen", "driver frozen", "cut off", "at once")
 
 
 class Count(NamedTuple):
-    """Rows of an output.
+    """Check of an output.
 
     Attributes:
-        num_lost: inputs without a row.
-        num_doubled: inputs with more than one row.
-        is_as_expected: whether `_SUCCESS` is there, and each run has ended as it should.
+        num_lost: Number of inputs without a row.
+        num_doubled: Number of inputs with more than one row.
+        is_as_expected: True if `_SUCCESS` exists and each run has ended as it should.
     """
 
     num_lost: int
@@ -88,13 +93,13 @@ class Bench:
     """Parameters and services that the rounds share.
 
     Attributes:
-        store: the object store.
-        proxy: the way of the first run's driver to it.
-        head: a Ray whose workers reach the store directly.
-        folder: for the photographs and local outputs.
-        num_images: photographs, a tenth of them broken.
-        chance: decides the moments.
-        later: counts of the rows some time after a run woke, while other rounds run.
+        store: Object store.
+        proxy: Proxy through which the driver of the first run reaches the store.
+        head: Ray head whose workers reach the store directly.
+        folder: Folder of the photographs and local outputs.
+        num_images: Number of photographs, a tenth of which are broken.
+        rng: Random number generator that chooses the moments.
+        later: Threads that count rows some time after a run has woken up, while other rounds run.
     """
 
     store: ObjectStore
@@ -102,26 +107,26 @@ class Bench:
     head: RayHead
     folder: Path
     num_images: int
-    chance: random.Random
+    rng: random.Random
     later: ThreadPoolExecutor
 
     @property
     def input_uri(self) -> str:
-        """The photographs."""
+        """Folder of the photographs."""
         return str(self.folder / "in")
 
     def command(self, output_uri: str, *keys: str) -> list[str]:
-        """Return the job's command line, in a PID namespace of its own."""
+        """Return the command line of the job in a separate PID namespace."""
         job = [sys.executable, "-c", RUNNER, "--input.uri", self.input_uri, "--output.uri", output_uri]
         job += ["--model.name", "test_resnet", "--model.weights", "random", "--preprocess.image_size", "32"]
         job += ["--output.commit_rows", "32", "--failure.max_fraction", "1", "--compute.batch_size", "8", *keys]
-        # Were the driver the first process of the namespace, its workers would die with it.
+        # If the driver were the first process of the namespace, its workers would die with it.
         first = '"$@" & wait $!; status=$?; [ $status -lt 128 ] || sleep 10; exit $status'
         return ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", first, "sh", *job]
 
     @contextlib.contextmanager
     def job(self, output_uri: str, *keys: str, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
-        """Run the job in the background; killed at the end where it still runs."""
+        """Start the job, and kill it if it is still running at the end of the block."""
         environment = os.environ | self.store.environment() | variables
         log = open(self.folder / "log", "ab")  # noqa: SIM115 - closed below
         process = subprocess.Popen(self.command(output_uri, *keys), env=environment, stdout=log, stderr=log)
@@ -133,21 +138,21 @@ class Bench:
             log.close()
 
     def finish(self, output_uri: str, *keys: str) -> bool:
-        """Run the job to its end, again where it fails; returns whether one call was enough."""
+        """Run the job to its end, at most three times, and return True if the first attempt succeeded."""
         for attempt in range(3):
             with self.job(output_uri, *keys) as process:
                 status = process.wait(RUN_TIMEOUT_S)
             if status == 0:
                 return attempt == 0
-            print(f"the second run ended with status {status}: {self.log_tail()}", file=sys.stderr)
+            print(f"the second run exited with status {status}: {self.log_tail()}", file=sys.stderr)
         raise RuntimeError(f"the second run failed three times on {output_uri}")
 
     def log_tail(self) -> str:
-        """The end of what the jobs printed."""
+        """Return the end of the log of the jobs."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def count(self, output_uri: str, is_as_expected: bool = True) -> Count:
-        """Count the rows that a reader of the folder finds."""
+        """Count the rows that a reader of the output finds."""
         ids = [np.zeros(0, np.int64)]
         for name in list_files(output_uri):
             with contextlib.suppress(FileNotFoundError):
@@ -159,15 +164,17 @@ class Bench:
 
 
 def main() -> None:
-    """Print a row for each round and a table of sums."""
+    """Print a row for each round and a table of totals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="of each fault in each place")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds for each fault and place")
     parser.add_argument("--num-images", type=int, default=600)
     parser.add_argument("--places", nargs="+", choices=["local", "s3"], default=["local", "s3"])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print("place  fault          moment                             lost, doubled, as expected: then, and after 60 s")
+    print(
+        "place  fault          moment                             lost, doubled, as expected: at first, and after 60 s"
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         object_store(buckets=("results",)) as store,
@@ -194,7 +201,7 @@ def main() -> None:
 
 
 def write_images(bench: Bench) -> None:
-    """Write the photographs, a tenth of them broken."""
+    """Write the photographs, a tenth of which are broken."""
     folder = Path(bench.input_uri)
     folder.mkdir()
     for index, (name, image) in enumerate(crops(bench.num_images, size=(64, 48))):
@@ -202,7 +209,11 @@ def write_images(bench: Bench) -> None:
 
 
 def start_round(bench: Bench, place: str, fault: str, number: int) -> "Future[tuple[Count, Count]]":
-    """Do all of a round but its last count; returns both counts, of which the last comes with time."""
+    """Run a round up to its first count.
+
+    Returns:
+        Future of the first count and the second count, which is taken `SETTLE_S` later.
+    """
     name = f"{fault.replace(' ', '-')}-{number}"
     output_uri = f"s3://results/{name}" if place == "s3" else str(bench.folder / name)
     is_retry = number % 4 == 3
@@ -221,7 +232,7 @@ def start_round(bench: Bench, place: str, fault: str, number: int) -> "Future[tu
 def take_over(
     bench: Bench, stack: contextlib.ExitStack, output_uri: str, keys: list[str], fault: str
 ) -> tuple[str, Count, "subprocess.Popen[bytes]"]:
-    """Run one job, break it, let another take over, and wake the first."""
+    """Run one job, break it, let another take over, and wake the first one up."""
     variables = {}
     if fault == "cut off":
         variables = {"RAY_ADDRESS": bench.head.address, "HOME": str(bench.head.home)}
@@ -237,7 +248,7 @@ def take_over(
 def start_together(
     bench: Bench, stack: contextlib.ExitStack, output_uri: str, keys: list[str]
 ) -> tuple[str, Count, "subprocess.Popen[bytes]"]:
-    """Start two jobs that take the lease at the same moment."""
+    """Start two jobs that acquire the lease at the same moment."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(dir=bench.folder))
     jobs = [stack.enter_context(bench.job(output_uri, *keys, LINE_UP=folder)) for _ in range(2)]
     statuses = sorted(job.wait(RUN_TIMEOUT_S) for job in jobs)
@@ -252,7 +263,7 @@ def count_later(
     title: str,
     ended: Count,
 ) -> tuple[Count, Count]:
-    """Count again, after a time in which a run that woke should have stopped; then remove the output."""
+    """Count again after the time in which a woken run should have stopped, then remove the output."""
     with woken:
         time.sleep(SETTLE_S)
         later = bench.count(output_uri, is_as_expected=first.poll() is not None)
@@ -263,9 +274,9 @@ def count_later(
 
 
 def wait_for_moment(bench: Bench, output_uri: str, process: "subprocess.Popen[bytes]", is_retry: bool) -> str:
-    """Wait until the run has come to a random place; returns a description of it."""
-    kind = bench.chance.choice(["rows are written", "files are merged"])
-    delay_s = bench.chance.uniform(0, 0.5 if kind == "files are merged" else 2.5)
+    """Wait for a random moment of the run, and return its description."""
+    kind = bench.rng.choice(["rows are written", "files are merged"])
+    delay_s = bench.rng.uniform(0, 0.5 if kind == "files are merged" else 2.5)
     ready: dict[str, Callable[[], bool]] = {
         "rows are written": lambda: any(
             not is_failed(name) and "merged" not in name for name in list_files(output_uri)
@@ -273,7 +284,7 @@ def wait_for_moment(bench: Bench, output_uri: str, process: "subprocess.Popen[by
         "files are merged": lambda: any("-merged" in name for name in list_files(output_uri)),
     }
     if is_retry:
-        kind, delay_s = "failed rows are retried", bench.chance.uniform(0, 4)
+        kind, delay_s = "failed rows are retried", bench.rng.uniform(0, 4)
         ready[kind] = lambda: "_SUCCESS" not in list_names(output_uri)
     while not ready[kind]() and process.poll() is None:
         time.sleep(0.01)
@@ -282,7 +293,7 @@ def wait_for_moment(bench: Bench, output_uri: str, process: "subprocess.Popen[by
 
 
 def break_run(bench: Bench, process: "subprocess.Popen[bytes]", fault: str) -> Callable[[], None]:
-    """Break a run; returns what wakes it."""
+    """Break a run, and return a function that wakes it up."""
     if fault == "cut off":
         bench.proxy.is_gone = True
         return lambda: setattr(bench.proxy, "is_gone", False)
@@ -297,14 +308,14 @@ def break_run(bench: Bench, process: "subprocess.Popen[bytes]", fault: str) -> C
 
 
 def children_of(process_id: int) -> list[int]:
-    """Return the children of a process, in the order of their start."""
-    with contextlib.suppress(FileNotFoundError):  # it has ended
+    """Return the child processes of a process in the order of their start."""
+    with contextlib.suppress(FileNotFoundError):  # the process has ended
         return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
     return []
 
 
 def processes_in_namespace(process_id: int) -> list[int]:
-    """Return the processes of the PID namespace of a process."""
+    """Return all processes in the PID namespace of a process."""
     found: list[int] = []
     try:
         namespace = os.readlink(f"/proc/{process_id}/ns/pid")
@@ -318,7 +329,7 @@ def processes_in_namespace(process_id: int) -> list[int]:
 
 
 def send(process_ids: list[int], number: signal.Signals) -> None:
-    """Send a signal to processes that may be gone."""
+    """Send a signal to processes that may have ended."""
     for process_id in process_ids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, number)

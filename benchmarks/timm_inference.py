@@ -1,11 +1,12 @@
-"""The peer: the loop of timm's `inference.py`, with its own loader, transform and model calls, on images in S3.
+"""Baseline: the loop of timm's `inference.py`, with its own loader, transform and model calls, on images in S3.
 
-timm reads folders; here a data set fetches each image from the store, in the loader's processes, as a user of timm
-would write it. Rows go to one Parquet file. Run as a program of its own, so that its start-up counts like ours:
+timm reads folders. Here a dataset fetches each image from the store in the loader's processes, as a user of timm would
+write it. The rows are written to one Parquet file. It is a separate program, so that its start-up time counts as ours
+does:
 
     python -m benchmarks.timm_inference INPUT_URI OUTPUT_URI MODEL WEIGHTS eager|channels_last|compiled
 
-Prints the rate of the steady state: from the second batch on.
+It prints the steady-state rate, which starts at the second batch.
 """
 
 import io
@@ -24,11 +25,11 @@ from PIL import Image
 from timm.data import create_loader, resolve_data_config
 
 BATCH_SIZE = 32
-NUM_LOADERS = 1  # two cores: one loads while the other predicts
+NUM_LOADERS = 1  # on two cores, one loads while the other predicts
 
 
 class StoredImages(torch.utils.data.Dataset[tuple[Any, int]]):
-    """Images of an S3 prefix."""
+    """Dataset of the images under an S3 prefix."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -39,23 +40,23 @@ class StoredImages(torch.utils.data.Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        if self._filesystem is None:  # one a process
+        if self._filesystem is None:  # each loader process opens its own
             self._filesystem = _filesystem()
         with self._filesystem.open_input_file(self.paths[index]) as file:
             image = Image.open(io.BytesIO(file.read())).convert("RGB")
         return self.transform(image), index
 
 
-def main(input_uri: str, output_uri: str, name: str, weights: str, way: str) -> None:
+def main(input_uri: str, output_uri: str, name: str, weights: str, variant: str) -> None:
     """Label every image under `input_uri`."""
     filesystem = _filesystem()
     selector = pyarrow.fs.FileSelector(input_uri.removeprefix("s3://"), recursive=True)
     paths = [info.path for info in filesystem.get_file_info(selector) if info.is_file]
     model: Any = timm.create_model(name, checkpoint_path=weights).eval()
     data = resolve_data_config({}, model=model)
-    if way == "channels_last":
+    if variant == "channels_last":
         model = model.to(memory_format=torch.channels_last)
-    forward = torch.compile(_heads(model)) if way == "compiled" else _heads(model)
+    forward = torch.compile(_heads(model)) if variant == "compiled" else _heads(model)
     images: Any = StoredImages(paths)
     loader = create_loader(
         images, batch_size=BATCH_SIZE, use_prefetcher=False, num_workers=NUM_LOADERS, **_loader_args(data)
@@ -64,7 +65,7 @@ def main(input_uri: str, output_uri: str, name: str, weights: str, way: str) -> 
     times: list[tuple[int, float]] = []
     with torch.inference_mode():
         for batch, indices in loader:
-            if way == "channels_last":
+            if variant == "channels_last":
                 batch = batch.contiguous(memory_format=torch.channels_last)
             embedding, prob, index = forward(batch)
             rows.append(_table([paths[i] for i in indices], index.numpy(), prob.numpy(), embedding.numpy()))

@@ -1,8 +1,8 @@
-"""The loop of timm's `train.py`, with its own data set, loader, optimizer, scheduler, loss and checkpoint calls.
+"""Baseline: the loop of timm's `train.py`, with its dataset, loader, optimizer, scheduler, loss and checkpoint calls.
 
     python -m benchmarks.timm_training FOLDER MODEL IMAGE_SIZE BATCH_SIZE EPOCHS THREADS LOADERS LAYOUT
 
-Prints the rate of each epoch, the first step and the writing of the checkpoint left out, as a line of JSON.
+It prints the rate of each epoch as a line of JSON. The first step and the writing of checkpoints are excluded.
 """
 
 import json
@@ -19,7 +19,7 @@ from timm.utils import CheckpointSaver
 
 
 def main() -> None:
-    """Train on folders named for classes."""
+    """Train on images in one folder per class."""
     folder, name = sys.argv[1:3]
     image_size, batch_size, num_epochs, num_threads, num_loaders = map(int, sys.argv[3:8])
     layout = torch.channels_last if sys.argv[8] == "channels_last" else torch.contiguous_format

@@ -1,8 +1,9 @@
-"""Training side by side: the loop of timm's `train.py` and ours, on the same images, model, batch and threads.
+"""Training side by side with the loop of timm's `train.py`: same images, model, batch size and threads.
 
     python -m benchmarks.training [--num-images 256] [--model ecaresnet50d_pruned] [--rounds 1]
 
-Prints the rate of the last of two epochs for each, start-up left out; then two workers of one thread beside one.
+It prints the rate of the last of two epochs for each, which excludes start-up, and the speed-up of two workers with one
+thread each over one worker.
 """
 
 import argparse
@@ -21,7 +22,7 @@ NUM_EPOCHS = 2
 
 
 def main() -> None:
-    """Run the peers in turn."""
+    """Run the programs in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--model", default="ecaresnet50d_pruned")
@@ -40,13 +41,13 @@ def main() -> None:
                 "timm": _timm(args, folder, threads, "contiguous"),
                 "timm, channels-last": _timm(args, folder, threads, "channels_last"),
                 "ecaray": _ours(args, folder, f"all-{index}", 1, threads),
-                "ecaray, 1 worker of 1 thread": _ours(args, folder, f"one-{index}", 1, 1),
-                "ecaray, 2 workers of 1 thread": _ours(args, folder, f"two-{index}", 2, 0.75),
+                "ecaray, 1 worker, 1 thread": _ours(args, folder, f"one-{index}", 1, 1),
+                "ecaray, 2 workers, 1 thread each": _ours(args, folder, f"two-{index}", 2, 0.75),
             }
             for name, rate in rates.items():
-                print(f"round {index}: {name:30} {rate:7.2f} images/s", flush=True)
+                print(f"round {index}: {name:32} {rate:7.2f} images/s", flush=True)
             fastest = max(rates["timm"], rates["timm, channels-last"])
-            scaling = rates["ecaray, 2 workers of 1 thread"] / rates["ecaray, 1 worker of 1 thread"]
+            scaling = rates["ecaray, 2 workers, 1 thread each"] / rates["ecaray, 1 worker, 1 thread"]
             print(f"round {index}: ecaray / timm = {rates['ecaray'] / fastest:.2f}; 2 workers / 1 = {scaling:.2f}")
 
 
@@ -76,7 +77,7 @@ def _ours(args: argparse.Namespace, folder: Path, name: str, num_workers: int, n
 
 
 def _run(*command: str) -> str:
-    """Run a module as a program of its own; returns the last line that it printed."""
+    """Run a module as a separate program, and return the last line of its stdout."""
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-4000:]}")

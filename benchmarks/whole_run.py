@@ -1,10 +1,10 @@
-"""Whole runs side by side, start-up included, from the same S3 store: ours and its peers.
+"""Whole runs side by side, including start-up, from the same S3 store: ecaray and its peers.
 
     python -m benchmarks.whole_run [--num-images 1000] [--model ecaresnet50d_pruned] [--rounds 1] [--programs ...]
 
-The peers: Ray's documented pattern, Daft's, and the loop of timm's `inference.py`, eager, channels-last and compiled.
-Prints one line a run, then each rate of a round beside that of Ray's pattern. Where a program measures its steady
-state by itself, that is printed too; `jobs.benchmark` measures ours.
+The peers are the documented patterns of Ray and Daft, and the loop of timm's `inference.py` (eager, channels-last and
+compiled). The benchmark prints a line for each run, then each rate of a round relative to Ray's pattern. If a program
+measures its steady state, that is printed too; `jobs.benchmark` measures ours.
 """
 
 import argparse
@@ -53,11 +53,11 @@ def main() -> None:
             rates = {name: _run(name, args, weights, index) for name in args.programs}
             if BASELINE in rates:
                 ratios = ", ".join(f"{name} {rate / rates[BASELINE]:.2f}" for name, rate in rates.items())
-                print(f"round {index}, of Ray's pattern: {ratios}", flush=True)
+                print(f"round {index}, relative to Ray's pattern: {ratios}", flush=True)
 
 
 def _save_random_weights(model: str, path: Path) -> Path:
-    # In a process of its own: importing timm here would warm nothing the runs use, but would hold memory.
+    # A separate process, because timm would stay in the memory of this one.
     code = (
         "import sys, timm, torch, safetensors.torch as st; torch.manual_seed(0); "
         "st.save_file(timm.create_model(sys.argv[1]).state_dict(), sys.argv[2])"
@@ -67,7 +67,7 @@ def _save_random_weights(model: str, path: Path) -> Path:
 
 
 def _run(name: str, args: argparse.Namespace, weights: Path, index: int) -> float:
-    """Run one program; returns images per second over its whole run."""
+    """Run one program, and return its images/s over the whole run."""
     output = f"s3://results/{name}-{index}"
     if name in PEERS:
         module, *options = PEERS[name]
