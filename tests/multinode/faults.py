@@ -1,4 +1,4 @@
-"""What happens to hosts while a job runs."""
+"""Faults of hosts and drivers while a job runs."""
 
 import os
 import signal
@@ -12,12 +12,12 @@ ACTORS = {"jobs.infer": "PredictorActor", "jobs.train": "RayTrainWorker"}
 
 
 def kill_worker(site: Site, job: str) -> None:
-    """The power of a host at work is cut."""
+    """Kill a host that runs an actor of the job, as in a power failure."""
     find_host(site, job).kill()
 
 
 def cut_link(site: Site, job: str) -> None:
-    """A host at work is off the network for 30 s."""
+    """Disconnect a host that runs an actor of the job from the network for `LINK_DOWN_S` seconds."""
     host = find_host(site, job)
     host.set_link(False)
     time.sleep(LINK_DOWN_S)
@@ -25,12 +25,12 @@ def cut_link(site: Site, job: str) -> None:
 
 
 def find_host(site: Site, job: str) -> Host:
-    """One on which an actor of the job runs."""
+    """Return a host that runs an actor of the job."""
     return next(host for host in site.workers if any(ACTORS[job] in command for command in host.processes().values()))
 
 
 def kill_driver(site: Site, job: str) -> None:
-    """SIGKILL for the process that runs the job's script, on the head."""
+    """Kill the driver of the job on the head."""
     commands = site.cluster.head.processes().items()
     (driver,) = [
         pid for pid, command in commands if command.split(" ")[0].endswith("python") and f"-m {job} " in command
@@ -39,6 +39,6 @@ def kill_driver(site: Site, job: str) -> None:
 
 
 def stop_job(site: Site, job: str) -> None:
-    """`ray job stop`, from outside."""
-    (running,) = [entry for entry in site.cluster.listed("jobs") if entry["status"] == "RUNNING"]
+    """Stop the running job with `ray job stop` from the client."""
+    (running,) = [entry for entry in site.cluster.list_state("jobs") if entry["status"] == "RUNNING"]
     site.cluster.client("stop", running["submission_id"])

@@ -1,8 +1,8 @@
-"""Several hosts on one machine: Linux namespaces with addresses of their own, joined by a bridge.
+"""Several hosts on one machine: Linux namespaces with their own addresses, connected by a bridge.
 
-Each host has its own network, host name, processes, HOME, shared memory and Ray temp folder; the file system is the
-machine's. All of it hangs on one process, which the kernel kills when ours ends, however that comes: processes,
-addresses and mounts go with it.
+Each host has its own network, host name, processes, HOME, shared memory and Ray temp folder, and shares the file system
+of the machine. All hosts depend on one process, which the kernel kills when ours ends for any reason. Their processes,
+addresses and mounts end with it.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from pathlib import Path
 from cluster.local.processes import descendants, wait_until_gone
 
 START_TIMEOUT_S = 20.0
-# 198.18.0.0/15 is set aside for tests of network devices (RFC 2544): no real host answers there.
+# 198.18.0.0/15 is reserved for benchmarks of network devices (RFC 2544), so no real host uses it.
 SUBNET = "198.18.{}.{}"
-OUTSIDE = 254  # our own end of the network, outside of all hosts
-# The process that a namespace lives on: it waits, and the kernel reaps what is left to it.
+OUTSIDE = 254  # address of this process on the bridge
+# The process that keeps a namespace alive. It sleeps, and the kernel reaps its orphaned children.
 WAIT = "exec env --ignore-signal=CHLD sleep infinity"
 NAMESPACES = ["--net", "--mount", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child"]
 
 
-def can_make_hosts() -> bool:
-    """Whether we are root, and iproute2 and util-linux are installed."""
+def can_create_hosts() -> bool:
+    """Return True if we are root, and iproute2 and util-linux are installed."""
     path = os.environ.get("PATH", "").split(os.pathsep)
     tools = ("ip", "unshare", "nsenter", "setpriv")
     return os.geteuid() == 0 and all(any(Path(folder, tool).exists() for folder in path) for tool in tools)
@@ -35,15 +35,15 @@ def can_make_hosts() -> bool:
 
 @dataclass(frozen=True)
 class Host:
-    """A host that runs.
+    """Running host.
 
     Attributes:
-        name: its host name.
-        address: on the bridge.
-        home: HOME of all that runs on it.
-        pid: of the process that it lives on.
-        network_pid: of the process that the bridge lives on.
-        variables: the whole environment of what runs on it.
+        name: Host name.
+        address: IP address on the bridge.
+        home: HOME of its processes.
+        pid: Process ID of the process that keeps the host's namespaces alive.
+        network_pid: Process ID of the process that keeps the bridge alive.
+        variables: Complete environment of its processes.
     """
 
     name: str
@@ -54,48 +54,50 @@ class Host:
     variables: Mapping[str, str]
 
     def command(self, *words: str) -> list[str]:
-        """The command line that runs these words on the host."""
+        """Return the command line that runs a program on the host."""
         return ["nsenter", f"--target={self.pid}", "--all", f"--wd={Path.cwd()}", "--", *words]
 
     def start(self, *words: str, log: Path) -> "subprocess.Popen[bytes]":
-        """Start a program on the host, which writes to `log`."""
+        """Start a program on the host. Its output is appended to `log`."""
         with log.open("ab") as output:
             return subprocess.Popen(self.command(*words), env=dict(self.variables), stdout=output, stderr=output)
 
     def run(self, *words: str, timeout_s: float = 60) -> str:
-        """Run a program on the host to its end; returns what it printed."""
+        """Run a program on the host to its end, and return its stdout."""
         command = self.command(*words)
         done = subprocess.run(command, env=dict(self.variables), capture_output=True, text=True, timeout=timeout_s)
         if done.returncode:
-            raise RuntimeError(f"{self.name}: {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{self.name}: {' '.join(words)} exited with status {done.returncode}:\n{done.stderr[-2000:]}"
+            )
         return done.stdout
 
     def processes(self) -> dict[int, str]:
-        """Process id to command line of all that runs on it."""
-        space = os.readlink(f"/proc/{self.pid}/ns/pid")
+        """Return the command lines of the host's processes by process ID."""
+        namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
         found: dict[int, str] = {}
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                if folder.name.isdigit() and os.readlink(folder / "ns" / "pid") == space:
+                if folder.name.isdigit() and os.readlink(folder / "ns" / "pid") == namespace:
                     found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
         return found
 
     def kill(self) -> None:
-        """As if its power was cut: all of its processes and its network are gone."""
+        """Kill all processes and the network of the host, as in a power failure."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         wait_until_gone(self.pid)
 
     def set_link(self, is_up: bool) -> None:
-        """Pull its network cable, or put it back."""
+        """Disconnect the host from the network, or connect it again."""
         _in_network(self.network_pid, "ip", "link", "set", f"to-{self.name}", "up" if is_up else "down")
 
 
 class Network:
-    """A bridge, and the hosts on it. Made by `network`.
+    """Bridge with its hosts, created by `network`.
 
     Attributes:
-        outside: our own address on it.
+        outside: IP address of this process on the bridge.
     """
 
     def __init__(self, pid: int, third_octet: int, folder: Path) -> None:
@@ -104,17 +106,17 @@ class Network:
         self.outside = SUBNET.format(third_octet, OUTSIDE)
 
     def add_host(self, name: str, environment: Mapping[str, str]) -> Host:
-        """Make a host.
+        """Create a host.
 
         Args:
-            name: its host name, at most 12 letters.
-            environment: variables of all that runs on it, beside PATH and HOME.
+            name: Host name of at most 12 letters.
+            environment: Environment variables of its processes, besides PATH and HOME.
         """
         self._num_hosts += 1
         address, folder = SUBNET.format(self._octet, self._num_hosts), self._folder / name
         (folder / "home").mkdir(parents=True)
         (folder / "ray").mkdir()
-        Path("/tmp/ray").mkdir(exist_ok=True)  # Ray's default, over which each host lays its own
+        Path("/tmp/ray").mkdir(exist_ok=True)  # Ray's default folder, over which each host mounts its own
         names = folder / "names"
         names.write_text(f"127.0.0.1 localhost\n{address} {name}\n")
         mounts = f"mount -t tmpfs tmpfs /dev/shm; mount --bind {folder}/ray /tmp/ray; mount --bind {names} /etc/hosts"
@@ -122,9 +124,9 @@ class Network:
         enter = ["nsenter", f"--target={self._pid}", "--all", "--"]
         entered = subprocess.Popen([*enter, "unshare", *NAMESPACES, "sh", "-c", script])
         pid = _wait_for_sleep(entered)
-        cable = f"to-{name}"
-        _in_network(self._pid, "ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
-        _in_network(self._pid, "ip", "link", "set", cable, "master", "bridge", "up")
+        link = f"to-{name}"
+        _in_network(self._pid, "ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        _in_network(self._pid, "ip", "link", "set", link, "master", "bridge", "up")
         _in_network(pid, "ip", "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _in_network(pid, "ip", "link", "set", device, "up")
@@ -135,13 +137,13 @@ class Network:
 
 @contextlib.contextmanager
 def network(folder: Path) -> Iterator[Network]:
-    """A network without hosts, for the length of a `with` block; this process reaches it as one more host.
+    """Create a network without hosts within the block. This process is connected to it like a host.
 
     Args:
-        folder: where the hosts' homes and Ray's files are laid.
+        folder: Folder for the homes and Ray files of the hosts.
 
     Raises:
-        RuntimeError: we may not, or a tool is missing.
+        RuntimeError: We lack the permission, or a tool is missing.
     """
     octet = os.getpid() % 256
     script = f"set -e; ip link add bridge type bridge; ip link set bridge up; ip link set lo up; {WAIT}"
@@ -149,26 +151,26 @@ def network(folder: Path) -> Iterator[Network]:
     process = subprocess.Popen(command)
     try:
         pid = _wait_for_sleep(process)
-        made, ours = Network(pid, octet, folder), f"ecaray{octet}"
-        _run("ip", "link", "add", ours, "type", "veth", "peer", "name", "to-outside", "netns", str(pid))
+        created, own_link = Network(pid, octet, folder), f"ecaray{octet}"
+        _run("ip", "link", "add", own_link, "type", "veth", "peer", "name", "to-outside", "netns", str(pid))
         _in_network(pid, "ip", "link", "set", "to-outside", "master", "bridge", "up")
-        _run("ip", "address", "add", f"{made.outside}/24", "dev", ours)
-        _run("ip", "link", "set", ours, "up")
-        yield made
+        _run("ip", "address", "add", f"{created.outside}/24", "dev", own_link)
+        _run("ip", "link", "set", own_link, "up")
+        yield created
     finally:
-        process.kill()  # its child is killed with it, and that one's namespaces go
+        process.kill()  # this also kills its child, which ends the namespaces
         process.wait()
 
 
 def _wait_for_sleep(process: "subprocess.Popen[bytes]") -> int:
-    """The process id of the `sleep` that a script ends in: its namespaces are ready."""
+    """Wait for the final `sleep` of a script, when its namespaces are ready, and return its process ID."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         for pid, command in descendants(process.pid).items():
             if command == "sleep infinity":
                 return pid
         time.sleep(0.02)
-    raise RuntimeError("the namespaces of a host could not be made: this needs root, iproute2 and util-linux")
+    raise RuntimeError("cannot create the namespaces of a host; this requires root, iproute2 and util-linux")
 
 
 def _in_network(pid: int, *command: str) -> None:

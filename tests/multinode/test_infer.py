@@ -1,4 +1,4 @@
-"""Labelling on several hosts: the rows of one machine, whatever happens to the hosts."""
+"""Labelling on several hosts yields the same rows as on one machine, even under faults."""
 
 import subprocess
 import sys
@@ -25,28 +25,30 @@ def infer(input_uri: str, output_uri: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(input_uri: str) -> str:
-    """The output of the same job on this machine's own Ray."""
+def local_output(input_uri: str) -> str:
+    """Output of the same job on a local Ray."""
     output_uri = "s3://results/alone"
     subprocess.run([sys.executable, "-m", *infer(input_uri, output_uri)], cwd=REPOSITORY, check=True, timeout=200)
     return output_uri
 
 
-def test_a_submitted_job_gives_the_rows_of_one_machine(site: Site, input_uri: str, alone: str) -> None:
+def test_submitted_job_writes_the_same_rows_as_one_machine(site: Site, input_uri: str, local_output: str) -> None:
     command = infer(input_uri, "s3://results/site")
 
     def run() -> int:
         assert site.cluster.run_job(*command, submission_id="infer")["num_ok"] == NUM_PHOTOGRAPHS
         return 1
 
-    site.measure("infer", "undisturbed", NUM_PHOTOGRAPHS, run)
-    assert read_kind("s3://results/site", "part").equals(read_kind(alone, "part"))
+    site.measure("infer", "no fault", NUM_PHOTOGRAPHS, run)
+    assert read_kind("s3://results/site", "part").equals(read_kind(local_output, "part"))
     again = site.cluster.run_job(*command, submission_id="infer-again")
     assert again["num_resumed"] == NUM_PHOTOGRAPHS
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Site, input_uri: str, alone: str) -> None:
+def test_no_rows_are_lost_or_duplicated_under_faults(
+    fault: Callable[[Site, str], None], site: Site, input_uri: str, local_output: str
+) -> None:
     name = fault.__name__.replace("_", "-")
     output_uri = f"s3://results/infer-{name}"
 
@@ -59,19 +61,19 @@ def test_nothing_is_lost_or_doubled(fault: Callable[[Site, str], None], site: Si
         if fault not in (kill_driver, stop_job):
             assert process.returncode == 0, printed[-4000:]
             return 1
-        (job,) = [job for job in site.cluster.listed("jobs") if job["submission_id"] == f"infer-{name}"]
+        (job,) = [job for job in site.cluster.list_state("jobs") if job["submission_id"] == f"infer-{name}"]
         assert job["status"] == ("STOPPED" if fault is stop_job else "FAILED")
         summary = site.cluster.run_job(*command, submission_id=f"infer-{name}-again")
         assert summary["num_resumed"] >= COMMIT_ROWS
         return 2
 
     site.measure("infer", name.replace("-", " "), NUM_PHOTOGRAPHS, run)
-    assert read_kind(output_uri, "part").equals(read_kind(alone, "part"))
+    assert read_kind(output_uri, "part").equals(read_kind(local_output, "part"))
     site.restore()
 
 
 def wait_for_files(output_uri: str, process: "subprocess.Popen[str]") -> None:
-    """Until some results are there."""
+    """Wait until the first files exist."""
     while len(list_files(output_uri)) < 3:
         assert process.poll() is None, "the job ended before the fault"
         time.sleep(0.2)

@@ -1,5 +1,8 @@
-"""The rate on one, two and three worker hosts. They share this machine's cores, so it says what hosts cost, not what
-they bring: the same cores do the same work, and what is lost to more processes, more copies and the bridge shows."""
+"""Rate on one, two and three worker hosts.
+
+The hosts share the cores of this machine. The rates therefore show the overhead of more processes, more copies and the
+bridge, but not the speed-up of more hardware.
+"""
 
 import pytest
 
@@ -9,7 +12,7 @@ from tests.multinode.test_infer import infer
 pytestmark = [pytest.mark.multinode, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_the_rate_on_one_to_three_hosts(site: Site, input_uri: str) -> None:
+def test_rates_on_one_to_three_hosts(site: Site, input_uri: str) -> None:
     try:
         for count in (3, 2, 1):
             for host in site.workers[count:]:

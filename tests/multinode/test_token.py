@@ -1,4 +1,4 @@
-"""The token: who lacks it may do nothing, and it stands in no log."""
+"""Access token: clients without it are rejected, and no log contains it."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.infer import REPOSITORY
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
 
 
-def test_a_client_without_the_token_is_refused(site: Site, tmp_path: Path) -> None:
+def test_client_without_the_token_is_rejected(site: Site, tmp_path: Path) -> None:
     for mode in ("token", "disabled"):
         variables = site.cluster.client_variables() | {"HOME": str(tmp_path), "RAY_AUTH_MODE": mode}
         if mode == "token":
@@ -24,7 +24,7 @@ def test_a_client_without_the_token_is_refused(site: Site, tmp_path: Path) -> No
         assert "uthentication" in done.stdout + done.stderr
 
 
-def test_neither_token_nor_keys_stand_in_a_log_of_any_host(site: Site) -> None:
+def test_no_log_contains_the_token_or_the_secret_key(site: Site) -> None:
     printed = site.cluster.run_job("jobs.models", "--names", "ecaresnetlight", submission_id="models")
     assert printed["models"][0]["name"] == "ecaresnetlight"
     token = (site.cluster.head.home / TOKEN_FILE).read_text().strip()

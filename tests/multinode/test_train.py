@@ -1,4 +1,4 @@
-"""Training on several hosts, DDP over the bridge: what one machine learns, whatever happens to the hosts."""
+"""Training on several hosts with DDP yields the same losses as on one machine, even under faults."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.multinode.ray_cluster import JOB_TIMEOUT_S
 from tests.support.infer import REPOSITORY
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(900)]
-NUM_EPOCHS, NUM_TRAIN, NUM_HELD_OUT = 1, 37 * 32, 599  # the last incomplete batch is left out
+NUM_EPOCHS, NUM_TRAIN, NUM_HELD_OUT = 1, 37 * 32, 599  # without the last incomplete batch
 STEPS_PER_CHECKPOINT = 10
 
 
@@ -43,37 +43,39 @@ def history_of(output_uri: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(digits_uri: str) -> list[dict[str, Any]]:
-    """The epochs of the same job on this machine's own Ray, two workers too."""
+def local_history(digits_uri: str) -> list[dict[str, Any]]:
+    """History of the same job with two workers on a local Ray."""
     output_uri = "s3://results/train-alone"
     subprocess.run([sys.executable, "-m", *train(digits_uri, output_uri)], cwd=REPOSITORY, check=True, timeout=300)
     return history_of(output_uri)
 
 
-def assert_equal_histories(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> None:
-    """The same images in the same order, and each loss counted once."""
-    assert [record["epoch"] for record in there] == [record["epoch"] for record in here]
-    for mine, other in zip(here, there, strict=True):
-        assert other["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-3)
-        assert other["top1"] == pytest.approx(mine["top1"], abs=0.02)
+def assert_equal_histories(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Check that the losses show the same images in the same order, each counted once."""
+    assert [record["epoch"] for record in actual] == [record["epoch"] for record in expected]
+    for wanted, found in zip(expected, actual, strict=True):
+        assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
+        assert found["top1"] == pytest.approx(wanted["top1"], abs=0.02)
 
 
-def test_two_hosts_learn_what_one_machine_learns(site: Site, digits_uri: str, alone: list[dict[str, Any]]) -> None:
+def test_two_hosts_have_the_same_losses_as_one_machine(
+    site: Site, digits_uri: str, local_history: list[dict[str, Any]]
+) -> None:
     def run() -> int:
         summary = site.cluster.run_job(*train(digits_uri, "s3://results/train-site"), submission_id="train")
         assert summary["epochs"] == NUM_EPOCHS
         return 1
 
-    site.measure("train", "undisturbed", NUM_EPOCHS * (NUM_TRAIN + NUM_HELD_OUT), run)
-    assert_equal_histories(history_of("s3://results/train-site"), alone)
-    (job,) = [job["job_id"] for job in site.cluster.listed("jobs") if job["submission_id"] == "train"]
-    actors = site.cluster.listed("actors", "--filter", f"job_id={job}")
+    site.measure("train", "no fault", NUM_EPOCHS * (NUM_TRAIN + NUM_HELD_OUT), run)
+    assert_equal_histories(history_of("s3://results/train-site"), local_history)
+    (job,) = [job["job_id"] for job in site.cluster.list_state("jobs") if job["submission_id"] == "train"]
+    actors = site.cluster.list_state("actors", "--filter", f"job_id={job}")
     assert len({actor["node_id"] for actor in actors if actor["class_name"] == "RayTrainWorker"}) == 2
 
 
 @pytest.mark.parametrize("fault", [kill_worker, cut_link, kill_driver])
-def test_training_goes_on(
-    fault: Callable[[Site, str], None], site: Site, digits_uri: str, alone: list[dict[str, Any]]
+def test_training_recovers_from_faults(
+    fault: Callable[[Site, str], None], site: Site, digits_uri: str, local_history: list[dict[str, Any]]
 ) -> None:
     name = fault.__name__.replace("_", "-")
     output_uri = f"s3://results/train-{name}"
@@ -92,12 +94,12 @@ def test_training_goes_on(
         return 2
 
     site.measure("train", name.replace("-", " "), NUM_EPOCHS * (NUM_TRAIN + NUM_HELD_OUT), run)
-    assert_equal_histories(history_of(output_uri), alone)
+    assert_equal_histories(history_of(output_uri), local_history)
     site.restore()
 
 
 def wait_for_checkpoint(output_uri: str, process: "subprocess.Popen[str]") -> None:
-    """Until Ray Train has committed one."""
+    """Wait until Ray Train has committed a checkpoint."""
     while not exists(uris.join(output_uri, "checkpoint_manager_snapshot.json")):
         assert process.poll() is None, "the job ended before the fault"
         time.sleep(0.2)

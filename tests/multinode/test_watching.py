@@ -1,4 +1,4 @@
-"""A job that is watched: where its stages run, and what Prometheus and its output say meanwhile."""
+"""Observed job: the hosts of its stages, its Prometheus metrics, and its progress file."""
 
 import json
 import re
@@ -25,11 +25,11 @@ SAMPLE = re.compile(r"^ray_(ecaray_\w+)_total\{(.*)\} (\S+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Watched:
-    """What was seen of a job.
+    """Observations of a job.
 
     Attributes:
-        samples: counters that changed while it ran, by host, name and tags.
-        progress: each state of its `_progress.json`.
+        samples: Values of counters that changed while it ran, by host, name and tags.
+        progress: Successive contents of its `_progress.json`.
     """
 
     samples: dict[tuple[str, str, str], float]
@@ -37,18 +37,18 @@ class Watched:
 
 
 def scrape(site: Site) -> dict[tuple[str, str, str], float]:
-    """Value by host, name and tags."""
+    """Return the values of counters by host, name and tags."""
     found: dict[tuple[str, str, str], float] = {}
     for host in site.workers:
-        with urllib.request.urlopen(f"http://{host.address}:{METRICS_PORT}/metrics", timeout=10) as answer:
-            for name, tags, value in SAMPLE.findall(answer.read().decode()):
+        with urllib.request.urlopen(f"http://{host.address}:{METRICS_PORT}/metrics", timeout=10) as response:
+            for name, tags, value in SAMPLE.findall(response.read().decode()):
                 found[host.name, name, tags] = float(value)
     return found
 
 
 @pytest.fixture(scope="module")
 def watched(site: Site, input_uri: str) -> Watched:
-    """A job whose replicas want the accelerator, on three hosts of which one offers it."""
+    """Job whose replicas require the accelerator, on three hosts of which one offers it."""
     command = [*infer(input_uri, OUTPUT_URI), "--compute.resources_per_worker", json.dumps({ACCELERATOR: 1})]
     before, progress = scrape(site), list[bytes]()
     seen = dict(before)
@@ -63,7 +63,7 @@ def watched(site: Site, input_uri: str) -> Watched:
 
 
 def test_every_counter_is_exported(watched: Watched) -> None:
-    # Those of a store's bad day are missing on a good one.
+    # No request was retried.
     assert {name for _, name, _ in watched.samples} == COUNTERS.keys() - {"ecaray_requests_sent_again"}
     images = sum(value for (_, name, _), value in watched.samples.items() if name == "ecaray_images")
     assert 0 < images <= NUM_PHOTOGRAPHS
@@ -71,22 +71,22 @@ def test_every_counter_is_exported(watched: Watched) -> None:
     assert {re.findall(r'stage="(\w+)"', tag)[0] for tag in tags} == {"fetch", "decode", "forward", "write"}
 
 
-def test_progress_is_there_while_the_job_runs_and_says_when_it_is_over(watched: Watched) -> None:
+def test_progress_file_shows_a_running_and_a_finished_job(watched: Watched) -> None:
     assert any(json.loads(content)["is_running"] for content in watched.progress)
     last = json.loads(read_bytes(PROGRESS_URI))
     assert (last["is_running"], last["num_ok"]) == (False, NUM_PHOTOGRAPHS)
 
 
-def test_replicas_run_on_the_accelerator_and_tasks_first_on_the_other_hosts(watched: Watched, site: Site) -> None:
-    (job,) = [job["job_id"] for job in site.cluster.listed("jobs") if job["submission_id"] == SUBMISSION_ID]
-    addresses = {node["node_id"]: node["node_ip"] for node in site.cluster.listed("nodes")}
+def test_replicas_run_on_the_accelerator_host_and_tasks_prefer_other_hosts(watched: Watched, site: Site) -> None:
+    (job,) = [job["job_id"] for job in site.cluster.list_state("jobs") if job["submission_id"] == SUBMISSION_ID]
+    addresses = {node["node_id"]: node["node_ip"] for node in site.cluster.list_state("nodes")}
     hosts = {stage: Counter[str]() for stage in ("FetchTask", "PredictorActor", "PartWriter")}
-    for task in site.cluster.listed("tasks", "--filter", f"job_id={job}"):
+    for task in site.cluster.list_state("tasks", "--filter", f"job_id={job}"):
         for stage in hosts:
             if stage in task["name"] and task["node_id"]:
                 hosts[stage][addresses[task["node_id"]]] += 1
     accelerated = site.workers[-1].address
     assert hosts["PredictorActor"].keys() == {accelerated}
-    # One for which the others have no room at a moment may run there. Left to Ray, a third of the writers do.
+    # A task may run there while the other hosts have no room. By default, Ray would place a third of the writers there.
     for stage in ("FetchTask", "PartWriter"):
         assert hosts[stage][accelerated] < hosts[stage].total() / 4
