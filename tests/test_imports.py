@@ -1,4 +1,4 @@
-"""Imports point one way, from the jobs down to the config."""
+"""Direction of imports, from the jobs down to the config."""
 
 import ast
 from pathlib import Path
@@ -14,7 +14,7 @@ ALLOWED = {
     "benchmarks": {"benchmarks", "cluster", "pipelines"},
 }
 OURS = set(ALLOWED) | {"tests"}
-# Rooms of `pipelines`, lowest first. A room imports from rooms of lower lines only, and from itself.
+# Packages of `pipelines`, lowest layer first. A package imports only from lower layers and from itself.
 LAYERS = (
     {"errors"},
     {"config"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"engine", "outputs"},
     {"inference", "training", "downstream", "benchmark"},
 )
-# Within a layer.
+# Allowed imports within a layer.
 NEIGHBOURS = {("models", "images"), ("downstream", "inference"), ("benchmark", "inference"), ("engine", "outputs")}
 
 
@@ -52,45 +52,45 @@ def private_ray_names(path: Path) -> set[str]:
     return {name for name in found if name.startswith("ray.") and "._" in name}
 
 
-def layer_of(room: str) -> int:
-    return next(layer for layer, rooms in enumerate(LAYERS) if room in rooms)
+def layer_of(package: str) -> int:
+    return next(layer for layer, packages in enumerate(LAYERS) if package in packages)
 
 
 @pytest.mark.parametrize("package", ALLOWED)
-def test_packages_import_only_what_lies_below_them(package: str) -> None:
+def test_top_level_packages_import_only_from_allowed_packages(package: str) -> None:
     for path in (REPOSITORY / package).rglob("*.py"):
         ours = {name.partition(".")[0] for name in imported_modules(path)} & OURS
         assert ours <= ALLOWED[package], path
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "pipelines").rglob("*.py")), ids=lambda path: path.stem)
-def test_rooms_import_only_from_rooms_below_them(path: Path) -> None:
-    room = path.relative_to(REPOSITORY / "pipelines").parts[0].removesuffix(".py")
-    if room == "__init__":
+def test_packages_import_only_from_lower_layers(path: Path) -> None:
+    package = path.relative_to(REPOSITORY / "pipelines").parts[0].removesuffix(".py")
+    if package == "__init__":
         return
     for name in imported_modules(path):
         if name.startswith("pipelines."):
             other = name.split(".")[1]
-            is_below = layer_of(other) < layer_of(room)
-            assert is_below or other == room or (room, other) in NEIGHBOURS, f"{path} imports {name}"
+            is_below = layer_of(other) < layer_of(package)
+            assert is_below or other == package or (package, other) in NEIGHBOURS, f"{path} imports {name}"
 
 
-def test_private_ray_names_are_used_in_ray_compat_only() -> None:
+def test_only_ray_compat_uses_private_ray_names() -> None:
     users = {path.name for path in (REPOSITORY / "pipelines").rglob("*.py") if private_ray_names(path)}
     assert users == {"ray_compat.py"}
 
 
-def test_no_module_lies_beside_the_rooms() -> None:
-    loose = {path.name for path in (REPOSITORY / "pipelines").glob("*.py")}
-    assert loose == {"__init__.py", "errors.py"}
+def test_every_module_is_in_a_package_except_errors() -> None:
+    modules = {path.name for path in (REPOSITORY / "pipelines").glob("*.py")}
+    assert modules == {"__init__.py", "errors.py"}
 
 
-def test_config_needs_nothing_but_pydantic_and_yaml() -> None:
+def test_config_imports_no_heavy_packages() -> None:
     for path in (REPOSITORY / "pipelines" / "config").glob("*.py"):
         for name in imported_modules(path):
             assert name.partition(".")[0] not in {"torch", "ray", "timm", "numpy", "pyarrow", "fsspec"}, path
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.py")), ids=lambda path: path.stem)
-def test_jobs_are_scripts_of_at_most_40_lines(path: Path) -> None:
+def test_jobs_have_at_most_40_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 40

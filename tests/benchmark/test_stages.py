@@ -1,4 +1,4 @@
-"""The stages alone, and what follows from their costs."""
+"""Costs of the separate stages, and the ceilings derived from them."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -55,25 +55,25 @@ def rows_of(paths: list[Path]) -> pa.Table:
     return pa.table({"uri": [str(path) for path in paths]})
 
 
-def test_fetching_counts_the_bytes(photographs: Path) -> None:
+def test_fetch_cost_includes_bytes_per_image(photographs: Path) -> None:
     paths = sorted(photographs.iterdir())
     cost = measure_fetch(rows_of(paths), FetchAndDecode(IMAGENET, 10**8, 10**8, "fast"), 0.001)
     assert cost.bytes_per_image == pytest.approx(sum(path.stat().st_size for path in paths[:64]) / 64)
     assert cost.images_per_s > 0
 
 
-def test_only_images_are_decoded(photographs: Path, tmp_path: Path) -> None:
+def test_decode_cost_ignores_files_that_are_not_images(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no image")
     decode = FetchAndDecode(IMAGENET, 10**8, 10**8, "fast")
     rows = rows_of([tmp_path / "text", *sorted(photographs.iterdir())[:3]])
     cost = measure_decode(rows, decode, STAGE_S)
-    # One thread: no more of a core's time than the clock's.
+    # Decoding uses one thread, so its CPU time cannot exceed its wall time.
     assert 0 < cost.cpu_s_per_image < 1.2 / cost.images_per_s
     with pytest.raises(RunError, match="not one of the sampled images"):
         measure_decode(rows.slice(0, 1), decode, STAGE_S)
 
 
-def test_a_device_decodes_only_what_it_can(photographs: Path, tmp_path: Path) -> None:
+def test_device_decode_cost_ignores_files_that_it_cannot_decode(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no image")
     decode, options = FetchAndDecode(IMAGENET, 10**8, 10**8, "cuda"), PredictOptions(8, 5, True, use_gpu=False)
     jpegs = sorted(path for path in photographs.iterdir() if path.suffix == ".jpg")
@@ -84,14 +84,16 @@ def test_a_device_decodes_only_what_it_can(photographs: Path, tmp_path: Path) ->
     assert measure_device_decode(rows.slice(0, 1), decode, options, STAGE_S) is None
 
 
-def test_the_forward_pass_is_of_whole_batches(bundle: ModelBundle) -> None:
+def test_forward_cost_is_positive(bundle: ModelBundle) -> None:
     cost = measure_forward(bundle, PredictOptions(8, 5, True, use_gpu=False), 2, STAGE_S)
     assert cost.cpu_s_per_image > 0
     assert cost.images_per_s > 0
 
 
 @pytest.mark.parametrize(("topk", "embedding"), [(5, True), (0, True), (5, False)])
-def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Path, topk: int, embedding: bool) -> None:
+def test_write_cost_uses_files_of_the_runs_schema(
+    bundle: ModelBundle, tmp_path: Path, topk: int, embedding: bool
+) -> None:
     writer = PartWriter(str(tmp_path), parts_schema(topk, bundle.num_features if embedding else 0), {})
     assert measure_write(writer, 20, STAGE_S).images_per_s > 0
     (file,) = tmp_path.iterdir()
@@ -100,14 +102,14 @@ def test_what_is_written_is_a_file_of_the_run(bundle: ModelBundle, tmp_path: Pat
     assert table.schema.equals(writer.parts_schema)
 
 
-def test_cores_are_shared_by_all_stages() -> None:
+def test_cores_bound_all_stages_together() -> None:
     bounds = find_bounds(COSTS, replace(CPU_PLAN, num_workers=5), 8, num_readers=8)
     assert [bound.by for bound in bounds] == ["cores", "replicas", "store"]
     assert [bound.images_per_s for bound in bounds] == pytest.approx([8 / 0.05, 200, 4000])
     assert bounds[0].stage == "forward"
 
 
-def test_replicas_on_gpus_have_a_bound_of_their_own() -> None:
+def test_replicas_on_gpus_have_a_separate_bound() -> None:
     bounds = find_bounds(COSTS, GPU_PLAN, 8, num_readers=8)
     assert [(bound.by, bound.images_per_s) for bound in bounds] == [
         ("replicas", 80),
@@ -118,7 +120,7 @@ def test_replicas_on_gpus_have_a_bound_of_their_own() -> None:
     assert ("GPU decoders", 500) in [(bound.by, bound.images_per_s) for bound in bounds]
 
 
-def test_the_report_names_every_figure() -> None:
+def test_report_shows_every_figure() -> None:
     summary: dict[str, Any] = {
         "stages": {name: asdict(cost) for name, cost in COSTS.items()},
         "ceilings": [asdict(bound) for bound in find_bounds(COSTS, CPU_PLAN, 8, num_readers=8)],
@@ -140,18 +142,18 @@ def test_the_report_names_every_figure() -> None:
     assert "too few files" in format_report(summary | {"steady_images_per_s": None, "share_of_ceiling": None})
 
 
-def test_the_steady_rate_leaves_out_the_start_and_the_end() -> None:
-    # 100 images after 10 s of start, then 100 a second, and a last file that waits for nobody.
+def test_steady_rate_excludes_start_and_end() -> None:
+    # The first 100 images take 10 s, then come 100 per second, and the last file is late.
     times = [(0, 0.0), *((100 * number, 9.0 + number) for number in range(1, 10)), (1000, 30.0)]
     assert steady_rate(times) == pytest.approx(100)
     assert steady_rate([(0, 0.0), (512, 20.0), (1000, 20.0001)]) is None
     assert steady_rate([(0, 0.0), (50, 10.0)]) is None
 
 
-def test_the_whole_takes_a_minute_or_as_many_images_as_were_asked_for() -> None:
-    places = {"input": {"uri": "s3://b/images"}, "output": {"uri": "s3://b/bench"}}
-    config = BenchmarkConfig.model_validate(places)
+def test_whole_run_takes_a_minute_unless_num_images_is_set() -> None:
+    keys = {"input": {"uri": "s3://b/images"}, "output": {"uri": "s3://b/bench"}}
+    config = BenchmarkConfig.model_validate(keys)
     assert [num_whole_images(config, rate) for rate in (2.0, 50.0, 10_000.0)] == [1_000, 3_000, 600_000]
     assert num_stage_images(config) == 20_000
-    asked = BenchmarkConfig.model_validate(places | {"sample": {"num_images": 7}})
+    asked = BenchmarkConfig.model_validate(keys | {"sample": {"num_images": 7}})
     assert num_whole_images(asked, 50.0) == num_stage_images(asked) == 7

@@ -11,7 +11,7 @@ import pytest
 from cluster.local.processes import descendants
 from cluster.local.ray_head import RayHead
 from tests.support.infer import REPOSITORY
-from tests.support.ports import answers_from, is_loopback, listeners_of, open_pages, open_services, other_address
+from tests.support.ports import is_loopback, listeners_of, open_pages, open_services, other_address, reachable_at
 
 
 def assert_closed(pid: int, *services: str) -> None:
@@ -21,7 +21,7 @@ def assert_closed(pid: int, *services: str) -> None:
         time.sleep(0.5)
     listeners = listeners_of(pid)
     assert [listener for listener in listeners if not is_loopback(listener.host)] == []
-    assert answers_from(other_address(), listeners) == []
+    assert reachable_at(other_address(), listeners) == []
     assert {listener: pages for listener in listeners if (pages := open_pages(listener))} == {}
     assert {listener: requests for listener in listeners if (requests := open_services(listener))} == {}
 

@@ -1,4 +1,4 @@
-"""`jobs.benchmark` as a user types it."""
+"""`jobs.benchmark` run by its command line."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def arguments(photographs: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_it_prints_a_table_and_leaves_nothing_but_its_figures(photographs: Path, tmp_path: Path) -> None:
+def test_benchmark_prints_a_table_and_leaves_only_its_figures(photographs: Path, tmp_path: Path) -> None:
     done = run_command("jobs.benchmark", *arguments(photographs, tmp_path / "out"), timeout_s=150)
     assert done.returncode == 0, done.stderr
     summary = summary_of(done.stdout)
@@ -28,7 +28,7 @@ def test_it_prints_a_table_and_leaves_nothing_but_its_figures(photographs: Path,
     assert json.loads(left.read_text()) == summary
 
 
-def test_a_place_that_is_in_use_is_refused(photographs: Path, tmp_path: Path) -> None:
+def test_non_empty_output_is_refused(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     done = run_command("jobs.benchmark", *arguments(photographs, tmp_path), timeout_s=60)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""`python -m jobs.infer` as a user types it: what it prints, and how it ends."""
+"""`jobs.infer` run by its command line: its output and exit status."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from pipelines.storage.bulk import store_object
 from tests.support.infer import REPOSITORY, read_kind, run_command, summary_of
 
 SMALL = "ecaresnet26t"
-# Within this every wrong request ends on a quiet machine in well under half of it.
+# Time limit of a wrong request, which takes well under half of it on an idle machine.
 LIMIT_S = 30
 
 
@@ -48,11 +48,11 @@ def seven_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RANDOM = {"model.name": SMALL, "model.weights": "random"}
 WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
-    # name: keys over the good request's, variables, what the one line says
+    # name: keys that override those of a valid request, environment variables, part of the error
     "unknown key": ({"model.nam": "x"}, {}, "did you mean model.name?"),
     "unknown model": ({"model.name": "ecaresnet51d"}, {}, "knows no model 'ecaresnet51d'"),
     "missing weights": ({"model.weights": "/absent/w.safetensors"}, {}, "/absent/w.safetensors: it does not exist"),
-    "hub out of reach": ({"model.weights": "pretrained"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--model.weights"),
+    "unreachable hub": ({"model.weights": "pretrained"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "--model.weights"),
     "weights of another architecture": ({"model.weights": "OTHER"}, {}, f"do not fit {SMALL}"),
     "missing input": ({"input.uri": "/absent/images"}, {}, "nothing lies under /absent/images"),
     "empty input": ({"input.uri": "EMPTY"}, {}, "no input: nothing lies under"),
@@ -68,8 +68,8 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "unwritable output": ({"output.uri": "/proc/out"}, {}, "cannot write to /proc/out"),
     "output inside the input": ({"output.uri": "IMAGES/out"}, {}, "lies inside input.uri"),
     "foreign output": ({"output.uri": "IMAGES/.."}, {}, "is not empty"),
-    "more CPUs than there are": ({"compute.num_workers": "500"}, {}, "compute.num_workers = 500"),
-    "more GPUs than there are": ({"compute.use_gpu": "true", "compute.num_workers": "9"}, {}, "asks for 9 GPUs"),
+    "more CPUs than available": ({"compute.num_workers": "500"}, {}, "compute.num_workers = 500"),
+    "more GPUs than available": ({"compute.use_gpu": "true", "compute.num_workers": "9"}, {}, "asks for 9 GPUs"),
     "int8 on GPUs": ({"model.dtype": "int8", "compute.use_gpu": "true"}, {}, "GPUs"),
     "compiling for CPUs": ({"model.compile": "true"}, {}, "model.compile is for GPUs"),
     "topk above the classes": ({"model.weights": "SEVEN", "outputs.topk": "8"}, {}, "the model has 7 classes"),
@@ -78,15 +78,15 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_requests_end_with_status_2_and_one_line(
+def test_wrong_requests_exit_with_status_2_and_one_line(
     name: str, images: Path, other_weights: Path, seven_classes: Path, store: ObjectStore, tmp_path: Path
 ) -> None:
     keys, variables, message = WRONG[name]
     (tmp_path / "empty").mkdir()
-    places = {"IMAGES": images, "OTHER": other_weights, "SEVEN": seven_classes, "EMPTY": tmp_path / "empty"}
+    paths = {"IMAGES": images, "OTHER": other_weights, "SEVEN": seven_classes, "EMPTY": tmp_path / "empty"}
     request = {"input.uri": str(images), "output.uri": str(tmp_path / "out"), **RANDOM, **keys}
-    for place, path in places.items():
-        request = {key: value.replace(place, str(path)) for key, value in request.items()}
+    for placeholder, path in paths.items():
+        request = {key: value.replace(placeholder, str(path)) for key, value in request.items()}
     arguments = [word for key, value in request.items() for word in (f"--{key}", value)]
     done = run_command("jobs.infer", *arguments, timeout_s=LIMIT_S, **variables)
     lines = done.stderr.strip().splitlines()
@@ -99,7 +99,7 @@ def test_wrong_requests_end_with_status_2_and_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_good_request_on_this_machines_own_ray(images: Path, seven_classes: Path, tmp_path: Path) -> None:
+def test_valid_request_on_a_local_ray(images: Path, seven_classes: Path, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"input.uri": images, "output.uri": tmp_path / "out", "model.name": SMALL}
     keys |= {"model.weights": seven_classes, "preprocess.image_size": 96}
     arguments = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
@@ -114,7 +114,7 @@ def test_a_good_request_on_this_machines_own_ray(images: Path, seven_classes: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_stopped_job_keeps_what_is_done_and_says_how_to_go_on(
+def test_interrupted_job_resumes_with_the_same_command(
     number: signal.Signals, photographs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -144,7 +144,7 @@ def test_a_stopped_job_keeps_what_is_done_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_submitted_jobs_give_the_same_rows_and_fail_as_failed(
+def test_submitted_job_writes_the_same_rows_and_reports_failure(
     ray_server: RayHead, images: Path, seven_classes: Path, tmp_path: Path
 ) -> None:
     def submit(output: Path, weights: Path) -> "subprocess.CompletedProcess[str]":
@@ -180,10 +180,10 @@ def test_models_prints_the_family() -> None:
 
 
 @pytest.mark.slow
-def test_a_store_on_a_bad_day_costs_no_image(store: ObjectStore, tmp_path: Path) -> None:
+def test_storage_faults_lose_no_image(store: ObjectStore, tmp_path: Path) -> None:
     for name, image in crops(200, size=(160, 120)):
-        store_object(f"s3://images/bad-day/{name}.jpg", encode(image))
-    keys = {"input.uri": "s3://images/bad-day", "output.uri": f"s3://results/{tmp_path.name}", **RANDOM}
+        store_object(f"s3://images/faults/{name}.jpg", encode(image))
+    keys = {"input.uri": "s3://images/faults", "output.uri": f"s3://results/{tmp_path.name}", **RANDOM}
     keys |= {"preprocess.image_size": "64", "output.commit_rows": "32"}
     arguments = [word for key, value in keys.items() for word in (f"--{key}", value)]
     with faulty_proxy(store.endpoint, Faults(unavailable=0.05, reset=0.02, stalled=0.01)) as proxy:

@@ -92,7 +92,7 @@ def test_epochs_grow_and_one_file_of_them_stays(output: str) -> None:
 
 @pytest.mark.parametrize("num_processes", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_of_simultaneous_starts_one_takes_the_lease(output: str, num_processes: int) -> None:
-    command = [sys.executable, "-m", "tests.support.simultaneous_takes", output, str(num_processes)]
+    command = [sys.executable, "-m", "tests.support.simultaneous_acquires", output, str(num_processes)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     outcomes = json.loads(done.stdout)
     assert len(outcomes) == num_processes, done.stderr

@@ -1,1 +1,1 @@
-"""What the tests are made from."""
+"""Helpers, sample files and stand-ins that the tests share."""

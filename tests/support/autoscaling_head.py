@@ -1,8 +1,8 @@
-"""A Ray head that can grow: Ray's fake provider starts nodes on this machine. Run as a program, ends with its stdin.
+"""Ray head with an autoscaler, whose nodes Ray's fake provider starts on this machine. Ends when its stdin is closed.
 
     python -m tests.support.autoscaling_head FOLDER PORT
 
-`ray start` leaves its processes to themselves; here they stay our descendants, so that all of them can be ended.
+`ray start` detaches its processes. This program stays their ancestor, so that it can kill all of them.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Any
 from ray.util import get_node_ip_address
 
 PR_SET_CHILD_SUBREAPER = 36
-HEAD = "ray.head.default"  # the fake provider knows no other name
+HEAD = "ray.head.default"  # the only name that the fake provider accepts
 NODE_TYPES = {
     HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
     "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 1},
@@ -37,7 +37,7 @@ EMPTY: dict[str, Any] = {
 
 
 def autoscaling_config(gcs_address: str) -> dict[str, Any]:
-    """One worker node at most, and every key that Ray's monitor wants to find."""
+    """Return a config with at most one worker node, and with every key that Ray's monitor requires."""
     return EMPTY | {
         "cluster_name": "growing",
         "max_workers": 1,
@@ -51,7 +51,7 @@ def autoscaling_config(gcs_address: str) -> dict[str, Any]:
 
 
 def main(folder: Path, port: str) -> None:
-    """Start the head, say so, wait, end every descendant."""
+    """Start the head, print `up`, wait for the end of stdin, and kill all descendants."""
     config = folder / "autoscaler.yaml"
     config.write_text(json.dumps(autoscaling_config(f"{get_node_ip_address()}:{port}")))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -65,7 +65,7 @@ def main(folder: Path, port: str) -> None:
     finally:
         while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             os.kill(int(children[0]), signal.SIGKILL)
-            os.waitpid(int(children[0]), 0)  # its children become ours
+            os.waitpid(int(children[0]), 0)  # its orphaned children become ours
 
 
 if __name__ == "__main__":

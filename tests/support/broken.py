@@ -1,4 +1,4 @@
-"""Files as they lie in real collections: broken, misnamed, hostile, and strange but good."""
+"""Files as in real collections: broken, misnamed, malicious, or unusual but valid."""
 
 import functools
 import io
@@ -18,7 +18,7 @@ TENTHS = range(1, 10)
 
 @functools.cache
 def broken_files() -> dict[str, tuple[bytes, set[str]]]:
-    """Name to bytes and the error kinds that may be given for them."""
+    """Return the bytes of broken files and their acceptable error kinds, by file name."""
     image = photographs()["coffee"].resize((200, 150))
     jpeg, png, webp = encode(image), encode(image, "PNG"), encode(image, "WEBP")
     gif, tiff = encode(image.convert("P"), "GIF"), encode(image, "TIFF", compression="tiff_lzw")
@@ -52,7 +52,7 @@ def broken_files() -> dict[str, tuple[bytes, set[str]]]:
 
 @functools.cache
 def strange_files() -> dict[str, bytes]:
-    """Name to bytes of files that look wrong and are good."""
+    """Return the bytes of files that look wrong but are valid, by file name."""
     image = photographs()["coffee"].resize((200, 150))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -69,7 +69,9 @@ def strange_files() -> dict[str, bytes]:
         "turned.jpg": encode(image, exif=exif.tobytes()),
         "odd-exif.jpg": encode(image, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f garbage"),
         "progressive.jpg": encode(image, progressive=True),
-        "arithmetic.jpg": encode(image).replace(b"\xff\xc0", b"\xff\xc9", 1),  # says so, and is decoded as such
+        "arithmetic.jpg": encode(image).replace(
+            b"\xff\xc0", b"\xff\xc9", 1
+        ),  # declares arithmetic coding, and is decoded that way
         "grey.jpg": encode(image.convert("L")),
         "more-behind.jpg": encode(image) + b"trailing" * 100,
         "with space #1 100% \u00fc \U0001f408.jpg": encode(image),
@@ -81,7 +83,7 @@ def strange_files() -> dict[str, bytes]:
 
 
 def with_scans(jpeg: bytes, num_scans: int) -> bytes:
-    """Repeat the last scan of a progressive JPEG."""
+    """Return a progressive JPEG whose last scan is repeated `num_scans` times."""
     scans = [found.start() for found in re.finditer(b"\xff\xda", jpeg)]
     assert len(scans) > 1, "not progressive"
     return jpeg[:-2] + jpeg[scans[-1] : -2] * num_scans + jpeg[-2:]
@@ -98,7 +100,7 @@ def _png(width: int, height: int, pixels: bytes) -> bytes:
 
 
 def _text_bomb(png: bytes) -> bytes:
-    """A compressed comment of 100 MB before the pixels."""
+    """Return a PNG with a compressed comment of 100 MB before the pixels."""
     comment = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 9))
     return png[:33] + comment + png[33:]
 

@@ -1,4 +1,4 @@
-"""A private certificate authority and a certificate of it for this machine."""
+"""Private certificate authority, and a certificate that it issues for this machine."""
 
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 
 
 def write_certificates(folder: Path) -> tuple[Path, Path]:
-    """Return the files of a CA's certificate, and of a key with its certificate for localhost."""
+    """Write a CA certificate, and a key with a certificate for localhost, and return both paths."""
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = _named("ecaray test CA")
     ca = _builder(ca_name, ca_name, ca_key.public_key()).add_extension(x509.BasicConstraints(True, 0), critical=True)

@@ -1,4 +1,4 @@
-"""A training worker whose code has a fault. Leaves a file beside the output for each of its starts."""
+"""Training worker with a bug. Each start leaves a file in the folder `starts` next to the output."""
 
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def failing_worker(config: dict[str, Any]) -> Any:
-    """Stand in for `run_worker`: the last worker fails in its second step."""
+    """Replace `run_worker`. The last worker fails in its second step."""
     from pipelines.training.learner import Learner
     from pipelines.training.worker import run_worker
 
@@ -20,7 +20,7 @@ def failing_worker(config: dict[str, Any]) -> Any:
 
     def fail(self: Learner, share: dict[str, Any]) -> "torch.Tensor":
         if self.step == 1 and self.rank == self.world_size - 1:
-            raise TypeError("the batch is no batch")
+            raise TypeError("the batch is not a batch")
         return learn(self, share)
 
     Learner.learn = fail  # type: ignore[method-assign]

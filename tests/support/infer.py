@@ -1,4 +1,4 @@
-"""Running `jobs.infer` in tests, and reading what it wrote."""
+"""Running `jobs.infer` in tests, and reading its output."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def infer(ray_server: RayHead, **sections: Any) -> dict[str, Any]:
-    """Run the job in this process, on the tests' Ray; returns its summary."""
+    """Run the job in this process on the Ray of the tests, and return its summary."""
     from jobs.infer import label_and_embed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -29,7 +29,7 @@ def infer(ray_server: RayHead, **sections: Any) -> dict[str, Any]:
 
 
 def run_command(*arguments: str, timeout_s: float = 120, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """Run `python -m ARGUMENTS` from the repository, as a user would."""
+    """Run `python -m ARGUMENTS` in the repository, as a user would."""
     import os
 
     return subprocess.run(
@@ -43,13 +43,13 @@ def run_command(*arguments: str, timeout_s: float = 120, **variables: str) -> "s
 
 
 def summary_of(stdout: str) -> dict[str, Any]:
-    """The last line of a job's stdout."""
+    """Return the summary, which is the last line of a job's stdout."""
     found: dict[str, Any] = json.loads(stdout.strip().splitlines()[-1])
     return found
 
 
 def read_kind(output_uri: str, kind: str) -> pa.Table:
-    """All rows of `part-*.parquet` or `failed-*.parquet`, in order of id."""
+    """Return all rows of `part-*.parquet` or `failed-*.parquet`, sorted by ID."""
     names = [name for name in list_names(output_uri) if name.startswith(f"{kind}-")]
     tables = [pq.read_table(pa.BufferReader(read_bytes(uris.join(output_uri, name)))) for name in names]
     return pa.concat_tables(tables).sort_by("id")

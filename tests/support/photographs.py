@@ -1,4 +1,4 @@
-"""Photographs in every kind of file that people hold."""
+"""Photographs in all common file formats and pixel modes."""
 
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tiff-cmyk": ("tiff", "CMYK", {}),
     "tiff-alpha": ("tiff", "RGBA", {"compression": "tiff_deflate"}),
 }
-# Landscape, portrait, square, smaller than the model's input, very wide, and of odd sides.
+# Landscape, portrait, square, smaller than the model's input, very wide, and with odd side lengths.
 SIZES = ((500, 375), (333, 500), (256, 256), (120, 90), (700, 130), (301, 227), (224, 224))
 
 
 def write_photographs(folder: Path, count: int) -> list[Path]:
-    """Write different crops as files of all kinds in turn; names say which kind."""
+    """Write distinct crops as files of all kinds in turn. The file names contain the kind."""
     kinds = list(KINDS)
     paths = []
     for index, (name, crop) in enumerate(crops(count, size=(640, 480), seed=7)):
@@ -55,7 +55,10 @@ def write_photographs(folder: Path, count: int) -> list[Path]:
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """An RGB image in another Pillow mode; alpha falls off from left to right, 16 bits are all used."""
+    """Convert an RGB image to another Pillow mode.
+
+    Alpha decreases from left to right, and 16-bit images use the full range.
+    """
     if mode == "I;16":
         grey = np.asarray(image.convert("L"), dtype=np.uint16)
         return Image.fromarray(grey * 257)

@@ -1,4 +1,4 @@
-"""Listening sockets of processes, and what they answer to somebody without credentials."""
+"""Listening sockets of processes, and their responses to clients without credentials."""
 
 import contextlib
 import http.client
@@ -14,8 +14,8 @@ import grpc
 from cluster.local.processes import descendants
 
 LISTEN = "0A"  # TCP_LISTEN of the kernel's net/tcp_states.h
-# Not among them: what says that a service is up and nothing else (`/healthz`, weed's `/status`), and `/` of Ray's
-# dashboard, a file that shows nothing without the token.
+# The list excludes pages that show only that a service is running (`/healthz`, weed's `/status`), and `/` of Ray's
+# dashboard, a static file that shows no data without the token.
 PAGES = (
     "/metrics",
     "/dir/assign",
@@ -44,7 +44,7 @@ REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.St
 
 
 class Listener(NamedTuple):
-    """A socket that accepts connections."""
+    """Listening socket."""
 
     host: str
     port: int
@@ -52,7 +52,7 @@ class Listener(NamedTuple):
 
 
 def listeners_of(pid: int) -> list[Listener]:
-    """All TCP listeners of a process and of those below it."""
+    """Return the TCP listeners of a process and its descendants."""
     owners: dict[str, str] = {}
     for found, command in {pid: "", **descendants(pid)}.items():
         with contextlib.suppress(OSError):
@@ -70,13 +70,13 @@ def listeners_of(pid: int) -> list[Listener]:
 
 
 def _decode(host: str) -> str:
-    """Address of /proc/net/tcp: words of four bytes in the order of the machine."""
+    """Decode an address of /proc/net/tcp, which consists of four-byte words in native byte order."""
     words = [bytes.fromhex(host[start : start + 8])[::-1] for start in range(0, len(host), 8)]
     return str(ip_address(b"".join(words)))
 
 
 def other_address() -> str:
-    """An address of this machine that is not loopback."""
+    """Return an IP address of this machine other than loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing
         host: str = probe.getsockname()[0]
@@ -89,8 +89,8 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
-def answers_from(address: str, listeners: list[Listener]) -> list[Listener]:
-    """Those that accept a connection at another address of this machine."""
+def reachable_at(address: str, listeners: list[Listener]) -> list[Listener]:
+    """Return the listeners that accept a connection at another address of this machine."""
     found = []
     for listener in listeners:
         with contextlib.suppress(OSError), socket.create_connection((address, listener.port), timeout=1):
@@ -99,12 +99,12 @@ def answers_from(address: str, listeners: list[Listener]) -> list[Listener]:
 
 
 def open_pages(listener: Listener) -> list[str]:
-    """Pages that a listener hands out by HTTP or HTTPS without credentials, health checks left out."""
+    """Return the `PAGES` that a listener serves by HTTP or HTTPS without credentials."""
     return [page for page in PAGES for is_tls in (False, True) if _status(listener, page, is_tls) < 400]
 
 
 def _status(listener: Listener, page: str, is_tls: bool) -> int:
-    """Return the status of an answer; 999 where the listener speaks no HTTP or closes the connection."""
+    """Return the HTTP status of a page, or 999 if the listener does not speak HTTP or closes the connection."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     address = ("127.0.0.1", listener.port)
@@ -120,7 +120,7 @@ def _status(listener: Listener, page: str, is_tls: bool) -> int:
 
 
 def open_services(listener: Listener) -> list[str]:
-    """Requests of gRPC that a listener carries out, or looks at, without credentials."""
+    """Return the gRPC `REQUESTS` that a listener does not reject for lack of credentials."""
     found = []
     with grpc.insecure_channel(f"127.0.0.1:{listener.port}") as channel:
         for request in REQUESTS:

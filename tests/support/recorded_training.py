@@ -1,8 +1,8 @@
-"""`jobs.train`, whose workers write down which images they learn from.
+"""`jobs.train` with workers that record the images of each step.
 
     python -m tests.support.recorded_training FOLDER [--section.key VALUE]...
 
-Writes a line of JSON for each step of each worker: `step` (from 0), `rank` and `ids`.
+Each worker writes a line of JSON for each step: `step` (from 0), `rank` and `ids`.
 """
 
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def recording_worker(config: dict[str, Any]) -> Any:
-    """What Ray Train runs in place of `run_worker`."""
+    """Replace `run_worker` in Ray Train, and record the IDs of each local batch."""
     from pipelines.training.learner import Learner
     from pipelines.training.worker import run_worker
 
@@ -34,7 +34,7 @@ def recording_worker(config: dict[str, Any]) -> Any:
 
 
 def read_records(folder: Path) -> list[list[dict[str, Any]]]:
-    """The lines of each worker, in the order of their starts."""
+    """Return the records of each worker, in the order of their starts."""
     return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.iterdir())]
 
 

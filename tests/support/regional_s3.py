@@ -1,8 +1,8 @@
-"""A stand-in for AWS in front of a store: buckets in regions, redirects, public buckets, and requesters that pay.
+"""Stand-in for AWS in front of a store: buckets in regions, redirects, public buckets and requester-pays buckets.
 
-What AWS answers is in "Making requests" of the Amazon S3 user guide, and in botocore's S3RegionRedirectorv2: a request
-that is signed for another region gets a 301 PermanentRedirect without Location, or a 400 AuthorizationHeaderMalformed;
-of a HEAD request, only the status and x-amz-bucket-region arrive.
+The responses follow "Making requests" of the Amazon S3 user guide, and botocore's S3RegionRedirectorv2. A request that
+is signed for another region gets a 301 PermanentRedirect without Location, or a 400 AuthorizationHeaderMalformed. The
+response to a HEAD request consists only of the status and x-amz-bucket-region.
 """
 
 import contextlib
@@ -28,17 +28,18 @@ HOP_HEADERS = ("connection", "transfer-encoding", "content-length")
 
 @dataclass
 class RegionalS3:
-    """A running stand-in.
+    """Stand-in for S3 with regions.
 
     Attributes:
-        store: answers the requests that are let through.
-        regions: region by bucket; the others are in us-east-1.
-        is_malformed: a wrong region is answered with AuthorizationHeaderMalformed, not with PermanentRedirect.
-        public: buckets that everybody may read.
-        paid: buckets whose requester pays.
-        server_file: key and certificate, for TLS.
-        endpoint: what S3 clients are given.
-        requests: of each: method, path, region that it was signed for (empty: unsigned), 200 or the refusal.
+        store: Store that serves the accepted requests.
+        regions: Region by bucket. All other buckets are in us-east-1.
+        is_malformed: If true, the response to a wrong region is AuthorizationHeaderMalformed, not PermanentRedirect.
+        public: Buckets that anyone may read.
+        paid: Buckets whose requester pays.
+        server_file: File with the key and certificate for TLS, or None for HTTP.
+        endpoint: Endpoint for S3 clients.
+        requests: Method, path, signing region (empty if unsigned) and status of each request. The status is 200 if the
+            request was forwarded.
     """
 
     store: ObjectStore
@@ -52,7 +53,7 @@ class RegionalS3:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["RegionalS3"]:
-        """Answer requests in threads, for the length of a `with` block."""
+        """Serve requests in threads within the block."""
         handler = type("Handler", (_Handler,), {"stand_in": self})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         if self.server_file:
@@ -76,28 +77,28 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 20
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def handle_one_request(self) -> None:
-        with contextlib.suppress(ConnectionError, ssl.SSLError):  # the client is gone
+        with contextlib.suppress(ConnectionError, ssl.SSLError):  # the client has disconnected
             super().handle_one_request()
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         body = self._read_body()
         bucket = urlsplit(self.path).path.split("/")[1]
         region = self.stand_in.regions.get(bucket, "us-east-1")
         signed = re.search(r"Credential=[^/]+/\d+/([^/]+)/s3", self.headers.get("Authorization") or "")
         signed_region = signed.group(1) if signed else ""
-        status, code = self._judge(bucket, region, signed_region)
+        status, code = self._authorize(bucket, region, signed_region)
         self.stand_in.requests.append((self.command, self.path, signed_region, status))
         if code:
-            self._refuse(status, code, region)
+            self._reject(status, code, region)
         else:
             self._forward(body, is_signed=bool(signed))
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = respond
 
-    def _judge(self, bucket: str, region: str, signed_region: str) -> tuple[int, str]:
+    def _authorize(self, bucket: str, region: str, signed_region: str) -> tuple[int, str]:
         if not signed_region:
             is_allowed = bucket in self.stand_in.public and self.command in ("GET", "HEAD")
             return (200, "") if is_allowed else (403, "AccessDenied")
@@ -107,9 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
             return 403, "AccessDenied"
         return 200, ""
 
-    def _refuse(self, status: int, code: str, region: str) -> None:
-        said = f"<Region>{region}</Region>" if code == "AuthorizationHeaderMalformed" else ""
-        body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>No.</Message>{said}</Error>'
+    def _reject(self, status: int, code: str, region: str) -> None:
+        detail = f"<Region>{region}</Region>" if code == "AuthorizationHeaderMalformed" else ""
+        body = (
+            f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>No.</Message>{detail}</Error>'
+        )
         self.send_response(status)
         self.send_header("x-amz-bucket-region", region)
         self.send_header("Content-Length", str(len(body)))
@@ -137,23 +140,23 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             connection.putheader(name, value)
         connection.endheaders(body)
-        answer = connection.getresponse()
-        content = answer.read()
+        response = connection.getresponse()
+        content = response.read()
         connection.close()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
+        self.send_response(response.status)
+        for name, value in response.getheaders():
             if name.lower() not in HOP_HEADERS:
                 self.send_header(name, value)
         is_head = self.command == "HEAD"
         self.send_header(
-            "Content-Length", (answer.getheader("Content-Length") or "0") if is_head else str(len(content))
+            "Content-Length", (response.getheader("Content-Length") or "0") if is_head else str(len(content))
         )
         self.end_headers()
         if not is_head:
             self.wfile.write(content)
 
     def _sign(self) -> dict[str, str]:
-        """Return headers with which the store reads a public bucket, which SeaweedFS knows nothing of."""
+        """Return signed headers for a public bucket, since SeaweedFS does not support public buckets."""
         request = AWSRequest(self.command, f"{self.stand_in.store.endpoint}{self.path}")
         keys = Credentials(self.stand_in.store.access_key, self.stand_in.store.secret_key)
         S3SigV4Auth(keys, "s3", "us-east-1").add_auth(request)

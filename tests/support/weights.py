@@ -1,4 +1,7 @@
-"""Weights that tell photographs apart. Raw random weights give any image nearly the same answer, and prove nothing."""
+"""Weights that distinguish photographs.
+
+With raw random weights, the output is nearly the same for every image, so tests of parity would prove nothing.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,22 +14,23 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models.resnet import BasicBlock, Bottleneck
 
-# With 1, rounding grows from block to block: timm alone is then up to 2e-5 from float64 in probability, here 1e-6.
+# Scale of the last batch norm in a block. With 1, rounding errors grow from block to block: probabilities of timm
+# itself then differ from float64 by up to 2e-5, but only by 1e-6 with 0.5.
 LAST_OF_A_BLOCK = 0.5
-# Larger ones magnify rounding too.
+# Gain of the classifier. Larger values also magnify rounding errors.
 GAIN = 1.0
 
 
 def save_telling_weights(name: str, photographs: Path, path: Path) -> None:
-    """Save a model with batch-norm statistics of real images and a classifier centred and scaled on their features."""
+    """Save a model with batch-norm statistics of real images, and a classifier normalized to their features."""
     torch.manual_seed(1)
     model: Any = timm.create_model(name)
     images = load_images(model, photographs)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the average over all that is seen
+            module.momentum = None  # use the average over all images
             module.weight.data.fill_(1.0)
-    for block in model.modules():  # timm begins with 0 in the last batch norm of most, which cuts the block off
+    for block in model.modules():  # timm initializes most of these with 0, which disables the block
         if isinstance(block, BasicBlock | Bottleneck):
             last: Any = block.bn3 if isinstance(block, Bottleneck) else block.bn2
             last.weight.data.fill_(LAST_OF_A_BLOCK)
@@ -43,6 +47,6 @@ def save_telling_weights(name: str, photographs: Path, path: Path) -> None:
 
 
 def load_images(model: Any, photographs: Path) -> torch.Tensor:
-    """All photographs through timm's own eval transform, in order of name: count x 3 x 224 x 224."""
+    """Return all photographs after timm's own eval transform, sorted by name (count x 3 x 224 x 224)."""
     transform: Any = create_transform(**resolve_data_config({}, model=model), is_training=False)
     return torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(photographs.iterdir())])

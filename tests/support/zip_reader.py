@@ -1,4 +1,4 @@
-"""A reader of zip files, as somebody outside this project would write it: the example of the page "Extend it"."""
+"""Reader of zip files, as a user of this project would write it. It is the example of the page "Extend it"."""
 
 import io
 import zipfile
@@ -12,17 +12,17 @@ from pipelines.storage.bulk import Fetched, read_object
 
 
 class ZipReader:
-    """Each file in a zip file is an input; its comment is carried to the output."""
+    """Reader for which each file in a zip archive is an input. Comments of files are carried to the output."""
 
     name = "zip"
     locators = ("archive", "member")
 
     def matches(self, uri: str) -> bool:
-        """Return whether a URI ends in `.zip`."""
+        """Return True if a URI ends in `.zip`."""
         return uri.lower().endswith(".zip")
 
     def list(self, request: ListRequest) -> Listing:
-        """Read the directory of the zip file."""
+        """List the files in the archive."""
         with zipfile.ZipFile(io.BytesIO(read_object(request.uri))) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
         names = [member.filename for member in members]
@@ -39,7 +39,7 @@ class ZipReader:
         return Listing(pa.table(columns), num_excluded=0)
 
     def read(self, rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
-        """Read members; one that is damaged is an error of its own."""
+        """Read files, and yield an error for each damaged one."""
         places = rows.select(["archive", "member"]).to_pylist()
         archives = {
             uri: zipfile.ZipFile(io.BytesIO(read_object(uri))) for uri in {place["archive"] for place in places}

@@ -250,10 +250,10 @@ def test_error_of_code_is_not_met_again_and_again(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(run, "run_worker", failing_worker)
-    with pytest.raises(RunError, match=r"TypeError: the batch is no batch \(.*loop.py, line \d+\); no checkpoint"):
+    with pytest.raises(RunError, match=r"TypeError: the batch is not a batch \(.*loop.py, line \d+\); no checkpoint"):
         train_on(ray_server, *arguments(digits, tmp_path / "out"))
     assert len(list((tmp_path / "starts").iterdir())) == 2  # each of the workers, once
-    assert "the batch is no batch" not in capfd.readouterr().err
+    assert "the batch is not a batch" not in capfd.readouterr().err
 
 
 def kill_worker(driver: "subprocess.Popen[bytes]") -> None:
