@@ -109,10 +109,10 @@ class Proxy:
         if self.is_gone:
             return "reset"
         draw = self.rng.random()
-        for name, share in (("unavailable", self.faults.unavailable), ("stalled", self.faults.stalled)):
-            if draw < share:
+        for name, probability in (("unavailable", self.faults.unavailable), ("stalled", self.faults.stalled)):
+            if draw < probability:
                 return name
-            draw -= share
+            draw -= probability
         if draw < self.faults.reset:
             return self.rng.choice(["reset", "reset during the response"])
         return "none"

@@ -58,8 +58,8 @@ def crops(count: int, size: tuple[int, int] = (500, 375), seed: int = 0) -> Iter
     sources = list(photographs().items())
     for index in range(count):
         name, source = sources[index % len(sources)]
-        share = random.uniform(0.5, 1.0)
-        width, height = int(source.width * share), int(source.height * share)
+        scale = random.uniform(0.5, 1.0)
+        width, height = int(source.width * scale), int(source.height * scale)
         left = int(random.integers(0, source.width - width + 1))
         top = int(random.integers(0, source.height - height + 1))
         crop = source.crop((left, top, left + width, top + height))

@@ -24,8 +24,8 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 def find_program(name: str) -> str:
     """Return the path of a program, from this Python environment if it is there, else from PATH."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    in_environment = Path(sys.executable).with_name(name)
+    found = str(in_environment) if in_environment.exists() else shutil.which(name)
     if found is None:
         raise RuntimeError(f"the program {name} is not installed; run `make setup`")
     return found

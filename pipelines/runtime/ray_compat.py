@@ -148,7 +148,7 @@ def count_visible_gpus() -> int:
 
 
 def worker_memory_bytes() -> float:
-    """Return the memory in bytes that a local Ray leaves to workers, beside its object store."""
+    """Return the memory in bytes that a local Ray leaves to workers, without its object store."""
     from ray._common.utils import get_system_memory
     from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
@@ -172,7 +172,7 @@ def has_autoscaler() -> bool:
 def range_dataset(num_rows: int, **task_options: Any) -> "ray.data.Dataset":
     """Return a dataset of the numbers from 0 to `num_rows` - 1 in the column `id`, with one task for each row.
 
-    `ray.data.range` does the same, but its tasks request a whole CPU, which may never be free beside long-lived actors.
+    `ray.data.range` does the same, but its tasks request a whole CPU, which may never be free while actors hold CPUs.
     A stage that requests the same resources as `task_options` is fused with these tasks.
 
     Args:

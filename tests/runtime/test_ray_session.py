@@ -174,7 +174,7 @@ with ray_session():
 
 @pytest.mark.integration
 def test_home_need_not_be_writable(tmp_path: Path) -> None:
-    (tmp_path / "home").write_text("no folder, so that nothing can be written below it, not even by root")
+    (tmp_path / "home").write_text("not a folder, so nothing can be written below it, even by root")
     started = subprocess.run(
         [sys.executable, "-c", STARTED],
         cwd=REPOSITORY,
