@@ -1,4 +1,4 @@
-"""Training: `run.py` is the trainer, `loop.py` what each worker runs, one module a concern beside them.
+"""Training: `run.py` drives Ray Train, `loop.py` runs in each worker, and every other module covers one concern.
 
-labelled (what) -> order (which, when) -> augment (pixels) -> batches (a share) -> ingest (to the workers) -> learner
+Data path: sampler (ids) -> augment (pixels) -> batches (one local batch) -> ingest (to the workers) -> learner.
 """

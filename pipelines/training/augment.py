@@ -1,7 +1,8 @@
-"""The pixels of one image of a training set: timm's train transform, or its eval transform.
+"""Image transforms of a labelled set: timm's train transform and its eval transform.
 
-Both give uint8; the model normalizes on its device. Random changes are drawn from (seed, epoch, id): they happen in
-Ray's tasks, whose generators no checkpoint holds, and are the same wherever and whenever the image is decoded.
+Both return uint8; the model normalizes on its device. Random augmentation is seeded from (seed, epoch, id), because it
+runs in Ray tasks, whose generators are not part of any checkpoint. An image is therefore augmented identically wherever
+and whenever it is decoded.
 """
 
 import functools
@@ -19,13 +20,13 @@ from pipelines.training.seeds import seed_generators
 
 @dataclass(frozen=True)
 class TrainPixels:
-    """Random crop, flip, colour and automatic augmentation, by timm's factory.
+    """timm's train transform: random crop, flip, colour jitter and automatic augmentation.
 
     Attributes:
-        input_size: height and width, in pixels.
-        mean: per channel, of values in [0, 1]; fills what automatic augmentation moves in.
-        augment: what is drawn, and how much of it.
-        seed: of the run.
+        input_size: Height and width of the result, in pixels.
+        mean: Mean of each channel, in [0, 1]. Automatic augmentation fills empty areas with it.
+        augment: Kinds and strengths of the augmentation.
+        seed: Seed of the run.
     """
 
     input_size: tuple[int, int]
@@ -34,7 +35,7 @@ class TrainPixels:
     seed: int
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> NDArray[np.uint8]:
-        """An RGB image of any size to uint8 height x width x 3, as drawn for this epoch and id."""
+        """Augment an RGB image of any size for one epoch and id. Return height x width x 3, uint8."""
         seed_generators(self.seed, epoch, index)
         pixels: NDArray[np.uint8] = np.asarray(train_transform(self)(image))
         return np.ascontiguousarray(pixels.transpose(1, 2, 0))
@@ -45,15 +46,15 @@ class EvalPixels:
     """timm's eval transform.
 
     Attributes:
-        transform: of the model.
-        max_pixels: largest size resized to.
+        transform: Eval transform of the model.
+        max_pixels: Largest size, in pixels, that an image may be resized to.
     """
 
     transform: EvalTransform
     max_pixels: int
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> NDArray[np.uint8]:
-        """An RGB image of any size to uint8 height x width x 3, the same in every epoch."""
+        """Resize and crop an RGB image of any size. Return height x width x 3, uint8, the same in every epoch."""
         return self.transform.apply(image, self.max_pixels)
 
 
@@ -62,10 +63,10 @@ Pixels = TrainPixels | EvalPixels
 
 @functools.lru_cache(maxsize=4)
 def train_transform(pixels: TrainPixels) -> Callable[..., "object"]:
-    """Timm's transform, from an RGB image to uint8 3 x height x width.
+    """Build timm's train transform, from an RGB image to uint8 3 x height x width.
 
     Raises:
-        AssertionError: timm knows no such automatic augmentation.
+        AssertionError: timm does not know the automatic augmentation.
     """
     from timm.data.transforms_factory import create_transform
 
@@ -73,7 +74,7 @@ def train_transform(pixels: TrainPixels) -> Callable[..., "object"]:
     transform: Callable[..., object] = create_transform(
         input_size=pixels.input_size,
         is_training=True,
-        use_prefetcher=True,  # uint8; normalizing and erasing are the device's
+        use_prefetcher=True,  # returns uint8: normalization and random erasing run on the device
         scale=augment.scale,
         ratio=augment.ratio,
         hflip=augment.hflip,

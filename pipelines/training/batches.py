@@ -1,7 +1,7 @@
-"""A worker's share of a batch: from ids to uint8 images, in one Ray task. Rows 1:N.
+"""Local batches: one worker's part of a global batch, loaded from ids to uint8 images in one Ray task. Rows 1:N.
 
-Shares have the same number of rows on every worker, whatever fails: an image that cannot be had keeps its row, with the
-error in the place of its pixels, and a share that is short of an image is filled up.
+Local batches have the same number of rows on every worker. An image that cannot be read or decoded keeps its row, with
+an error message and blank pixels; a short local batch is padded.
 """
 
 from dataclasses import dataclass
@@ -20,52 +20,52 @@ from pipelines.training.augment import Pixels
 PADDING_ID = -1
 
 
-class Order(Protocol):
-    """Which images each share holds."""
+class Sampler(Protocol):
+    """Choice of the images in each local batch."""
 
-    def share(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The ids of one worker's share of one step."""
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """Return the ids of one worker's local batch of one step."""
         ...
 
 
 @dataclass(frozen=True)
 class SequentialSampler:
-    """Each image once, in the order of the ids: for validation.
+    """Sampler for validation: every image once, in ascending order of the ids.
 
     Attributes:
-        num_images: in the set.
-        batch_size: images a step, for each worker.
+        num_images: Number of images in the set.
+        batch_size: Number of images per step and worker.
     """
 
     num_images: int
     batch_size: int
 
     def num_steps(self, world_size: int) -> int:
-        """Steps until every image has been in one; the last shares may be short or empty."""
+        """Return the number of steps that cover the set. The last local batches may be short or empty."""
         return -(-self.num_images // (self.batch_size * world_size))
 
-    def share(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The ids of one worker's share of one step, the same in every epoch."""
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """Return the ids of one worker's local batch of one step, the same in every epoch."""
         start = (step * world_size + rank) * self.batch_size
         return np.arange(start, min(start + self.batch_size, self.num_images), dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class LocalBatchLoader:
-    """Fetches, decodes and transforms shares.
+    """Loader that fetches, decodes and transforms local batches.
 
     Attributes:
-        order: which images a share holds.
-        num_rows: of every share, those that fill it up included.
-        pixels: from RGB image to uint8.
-        input_size: height and width of the result, in pixels.
-        world_size: number of workers.
-        max_bytes: largest object fetched.
-        max_pixels: largest image decoded.
-        reader: reads the images.
+        sampler: Choice of the images in each local batch.
+        num_rows: Number of rows in every local batch, padding included.
+        pixels: Transform from an RGB image to uint8.
+        input_size: Height and width of the result, in pixels.
+        world_size: Number of workers.
+        max_bytes: Size limit of a fetched object, in bytes.
+        max_pixels: Size limit of a decoded image, in pixels.
+        reader: Reader of the images.
     """
 
-    order: Order
+    sampler: Sampler
     num_rows: int
     pixels: Pixels
     input_size: tuple[int, int]
@@ -75,19 +75,19 @@ class LocalBatchLoader:
     reader: Reader
 
     def load(self, images: pa.Table, epoch: int, step: int, rank: int) -> dict[str, NDArray[Any]]:
-        """One share.
+        """Load one local batch.
 
         Args:
-            images: `uri`, the locators of the reader, and `target`; an image's id is its row.
-            epoch: from 0.
-            step: within the epoch, from 0.
-            rank: the worker's.
+            images: Table of `uri`, the reader's locator columns and `target`. The id of an image is its row.
+            epoch: Epoch, from 0.
+            step: Step within the epoch, from 0.
+            rank: Rank of the worker.
 
         Returns:
-            `epoch`, `step`, `rank` (each the same in all rows), `id` (`PADDING_ID` in rows that fill up), `image`
-            (num_rows x height x width x 3 uint8), `target` int64, `error` (text; empty where there is none).
+            `epoch`, `step`, `rank` (the same in all rows), `id` (`PADDING_ID` in padding rows), `image` (num_rows x
+            height x width x 3, uint8), `target` (int64) and `error` (text; empty for good rows).
         """
-        ids = self.order.share(epoch, step, rank, self.world_size)
+        ids = self.sampler.local_batch(epoch, step, rank, self.world_size)
         assert len(ids) <= self.num_rows
         rows = images.take(pa.array(ids))
         result: dict[str, NDArray[Any]] = {
@@ -115,13 +115,13 @@ class LocalBatchLoader:
 
 @dataclass(frozen=True)
 class LocalBatchTask:
-    """A `LocalBatchLoader` as Ray Data calls it, on one row that says which share.
+    """Ray Data UDF that loads one local batch for each input row.
 
     Attributes:
-        loader: does the work.
+        loader: Loader of the local batches.
         images: `uri` and `target` of the set, in the object store.
-        first_step: of the dataset, counted over all epochs.
-        steps_per_epoch: of the set.
+        first_step: First step of the dataset, counted over all epochs.
+        steps_per_epoch: Number of steps in an epoch.
     """
 
     loader: LocalBatchLoader
@@ -130,7 +130,12 @@ class LocalBatchTask:
     steps_per_epoch: int
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        """`id` (one value: the share's place in the dataset, worker by worker, step by step) to one share."""
+        """Load the local batch of one row.
+
+        Args:
+            batch: `id`, one value: the position of the local batch in the dataset, where steps follow each other and
+                each step holds one local batch per worker, in order of rank.
+        """
         (place,) = batch["id"].tolist()
         step, rank = divmod(place, self.loader.world_size)
         epoch, step = divmod(self.first_step + step, self.steps_per_epoch)

@@ -1,52 +1,52 @@
-"""Detection of a loss that has become NaN or infinite, without making a GPU wait at every step."""
+"""Detection of NaN and infinite losses, without a GPU synchronization in every step."""
 
 import collections
 
 import torch
 
-# torch's GradScaler halves its scale and skips the update when gradients overflow. From its first scale, 65,536, this
-# many skips in a row lead below 1: then the loss itself overflows, whatever the scale.
+# torch's GradScaler halves its scale and skips the update when gradients overflow. After this many skips in a row, the
+# scale has fallen from its initial 65,536 to less than 1, so the loss itself overflows.
 MAX_SKIPPED_STEPS = 20
-# Later than every step.
+# Sentinel for "no bad step". It is larger than any step, so that a minimum over the workers ignores it.
 NO_STEP = 2**62
 NUM_RATES_KEPT = 200
 
 
 class DivergenceMonitor:
-    """Finds the first step of a loss that stays NaN or infinite. Losses are looked at on their device."""
+    """Monitor that finds the first step whose loss is NaN or infinite for good. Losses stay on their device."""
 
     def __init__(self, device: torch.device, is_scaled: bool) -> None:
-        """Start to watch.
+        """Create a monitor that has seen no losses.
 
         Args:
-            device: of the losses.
-            is_scaled: whether a GradScaler skips updates whose gradients are not finite. Then a single bad loss is
+            device: Device of the losses.
+            is_scaled: True if a GradScaler skips updates whose gradients are not finite, which makes a single bad loss
                 harmless.
         """
         self._limit = MAX_SKIPPED_STEPS if is_scaled else 1
-        self._num_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._began = torch.full((), NO_STEP, dtype=torch.int64, device=device)
-        self._found = self._began.clone()
+        self._num_consecutive = torch.zeros((), dtype=torch.int64, device=device)
+        self._candidate = torch.full((), NO_STEP, dtype=torch.int64, device=device)
+        self._found = self._candidate.clone()
         self._rates: collections.deque[tuple[int, float]] = collections.deque(maxlen=NUM_RATES_KEPT)
 
     @property
     def first_bad_step(self) -> torch.Tensor:
-        """The step from which on losses were bad, or `NO_STEP`: one int64 value on the device."""
+        """First step of the bad losses, or `NO_STEP`: one int64 value on the device."""
         return self._found
 
     def add(self, step: int, loss: torch.Tensor, lr: float) -> None:
-        """Look at one step.
+        """Add the loss of one step.
 
         Args:
-            step: counted from 1, over all epochs.
-            loss: one value.
-            lr: learning rate of that step.
+            step: Step, counted from 1 over all epochs.
+            loss: Loss of the step, one value.
+            lr: Learning rate of the step.
         """
         is_bad = ~torch.isfinite(loss)
-        self._began = torch.where(is_bad & (self._num_in_a_row == 0), step, self._began)
-        self._num_in_a_row = (self._num_in_a_row + 1) * is_bad
-        is_found = (self._found == NO_STEP) & (self._num_in_a_row >= self._limit)
-        self._found = torch.where(is_found, self._began, self._found)
+        self._candidate = torch.where(is_bad & (self._num_consecutive == 0), step, self._candidate)
+        self._num_consecutive = (self._num_consecutive + 1) * is_bad
+        is_found = (self._found == NO_STEP) & (self._num_consecutive >= self._limit)
+        self._found = torch.where(is_found, self._candidate, self._found)
         self._rates.append((step, lr))
 
     def lr_at(self, step: int) -> float:

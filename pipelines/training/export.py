@@ -1,4 +1,4 @@
-"""A checkpoint as a timm directory, with the weights that training hands out: the model's or its EMA's."""
+"""Export of a checkpoint to a timm directory, with the weights that the run chose: the model's or its EMA's."""
 
 import json
 import posixpath
@@ -14,13 +14,14 @@ from pipelines.outputs.run_record import RUN_FILE
 from pipelines.storage import uris
 from pipelines.storage.filesystem import download, list_names, read_bytes, translate_storage_errors, write_bytes
 from pipelines.training.checkpoint import STATE_FILE, TIMM_FILES, load_state, save_timm_directory
+from pipelines.training.history import EMA, MODEL
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Write `model.safetensors` and `config.json`; return the summary.
+    """Export a checkpoint to `model.safetensors` and `config.json`, and return the summary.
 
     Raises:
-        RequestError: there is no checkpoint, or the output is not empty or lies inside the data of the run.
+        RequestError: There is no checkpoint, or the output is not empty or lies inside the data of the run.
     """
     output_uri = uris.normalize(config.output.uri)
     with translate_storage_errors("read", output_uri):
@@ -49,15 +50,15 @@ def _find_checkpoint(uri: str) -> str:
         record = json.loads(read_bytes(uris.join(uri, RUN_FILE))) if RUN_FILE in names else None
     if record is None:
         if STATE_FILE not in names and not set(TIMM_FILES) <= set(names):
-            raise RequestError(f"no checkpoint at {uri}: it holds neither {STATE_FILE} nor {' and '.join(TIMM_FILES)}")
+            raise RequestError(f"no checkpoint at {uri}: found neither {STATE_FILE} nor {' and '.join(TIMM_FILES)}")
         return uri
     if "checkpoint_uri" not in record.get("summary", {}):
-        raise RequestError(f"the run at {uri} has not ended: name one of its checkpoints")
+        raise RequestError(f"the run at {uri} has not finished: set checkpoint.uri to one of its checkpoints")
     return str(record["summary"]["checkpoint_uri"])
 
 
 def _data_uris(checkpoint_uri: str) -> dict[str, str]:
-    """Return the data of the run that wrote a checkpoint, by their keys; empty if its record is not beside it."""
+    """Return the data URIs of the run that wrote a checkpoint, by config key; empty if its record is missing."""
     record_uri = uris.join(posixpath.dirname(checkpoint_uri), RUN_FILE)
     try:
         data = json.loads(read_bytes(record_uri))["config"]["data"]
@@ -66,12 +67,12 @@ def _data_uris(checkpoint_uri: str) -> dict[str, str]:
         return {}
 
 
-def handed_out(state: dict[str, Any]) -> str:
-    """Return `average` or `model`: the choice of the run, which older checkpoints hold for their last epoch only."""
+def chosen_weights(state: dict[str, Any]) -> str:
+    """Return the run's choice of weights, `EMA` or `MODEL`. Older checkpoints only hold it per epoch."""
     if state["learner"]["state_dict_ema"] is None:
-        return "model"
+        return MODEL
     last = state["history"][-1] if state.get("history") else {}
-    return str(state.get("handed_out", last.get("of", "average")))
+    return str(state.get("handed_out", last.get("of", EMA)))
 
 
 def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
@@ -79,9 +80,9 @@ def _timm_files(checkpoint_uri: str, folder: Path) -> dict[str, bytes]:
         if set(TIMM_FILES) <= set(list_names(checkpoint_uri)):
             return {name: read_bytes(uris.join(checkpoint_uri, name)) for name in TIMM_FILES}
         state = load_state(Path(download(uris.join(checkpoint_uri, STATE_FILE), str(folder))).parent)
-    described, learnt = state["model"], state["learner"]
+    described, learner = state["model"], state["learner"]
     module = create(described["name"], len(described["class_names"]))
-    module.load_state_dict(learnt["state_dict_ema" if handed_out(state) == "average" else "state_dict"])
+    module.load_state_dict(learner["state_dict_ema" if chosen_weights(state) == EMA else "state_dict"])
     transform = EvalTransform(**described["transform"])
     save_timm_directory(folder, module, tuple(described["class_names"]), transform)
     return {name: (folder / name).read_bytes() for name in TIMM_FILES}

@@ -1,4 +1,4 @@
-"""Which failures of a training worker are worth a restart. Imports no torch: Ray Train's controller needs none."""
+"""Restart policy for failed training workers. Does not import torch, which Ray Train's controller does not need."""
 
 import logging
 import traceback
@@ -12,8 +12,8 @@ from pipelines.runtime.logs import log_to_stderr
 
 log = logging.getLogger(__name__)
 
-# Errors of code, of ours or of a library that it calls: they come back after a restart. Others may not: a worker or a
-# connection that was lost, a store that did not answer.
+# Errors of our code or of a library that it calls. A restart would raise them again, unlike a lost worker, a lost
+# connection or a store that did not answer.
 CODE_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -28,8 +28,11 @@ CODE_ERRORS = (
 PACKAGE = Path(__file__).parents[1]
 
 
-def as_final(error: Exception) -> Exception:
-    """Return what a worker raises: a `RunError` with the place in our code for an error that no restart can mend."""
+def as_fatal(error: Exception) -> Exception:
+    """Convert an error that a restart cannot fix to a `RunError` that names the line of our code.
+
+    Other errors, and those that end the run already, are returned unchanged.
+    """
     if isinstance(error, RequestError) or not isinstance(error, CODE_ERRORS):
         return error
     frames = [
@@ -40,34 +43,34 @@ def as_final(error: Exception) -> Exception:
 
 
 class RestartPolicy(UserCallback):
-    """Logs why a worker failed, and ends the run where a restart would meet the same error again.
+    """Ray Train callback that logs why a worker failed, and ends the run if a restart would fail in the same way.
 
-    Ray Train restarts the workers after any error up to `FailureConfig.max_failures` times. An error that a callback
-    raises in its controller ends the run at once, and is the `controller_failure` of what `fit` raises.
+    Ray Train restarts the workers after any error, up to `FailureConfig.max_failures` times. An error raised by a
+    callback in the controller ends the run at once, and `fit` raises it as `controller_failure`.
     """
 
     def __init__(self) -> None:
         self._last_reason: str | None = None
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Note progress: after it, the same error may have another cause."""
+        """Forget the last error. After progress, the same error may have another cause."""
         self._last_reason = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called with the errors of workers, by rank, before Ray Train decides on a restart.
+        """Handle the errors of the workers, by rank, before Ray Train decides on a restart.
 
         Raises:
-            RequestError: a worker found the request wrong.
-            RunError: a restart would fail too.
+            RequestError: A worker rejected the request.
+            RunError: A restart would fail too.
         """
         for error in worker_exceptions.values():
             if isinstance(error, RequestError | RunError):
                 raise error
         rank = min(worker_exceptions)
         reason = root_cause(worker_exceptions[rank])
-        # Without progress in between. Lost workers, as Ray reports them, all read the same.
+        # Only plain RuntimeErrors count: Ray reports all lost workers with the same text.
         if type(worker_exceptions[rank]) is RuntimeError and reason == self._last_reason:
-            raise RunError(f"{reason}, and the same after a restart")
+            raise RunError(f"{reason} (the same error occurred again after a restart)")
         self._last_reason = reason
         log_to_stderr()
-        log.warning("training worker %d failed, to be restarted if failure.max_failures allows: %s", rank, reason)
+        log.warning("training worker %d failed; restarting if failure.max_failures allows: %s", rank, reason)

@@ -1,7 +1,7 @@
-"""Ray Train's storage behind the fence of the run's lease.
+"""File system for Ray Train that checks the fence of the run's lease before every write.
 
-Ray Train uploads checkpoints, removes older ones and rewrites its list of them by itself, in workers and in its
-controller. All of it goes through one Arrow file system, which is the place to look at the fence.
+Ray Train itself uploads checkpoints, removes older ones and rewrites its list of them, in workers and in its
+controller. All of these writes go through one Arrow file system, so that is where the fence is checked.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from pipelines.storage.filesystem import ArrowHandler
 
 
 class FencedHandler(ArrowHandler):
-    """Handler for Arrow's `PyFileSystem` that refuses to change anything once the lease is over.
+    """Handler for Arrow's `PyFileSystem` that refuses all writes once the lease is lost.
 
     Args:
-        uri: any URI of the store.
-        fence: of the run's lease.
+        uri: Any URI of the store.
+        fence: Fence of the run's lease.
     """
 
     def __init__(self, uri: str, fence: Fence) -> None:
@@ -31,12 +31,12 @@ class FencedHandler(ArrowHandler):
         super().create_dir(path, recursive)
 
     def delete_dir(self, path: str) -> None:
-        """Delete a folder and all below it."""
+        """Delete a folder and its contents."""
         self._fence.check()
         super().delete_dir(path)
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        """Delete all below a folder."""
+        """Delete the contents of a folder."""
         self._fence.check()
         super().delete_dir_contents(path, missing_dir_ok)
 

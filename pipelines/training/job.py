@@ -1,4 +1,4 @@
-"""What the driver hands to each training worker, and the names that both use."""
+"""Data that the driver passes to each training worker."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images in the object store.
+    """Labelled images whose table is in the object store.
 
     Attributes:
-        images: a table of `uri`, the locators of the reader, and `target`; an image's id is its row.
-        num_images: its rows.
-        reader: reads the images.
+        images: Table of `uri`, the reader's locator columns and `target`. The id of an image is its row.
+        num_images: Number of rows of the table.
+        reader: Reader of the images.
     """
 
     images: "ray.ObjectRef[pa.Table]"
@@ -32,16 +32,16 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A request whose every question is answered.
+    """A resolved request, as a worker receives it.
 
     Attributes:
-        config: with normalized URIs.
-        start: a `StartingPoint` in the object store.
-        train: the images to learn from.
-        validation: those to measure with, if there are any.
-        num_threads: of torch in each worker; None leaves it to torch.
-        num_cpus_per_task: what Ray sets aside for each share in the making.
-        fence: of the run's lease; None where no lease protects the output.
+        config: Config with normalized URIs.
+        start: `StartingPoint` in the object store.
+        train: Training images.
+        validation: Validation images, if there are any.
+        num_threads: Number of torch threads in each worker; None keeps torch's default.
+        num_cpus_per_task: CPUs that Ray reserves for each task, which loads one local batch.
+        fence: Fence of the run's lease; None if no lease protects the output.
     """
 
     config: TrainConfig
@@ -53,7 +53,7 @@ class TrainJob:
     fence: Fence | None = None
 
     @property
-    def order(self) -> EpochSampler:
-        """Which image is seen when."""
+    def sampler(self) -> EpochSampler:
+        """Sampler of the training images."""
         optim = self.config.optim
         return EpochSampler(self.train.num_images, optim.global_batch_size, optim.seed)

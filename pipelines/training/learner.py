@@ -1,6 +1,7 @@
-"""Model, EMA, optimizer, schedule and loss, by timm's factories: one training step, one validation batch.
+"""Model, EMA, optimizer, schedule and loss from timm's factories, with one training step and one validation batch.
 
-Nothing here depends on Ray. Where torch.distributed is initialized, DDP averages the gradients over the workers.
+This module does not depend on Ray. With several workers, torch.distributed has to be initialized; DDP then averages
+the gradients over them.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
 from pipelines.runtime.cache import use_private_compiler_cache
 from pipelines.training.batches import PADDING_ID
+from pipelines.training.history import EMA, MODEL
 from pipelines.training.recipe import (
     batch_norms,
     freeze,
@@ -35,20 +37,20 @@ from pipelines.training.recipe import (
 )
 from pipelines.training.seeds import seed_generators
 
-# fairseq's limit. A scale that low means that no gradient of the last dozens of steps was finite.
+# fairseq's limit. The scale only falls that low if the gradients of the last dozens of steps were not finite.
 MIN_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt.
+    """Model dimensions, normalization and epoch length of a run.
 
     Attributes:
-        architecture: timm's name, without a tag.
-        num_classes: length of the logits.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        steps_per_epoch: global batches.
+        architecture: timm's name of the architecture, without a tag.
+        num_classes: Length of the logits.
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
+        steps_per_epoch: Number of global batches in an epoch.
     """
 
     architecture: str
@@ -59,12 +61,12 @@ class Task:
 
 
 class Learner:
-    """The state of a training run on one worker.
+    """Training state of one worker.
 
     Attributes:
         module: timm's model, without wrappers.
-        average: its exponential moving average, if there is one.
-        step: updates made, over all epochs.
+        ema: Exponential moving average of its weights, if the config asks for one.
+        step: Number of updates made, over all epochs.
     """
 
     def __init__(
@@ -82,11 +84,11 @@ class Learner:
         self._layout = memory_format_for(task.architecture, device)
         self.module = module.to(device).to(memory_format=self._layout)
         freeze(self.module, config)
-        self.average = make_ema(config, self.module)
+        self.ema = make_ema(config, self.module)
         self._optimizer = make_optimizer(config, self.module)
         self._schedule = make_schedule(config, self._optimizer, task.steps_per_epoch)
         self._scaler = NativeScaler(device.type) if config.model.dtype == "float16" else None
-        self._model: Any = self._wrapped()
+        self._model: Any = self._wrap_model()
         self._mixup = make_mixup(config, task.num_classes)
         self._erase = RandomErasing(config.augment.random_erase_prob, mode="pixel", device=str(device))
         self._train_loss = make_loss(config, is_soft=self._mixup is not None)
@@ -95,7 +97,7 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Learning rate of the next step."""
         return max(float(group["lr"]) for group in self._optimizer.param_groups)
 
     @property
@@ -105,33 +107,34 @@ class Learner:
 
     @property
     def preferred_weights(self) -> str:
-        """`average` or `model`: the weights to hand out where no validation compares them.
+        """Name of the weights to export, `EMA` or `MODEL`, if there is no validation to compare them.
 
-        An EMA over a large part of a short training is behind the model.
+        In a short run, an EMA averages over a large part of the steps and lags behind the model.
         """
-        return "average" if self.average is not None and is_settled(self.average, self.step) else "model"
+        return EMA if self.ema is not None and is_settled(self.ema, self.step) else MODEL
 
     def weights(self, name: str) -> TimmModule:
-        """Return the module of `model` or `average`."""
-        return self.module if self.average is None or name == "model" else self.average.module
+        """Return the module of the weights called `MODEL` or `EMA`."""
+        return self.module if self.ema is None or name == MODEL else self.ema.module
 
     def is_broken(self) -> bool:
-        """Check whether weights or statistics are NaN or infinite, or a GradScaler skips every update."""
+        """Return whether weights or statistics are NaN or infinite, or the GradScaler skips every update."""
         if self._scaler is not None and self._scaler.state_dict()["scale"] < MIN_SCALE:
             return True
-        modules = [self.module] if self.average is None else [self.module, self.average.module]
+        modules = [self.module] if self.ema is None else [self.module, self.ema.module]
         tensors = [tensor for module in modules for tensor in module.parameters()]
         tensors += [tensor for module in modules for norm in batch_norms(module) for tensor in norm.buffers()]
         return not torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()
 
-    def learn(self, share: dict[str, NDArray[Any]]) -> torch.Tensor:
+    def learn(self, local_batch: dict[str, NDArray[Any]]) -> torch.Tensor:
         """Make one step on this worker's local batch.
 
         Each image has the weight 1 / global_batch_size, whatever the number of workers and microbatches. Failed images
-        have none.
+        have the weight 0.
 
         Args:
-            share: `image` (rows x height x width x 3, uint8), `target`, `id`, `error`, as `LocalBatchLoader` makes it.
+            local_batch: `image` (rows x height x width x 3, uint8), `target`, `id` and `error`, as `LocalBatchLoader`
+                returns them.
 
         Returns:
             This worker's part of the loss, to be summed over the workers: one float64 value on the device. Reading it
@@ -140,64 +143,64 @@ class Learner:
         seed_generators(self.config.optim.seed, self.step, self.rank)  # for dropout, mixup and erasing
         self._set_mode()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        pieces = self._pieces(share)
-        for position, (rows, weights) in enumerate(pieces):
-            is_last = position == len(pieces) - 1
-            with self._synchronized(is_last):
-                loss = self._loss(share, rows, weights)
-                self._backward(loss * self.world_size, is_last)  # DDP takes the mean over the workers
+        microbatches = self._microbatches(local_batch)
+        for position, (rows, weights) in enumerate(microbatches):
+            is_last = position == len(microbatches) - 1
+            with self._gradient_sync(is_last):
+                loss = self._loss(local_batch, rows, weights)
+                self._backward(loss * self.world_size, is_last)  # DDP averages over the workers
             total += loss.detach()
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.module, step=self.step)
+        if self.ema is not None:
+            self.ema.update(self.module, step=self.step)
         self._schedule.step_update(num_updates=self.step)
         return total
 
-    def agree_on_statistics(self) -> None:
-        """Average the running statistics of batch norm over the workers: before measuring and saving."""
+    def sync_batch_norm_statistics(self) -> None:
+        """Average the running statistics of batch norm over the workers. Call it before validating and saving."""
         if self.world_size > 1:
-            for module in (self.module, *([self.average.module] if self.average is not None else [])):
+            for module in (self.module, *([self.ema.module] if self.ema is not None else [])):
                 distribute_bn(module, self.world_size, reduce=True)
 
     @torch.inference_mode()
-    def measure(self, share: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        """Count hits on one local batch, of the model and of its EMA, to be summed over batches and workers.
+    def measure(self, local_batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        """Evaluate the model and its EMA on one local batch.
 
         Returns:
-            For each of `model` and, where there is one, `average`: images, hits of top-1 and top-5 and the sum of the
-            cross-entropy, as 4 float64 values. Failed images count nowhere.
+            For `MODEL` and, if there is one, `EMA`: the number of images, the top-1 and top-5 hits and the sum of the
+            cross-entropy, as 4 float64 values to be summed over batches and workers. Failed images are left out.
         """
-        good = _good_rows(share)
-        modules = {"model": self.module} | ({"average": self.average.module} if self.average is not None else {})
+        good = _good_rows(local_batch)
+        modules = {MODEL: self.module} | ({EMA: self.ema.module} if self.ema is not None else {})
         if not len(good):
             return {name: torch.zeros(4, dtype=torch.float64, device=self.device) for name in modules}
-        images, target = self._images(share, good), self._target(share, good)
+        images, target = self._images(local_batch, good), self._target(local_batch, good)
         return {name: self._count(module.eval(), images, target) for name, module in modules.items()}
 
     def state(self) -> dict[str, Any]:
-        """All that goes on from here: tensors and plain values, loadable with `weights_only=True`."""
+        """Return the state to resume from: tensors and plain values, loadable with `weights_only=True`."""
         return {
             "step": self.step,
             "state_dict": self.module.state_dict(),
-            "state_dict_ema": None if self.average is None else self.average.module.state_dict(),
+            "state_dict_ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`. Schedule and generators follow from the step."""
+        """Resume from a result of `state()`. Schedule and random generators are derived from the step."""
         self.step = state["step"]
         self.module.load_state_dict(state["state_dict"])
         self._optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["state_dict_ema"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["state_dict_ema"])
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         self._schedule.step_update(num_updates=self.step)
 
-    def _wrapped(self) -> Any:
+    def _wrap_model(self) -> Any:
         if self.config.model.sync_batch_norm:
-            self.module = convert_sync_batchnorm(self.module)  # timm's keeps the activations that some norms hold
+            self.module = convert_sync_batchnorm(self.module)  # unlike torch's, timm's keeps fused activations
         if self.config.model.compile:
             use_private_compiler_cache()
         model: Any = torch.compile(self.module) if self.config.model.compile else self.module
@@ -212,32 +215,36 @@ class Learner:
             for module in batch_norms(self.module):
                 module.eval()
 
-    def _pieces(self, share: dict[str, NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    def _microbatches(
+        self, local_batch: dict[str, NDArray[Any]]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Split a local batch into microbatches.
 
-        Every worker makes the same number of passes, whatever failed: synchronized batch norm waits for all workers in
-        each pass. Batch norm needs two images a pass. Where too few images are good, some are passed more than once,
-        each time with a part of their weight; where none is good, failed rows stand in and count nothing.
+        Every worker runs the same number of microbatches, whatever failed, because synchronized batch norm waits for
+        all workers in each forward pass. Batch norm needs at least two images per pass. If there are too few good
+        images, some are used several times with a fraction of their weight. If there is none, failed rows take their
+        place with the weight 0.
 
         Returns:
-            The rows of each pass, and their weights, which are 1 for each good image.
+            Rows and weights of each microbatch. The weights of a good image sum to 1.
         """
-        num_passes = self.config.optim.grad_accum_steps
-        good = _good_rows(share)
-        rows = good if len(good) else np.arange(len(share["id"]))
-        rows = np.resize(rows, max(len(rows), 2 * num_passes))
+        num_microbatches = self.config.optim.grad_accum_steps
+        good = _good_rows(local_batch)
+        rows = good if len(good) else np.arange(len(local_batch["id"]))
+        rows = np.resize(rows, max(len(rows), 2 * num_microbatches))
         weights = 1 / np.bincount(rows)[rows] if len(good) else np.zeros(len(rows))
-        return list(zip(np.array_split(rows, num_passes), np.array_split(weights, num_passes)))
+        return list(zip(np.array_split(rows, num_microbatches), np.array_split(weights, num_microbatches)))
 
-    def _synchronized(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which DDP all-reduces the gradients of the last microbatch only."""
         is_wrapped = isinstance(self._model, DistributedDataParallel)
         return self._model.no_sync() if is_wrapped and not is_last else contextlib.nullcontext()
 
     def _loss(
-        self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64], weights: NDArray[np.float64]
+        self, local_batch: dict[str, NDArray[Any]], rows: NDArray[np.int64], weights: NDArray[np.float64]
     ) -> torch.Tensor:
-        """Return a pass's part of the mean loss over the global batch."""
-        images, target = self._images(share, rows), self._target(share, rows)
+        """Return a microbatch's part of the mean loss over the global batch."""
+        images, target = self._images(local_batch, rows), self._target(local_batch, rows)
         if self._mixup is not None:
             images, target = self._mixup(images, target)
         images = self._erase(images)
@@ -247,10 +254,10 @@ class Learner:
         if (weights == weights[0]).all():
             mean: torch.Tensor = self._train_loss(logits.float(), target)
             return mean * float(weights[0] * len(rows) / global_batch_size)
-        # timm's losses have no weights.
-        rows_of_one = zip(torch.split(logits.float(), 1), torch.split(target, 1), weights)
-        parts: torch.Tensor = torch.stack([self._train_loss(row, goal) * weight for row, goal, weight in rows_of_one])
-        return parts.sum() / global_batch_size
+        # timm's losses do not accept weights per image.
+        images_in_turn = zip(torch.split(logits.float(), 1), torch.split(target, 1), weights)
+        losses: torch.Tensor = torch.stack([self._train_loss(row, one) * weight for row, one, weight in images_in_turn])
+        return losses.sum() / global_batch_size
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -270,20 +277,21 @@ class Learner:
         with self._autocast():
             logits = module(images)
         logits = logits.float()
-        # Where the answer is no number, topk takes the first classes for the best.
-        is_answer = torch.isfinite(logits).all(dim=1, keepdim=True)
-        best = (logits.topk(min(5, logits.shape[1])).indices == target[:, None]) & is_answer
+        # topk ranks the first classes highest if the logits are NaN, which must not count as a hit.
+        is_finite = torch.isfinite(logits).all(dim=1, keepdim=True)
+        hits = (logits.topk(min(5, logits.shape[1])).indices == target[:, None]) & is_finite
         loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        counts = [torch.tensor(len(target), device=self.device), best[:, 0].sum(), best.sum(), loss]
+        counts = [torch.tensor(len(target), device=self.device), hits[:, 0].sum(), hits.sum(), loss]
         return torch.stack([count.double() for count in counts])
 
-    def _images(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
-        """Rows x 3 x height x width, normalized, in the model's layout."""
-        images: torch.Tensor = self._normalize(self._side_stream.upload(torch.from_numpy(share["image"][rows])))
+    def _images(self, local_batch: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
+        """Return rows x 3 x height x width, normalized, in the model's memory format."""
+        uploaded = self._side_stream.upload(torch.from_numpy(local_batch["image"][rows]))
+        images: torch.Tensor = self._normalize(uploaded)
         return images.contiguous(memory_format=self._layout)
 
-    def _target(self, share: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(share["target"][rows]).to(self.device)
+    def _target(self, local_batch: dict[str, NDArray[Any]], rows: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(local_batch["target"][rows]).to(self.device)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         precision = self.config.model.dtype
@@ -292,5 +300,5 @@ class Learner:
         return torch.autocast(self.device.type, dtype=getattr(torch, precision))
 
 
-def _good_rows(share: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
-    return np.flatnonzero((share["id"] != PADDING_ID) & (share["error"] == ""))
+def _good_rows(local_batch: dict[str, NDArray[Any]]) -> NDArray[np.int64]:
+    return np.flatnonzero((local_batch["id"] != PADDING_ID) & (local_batch["error"] == ""))

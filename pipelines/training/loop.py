@@ -1,7 +1,7 @@
-"""The loop of one training worker. Every worker runs it; Ray Train restarts all of them where one is lost.
+"""Training loop of one worker. If a worker is lost, Ray Train restarts all of them.
 
-A restarted run resumes from the last checkpoint. Model, EMA, optimizer and scaler come from its file. The order of the
-images, augmentation, learning rate and every random draw follow from the step that it holds.
+A restarted run resumes from the last checkpoint. Model, EMA, optimizer and scaler are loaded from its file. The order
+of the images, augmentation, learning rate and all random draws are derived from the step that it holds.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pipelines.outputs.lease import FENCE_AGE_S
 from pipelines.runtime.logs import log_to_stderr
 from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
 from pipelines.training.divergence import NO_STEP, DivergenceMonitor
-from pipelines.training.history import NO_SCORE, SCORE, final_score
+from pipelines.training.history import NO_SCORE, SCORE, best_record
 from pipelines.training.ingest import errors_of, max_steps_per_dataset
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.learner import Learner, Task
@@ -30,21 +30,21 @@ from pipelines.training.training_log import TrainingLog
 
 log = logging.getLogger(__name__)
 
-# A collective operation. At a step a second, a set of broken images is noticed within two minutes.
+# Gathering is a collective operation. At one step per second, a set of broken images is noticed within two minutes.
 GATHER_ERRORS_EVERY_STEPS = 100
-# Each check of the loss makes the GPU wait once.
+# Each check of the loss synchronizes with the GPU once.
 CHECK_LOSS_EVERY_STEPS = 10
 
 
 def train_worker(job: TrainJob) -> dict[str, Any]:
-    """Train to the end of the last epoch. Return the results, the same on every worker except for `metrics`."""
+    """Train to the end of the last epoch and return the results, the same on every worker except for `metrics`."""
     log_to_stderr()
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
     worker = Worker(job, ray.get(job.start))
     worker.resume()
     while worker.learner.step < worker.total_steps and worker.stopped_by is None:
-        worker.learn_some()
+        worker.train_next_dataset()
     return {
         "history": worker.history,
         "failed": worker.failed,
@@ -55,23 +55,24 @@ def train_worker(job: TrainJob) -> dict[str, Any]:
 
 
 class Worker:
-    """One training worker: its learner and its records.
+    """Training worker: its learner, its metrics and its checkpoints.
 
     Attributes:
-        learner: model, optimizer and schedule.
-        log: metrics and log lines of the first worker.
-        history: one record an epoch.
-        failed: reason by id, of training images that could not be read.
-        failed_in_epoch: ids of those of this epoch. A resumed run has seen only a part of it.
-        validation_failed: reason by id, of images that could not be read in the last validation.
-        stopped_by: reason to stop early; None while the run goes on.
+        learner: Model, optimizer and schedule.
+        log: Metrics and log lines of the run, used on rank 0.
+        history: Records of the epochs.
+        failed: Errors of the training images that failed, by id.
+        failed_in_epoch: Ids of the training images that failed in this epoch. After a resume, it covers only the part
+            of the epoch since then.
+        validation_failed: Errors of the images that failed in the last validation, by id.
+        stopped_by: Reason to stop the run early; None while there is none.
     """
 
     def __init__(self, job: TrainJob, start: StartingPoint) -> None:
         context = ray.train.get_context()
         self.job, self.start, self.config = job, start, job.config
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.steps_per_epoch = job.order.steps_per_epoch
+        self.steps_per_epoch = job.sampler.steps_per_epoch
         self.total_steps = self.steps_per_epoch * job.config.optim.epochs
         architecture = start.name.partition(".")[0]
         transform = start.transform
@@ -85,7 +86,7 @@ class Worker:
         self.failed_in_epoch: set[int] = set()
         self.validation_failed: dict[int, str] = {}
         self.stopped_by: str | None = None
-        self._shares = LocalBatches(job, transform, self.rank, self.world_size)
+        self._local_batches = LocalBatches(job, transform, self.rank, self.world_size)
         self._divergence = DivergenceMonitor(device, self.learner.is_scaled)
         self._has_checkpoint = False
         self._new_errors: dict[int, str] = {}
@@ -103,26 +104,26 @@ class Worker:
         self.history, self.failed = state["history"], state["failed"]
         self.validation_failed = state.get("validation_failed", {})
         self.log.records = state["metrics"]
-        # Before losses that are not finite were left out, each step counted.
+        # Older checkpoints hold only the sum, which includes the losses of all steps.
         losses = state.get("losses") or [state["loss_sum"], self.learner.step % self.steps_per_epoch]
         if self.rank == 0:
             self._losses += torch.tensor(losses, dtype=torch.float64, device=self.learner.device)
         if self.rank == 0:
-            log.info("going on at step %d of %d", self.learner.step, self.total_steps)
+            log.info("resuming at step %d of %d", self.learner.step, self.total_steps)
 
-    def learn_some(self) -> None:
-        """Train the steps of one dataset, with checkpoints and validations in between."""
+    def train_next_dataset(self) -> None:
+        """Train the steps of one Ray dataset, with the checkpoints and validations that fall due."""
         first = self.learner.step
         num_steps = min(self.total_steps - first, max_steps_per_dataset(self.world_size))
-        for share in self._shares.training(first, num_steps):
+        for local_batch in self._local_batches.training(first, num_steps):
             lr = self.learner.lr
-            loss = self.learner.learn(share)
+            loss = self.learner.learn(local_batch)
             self._divergence.add(self.learner.step, loss, lr)
             is_finite = torch.isfinite(loss)
             self._losses += torch.stack([torch.where(is_finite, loss, 0.0), is_finite.double() / self.world_size])
-            self._new_errors |= errors_of(share)
+            self._new_errors |= errors_of(local_batch)
             if self.rank == 0:
-                # Local batches are drawn at random, so the mean loss of one stands for all: no all-reduce in each step.
+                # Local batches are random samples: the loss of one estimates the mean without an all-reduce per step.
                 self.log.add_step(self.learner.step, loss * self.world_size, self.learner.lr)
             self._after_step()
             if self.stopped_by is not None:
@@ -140,7 +141,7 @@ class Worker:
             self._stop_if_too_many_failed()
         if not is_checkpoint_due or self.stopped_by is not None:
             return
-        self.learner.agree_on_statistics()
+        self.learner.sync_batch_norm_statistics()
         if is_epoch_end:
             self._end_epoch()
         else:
@@ -149,43 +150,44 @@ class Worker:
     def _end_epoch(self) -> None:
         epoch = self.learner.step // self.steps_per_epoch
         record: dict[str, Any] = {"epoch": epoch, "step": self.learner.step, "lr": self.learner.lr}
-        loss_sum, num_losses = self._summed(self._losses).tolist()
+        loss_sum, num_losses = self._all_reduce_sum(self._losses).tolist()
         record["train_loss"] = loss_sum / num_losses if num_losses else None
         record["images_per_s"] = self.log.epoch_rate()
         if self.job.validation is not None:
             record |= self._measure(self.job.validation)
             if self.stopped_by is not None:
                 return
-        elif self.learner.average is not None:
+        elif self.learner.ema is not None:
             record["of"] = self.learner.preferred_weights
         self.history.append(record)
         self._losses = self._no_losses()
         self.failed_in_epoch.clear()
         if self.rank == 0:
             self.log.end_epoch(record)
-        self._report({SCORE: float(epoch), **record}, is_best=final_score(self.history) is record)
+        self._report({SCORE: float(epoch), **record}, is_best=best_record(self.history) is record)
         self.log.restart_clock()
 
     def _measure(self, validation: ImageSet) -> dict[str, Any]:
-        """Measure top-1, top-5 and loss over the whole set, each image counted once.
+        """Compute top-1, top-5 and loss over the whole set, counting each image once.
 
-        Stops the run where too many of the images fail: what the others score says too little.
+        Sets `stopped_by` if too many of the images failed, because the score of the others would mean little.
         """
         sums: dict[str, torch.Tensor] = {}
         errors: dict[int, str] = {}
-        for share in self._shares.validation(validation):
-            errors |= dict(errors_of(share))
-            for name, counts in self.learner.measure(share).items():
+        for local_batch in self._local_batches.validation(validation):
+            errors |= dict(errors_of(local_batch))
+            for name, counts in self.learner.measure(local_batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(counts)) + counts
-        known, self.validation_failed = self.validation_failed, self._gathered(errors)
-        self.stopped_by = self._too_many("validation images", validation, self.validation_failed)
+        known, self.validation_failed = self.validation_failed, self._all_gather(errors)
+        self.stopped_by = self._refuse_too_many("validation images", validation, self.validation_failed)
         if self.rank == 0 and self.stopped_by is None and self.validation_failed.keys() - known.keys():
             log.warning(
-                "%s; they count in no score", self._describe("validation images", validation, self.validation_failed)
+                "%s; the scores leave them out",
+                self._describe_failed("validation images", validation, self.validation_failed),
             )
         record: dict[str, Any] = {"num_validation_failed": len(self.validation_failed)}
         for name, counts in sums.items():
-            num_images, top1, top5, loss = self._summed(counts).tolist()
+            num_images, top1, top5, loss = self._all_reduce_sum(counts).tolist()
             record["num_validation_images"] = int(num_images)
             for figure, value in (("top1", top1), ("top5", top5), ("loss", loss)):
                 # JSON has no NaN.
@@ -194,27 +196,27 @@ class Worker:
         return record | {"top1": record[f"{best}_top1"], "top5": record[f"{best}_top5"], "of": best}
 
     def _report(self, metrics: dict[str, Any], is_best: bool) -> None:
-        """Report metrics to Ray Train, and a checkpoint from the first worker. A collective operation."""
+        """Report metrics to Ray Train, with a checkpoint from rank 0. A collective operation."""
         self._has_checkpoint = True
-        losses = self._summed(self._losses)
+        losses = self._all_reduce_sum(self._losses)
         if self.rank:
             ray.train.report(metrics)
-            self._losses = self._no_losses()  # the first worker holds the sum from here on
+            self._losses = self._no_losses()  # rank 0 keeps the sum
             return
         self._losses = losses
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_state(folder, self._state())
             if is_best:
-                module = self.learner.weights(self._handed_out())
+                module = self.learner.weights(self._chosen_weights())
                 save_timm_directory(folder, module, self.start.class_names, self.start.transform)
-            # Ray Train removes an older checkpoint for each that it is given: it may be another run's by now.
+            # Ray Train removes an older checkpoint for each new one. By now it may belong to another run.
             self._check_fence(max_age_s=0)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self.log.upload()
 
     def _check_fence(self, max_age_s: float) -> None:
-        """Refuse, in the first worker, to go on where another run has taken over the output."""
+        """Raise on rank 0 if another run has taken over the output."""
         if self.rank == 0 and self.job.fence is not None:
             self.job.fence.check(max_age_s)
 
@@ -222,7 +224,7 @@ class Worker:
         return {
             "model": describe_model(self.start.name, self.start.class_names, self.start.transform),
             "learner": self.learner.state(),
-            "handed_out": self._handed_out(),
+            "handed_out": self._chosen_weights(),
             "history": self.history,
             "failed": self.failed,
             "validation_failed": self.validation_failed,
@@ -230,14 +232,14 @@ class Worker:
             "losses": self._losses.tolist(),
         }
 
-    def _handed_out(self) -> str:
-        """Name the weights to hand out: those that scored better in the last validation, if there is one."""
+    def _chosen_weights(self) -> str:
+        """Return the name of the weights to export: the better ones of the last validation, if there is one."""
         if self.job.validation is not None and self.history:
             return str(self.history[-1]["of"])
         return self.learner.preferred_weights
 
     def _stop_if_diverged(self, is_checkpoint_due: bool) -> None:
-        """Stop all workers at the same step where loss or weights are NaN or infinite, before a checkpoint of them."""
+        """Set `stopped_by` on all workers, before a checkpoint is saved, if loss or weights are NaN or infinite."""
         first_bad_step = self._divergence.first_bad_step.clone()
         if self.world_size > 1:
             distributed.all_reduce(first_bad_step, op=distributed.ReduceOp.MIN)
@@ -254,36 +256,36 @@ class Worker:
             f"{what}, at learning rate {self._divergence.lr_at(step):.3g}: try a smaller optim.lr, a longer "
             f"optim.warmup_epochs or optim.clip_grad"
             + (f", or another model.dtype than {precision}" if precision != "float32" else "")
-            + (", with an output.uri of its own" if self._has_checkpoint else "")
+            + (", with a new output.uri" if self._has_checkpoint else "")
         )
 
     def _is_broken(self) -> bool:
-        return bool(self._summed(torch.tensor(self.learner.is_broken())))
+        return bool(self._all_reduce_sum(torch.tensor(self.learner.is_broken())))
 
     def _stop_if_too_many_failed(self) -> None:
-        """Gather the training images that failed on any worker, and stop where they are too many."""
-        found = self._gathered(self._new_errors)
+        """Gather the training images that failed on any worker, and set `stopped_by` if they are too many."""
+        found = self._all_gather(self._new_errors)
         self.failed |= found
         self.failed_in_epoch |= found.keys()
         self._new_errors = {}
         if self.stopped_by is None:
             errors = {index: self.failed[index] for index in self.failed_in_epoch}
-            self.stopped_by = self._too_many("training images", self.job.train, errors)
+            self.stopped_by = self._refuse_too_many("training images", self.job.train, errors)
 
-    def _too_many(self, what: str, images: ImageSet, errors: dict[int, str]) -> str | None:
-        """Return why the run stops, or None where no more of a set's images failed than may."""
+    def _refuse_too_many(self, what: str, images: ImageSet, errors: dict[int, str]) -> str | None:
+        """Return the reason to stop the run, or None if the failed images are within `failure.max_fraction`."""
         max_fraction = self.config.failure.max_fraction
         if len(errors) <= max_fraction * images.num_images:
             return None
-        return f"{self._describe(what, images, errors)}; that is more than failure.max_fraction = {max_fraction}"
+        return f"{self._describe_failed(what, images, errors)}; that is more than failure.max_fraction = {max_fraction}"
 
-    def _describe(self, what: str, images: ImageSet, errors: dict[int, str]) -> str:
+    def _describe_failed(self, what: str, images: ImageSet, errors: dict[int, str]) -> str:
         first = min(errors)
         uri = ray.get(images.images)["uri"][first].as_py()
         return f"{len(errors)} of {images.num_images} {what} failed, the first: {uri}: {errors[first]}"
 
-    def _gathered(self, errors: dict[int, str]) -> dict[int, str]:
-        """Return the errors of all workers, by the images' ids."""
+    def _all_gather(self, errors: dict[int, str]) -> dict[int, str]:
+        """Return the errors of all workers, by id of the image."""
         if self.world_size == 1:
             return dict(errors)
         found: list[dict[int, str]] = [{}] * self.world_size
@@ -291,14 +293,14 @@ class Worker:
         return {index: error for one in found for index, error in one.items()}
 
     def _no_losses(self) -> torch.Tensor:
-        """Return the sum and the number of finite losses, of no step yet.
+        """Return a zeroed sum and count of finite losses: 2 float64 values.
 
-        Both are this worker's parts of those of the global batches. They stay on the device: a GPU that is asked for
-        each step's loss waits for the next step to be sent.
+        Both add up to those of the global batches over all workers. They stay on the device, because reading the loss
+        of each step would leave the GPU idle until the next step is queued.
         """
         return torch.zeros(2, dtype=torch.float64, device=self.learner.device)
 
-    def _summed(self, counts: torch.Tensor) -> torch.Tensor:
+    def _all_reduce_sum(self, counts: torch.Tensor) -> torch.Tensor:
         """Return the sum over all workers, as float64."""
         total = counts.double().to(self.learner.device)
         if self.world_size > 1:

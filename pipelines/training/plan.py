@@ -1,4 +1,4 @@
-"""What a run will do, and whether it can: known from its config, its images and its model, before Ray starts."""
+"""Plan of a run: steps, learning rates and memory, computed from config, images and model before Ray starts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,23 +24,23 @@ BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A run in numbers.
+    """Size of a run in numbers.
 
     Attributes:
-        num_train: images to learn from.
-        num_validation: images to measure with; 0 for none.
-        num_classes: length of the logits.
-        global_batch_size: images a step.
-        batch_size_per_pass: images that a worker holds at once, at its least number of workers.
-        steps_per_epoch: global batches.
-        num_left_out: images of an epoch that fill no batch, others in each epoch.
-        total_steps: over all epochs.
-        rates: epoch and learning rate at its start.
-        default_lr: how the learning rate follows from the batch, where none was set.
-        num_parameters: of the model.
-        num_trained: of these, those that are not frozen.
-        state_bytes: a worker's weights, gradients, optimizer and average.
-        activation_bytes: an estimate of what a worker keeps from the forward for the backward pass.
+        num_train: Number of training images.
+        num_validation: Number of validation images; 0 for none.
+        num_classes: Length of the logits.
+        global_batch_size: Number of images per step, over all workers.
+        batch_size_per_pass: Number of images in a worker's microbatch, at the smallest number of workers.
+        steps_per_epoch: Number of global batches in an epoch.
+        num_left_out: Number of images dropped in each epoch because they do not fill a batch.
+        total_steps: Number of steps over all epochs.
+        rates: Pairs of an epoch and the learning rate at its start.
+        default_lr: Explanation of the default learning rate; None if `optim.lr` is set.
+        num_parameters: Number of parameters of the model.
+        num_trained: Number of parameters that are not frozen.
+        state_bytes: Memory of a worker's weights, gradients, optimizer state and EMA.
+        activation_bytes: Estimated memory of the activations that a worker keeps for the backward pass.
     """
 
     num_train: int
@@ -60,58 +60,59 @@ class TrainPlan:
 
     @property
     def worker_bytes(self) -> int:
-        """An estimate of the memory that a worker needs."""
+        """Estimated memory of one worker."""
         return self.state_bytes + self.activation_bytes
 
-    def find_lack_of_memory(self, nodes: Sequence[Node], num_workers: int) -> str | None:
-        """Say by how much workers on CPUs need more memory than there is; None where they fit."""
+    def describe_memory_shortage(self, nodes: Sequence[Node], num_workers: int) -> str | None:
+        """Return a warning if CPU workers may need more memory than the nodes have, or None if they fit."""
         largest, total = max(node.memory_bytes for node in nodes), sum(node.memory_bytes for node in nodes)
         if self.worker_bytes <= largest and num_workers * self.worker_bytes <= total:
             return None
         return (
-            f"the workers may not fit: {num_workers} need about {num_workers * self.worker_bytes / 2**30:.1f} GiB, and "
-            f"there are {total / 2**30:.1f} GiB, {largest / 2**30:.1f} GiB of it on one node; a smaller "
-            f"optim.global_batch_size or preprocess.image_size, or more optim.grad_accum_steps, need less"
+            f"the workers may run out of memory: {num_workers} need about "
+            f"{num_workers * self.worker_bytes / 2**30:.1f} GiB; the cluster has {total / 2**30:.1f} GiB, its largest "
+            f"node {largest / 2**30:.1f} GiB. Lower optim.global_batch_size or preprocess.image_size, or raise "
+            f"optim.grad_accum_steps"
         )
 
     def lines(self) -> Iterator[str]:
-        """Yield the figures as lines for people."""
+        """Yield the plan as log lines."""
         yield (
-            f"images: {self.num_train:,} to learn from, {self.num_validation:,} to measure with, "
+            f"images: {self.num_train:,} for training, {self.num_validation:,} for validation, "
             f"{self.num_classes:,} classes"
         )
         yield (
-            f"global batch: {self.global_batch_size:,}, {self.batch_size_per_pass:,} on a worker at a time; "
-            f"{self.steps_per_epoch:,} steps an epoch ({self.num_left_out:,} images left out of each), "
-            f"{self.total_steps:,} in all"
+            f"global batch size: {self.global_batch_size:,}, at most {self.batch_size_per_pass:,} per worker and pass; "
+            f"{self.steps_per_epoch:,} steps per epoch ({self.num_left_out:,} images left out of each), "
+            f"{self.total_steps:,} in total"
         )
         rates = ", ".join(f"{rate:.3g} ({epoch})" for epoch, rate in self.rates)
-        yield f"learning rate, at the start of the epoch in brackets: {rates}"
+        yield f"learning rate at the start of the epoch in parentheses: {rates}"
         if self.default_lr is not None:
             yield f"optim.lr is not set: {self.default_lr}"
         yield f"parameters: {self.num_parameters:,}, of which {self.num_trained:,} are trained"
         yield (
-            f"memory of a worker: about {self.worker_bytes / 2**30:.1f} GiB, {self.state_bytes / 2**30:.1f} of it "
-            f"weights, gradients, optimizer and EMA, {self.activation_bytes / 2**30:.1f} activations"
+            f"memory per worker: about {self.worker_bytes / 2**30:.1f} GiB ({self.state_bytes / 2**30:.1f} for "
+            f"weights, gradients, optimizer and EMA, {self.activation_bytes / 2**30:.1f} for activations)"
         )
 
 
 def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num_validation: int) -> TrainPlan:
-    """Build each part of the recipe without its values, and count.
+    """Build each part of the recipe on the meta device, and compute the plan.
 
     Raises:
-        RequestError: a part cannot be built, or the images make no batch.
+        RequestError: A part of the recipe cannot be built, or there are fewer training images than one batch.
     """
     optim = config.optim
-    order = EpochSampler(num_train, optim.global_batch_size, optim.seed)
+    sampler = EpochSampler(num_train, optim.global_batch_size, optim.seed)
     _check_augmentation(config, start)
     module = build_trainable_on_meta(config, start.name, len(start.class_names)).train()
     freeze(module, config)
     optimizer = make_optimizer(config, module)
-    schedule = make_schedule(config, optimizer, order.steps_per_epoch)
+    schedule = make_schedule(config, optimizer, sampler.steps_per_epoch)
     workers = config.scaling.num_workers
-    least = workers if isinstance(workers, int) else workers[0]
-    batch_size = -(-optim.global_batch_size // (least * optim.grad_accum_steps))
+    min_workers = workers if isinstance(workers, int) else workers[0]
+    batch_size = -(-optim.global_batch_size // (min_workers * optim.grad_accum_steps))
     trained = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     return TrainPlan(
@@ -120,10 +121,10 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
         num_classes=len(start.class_names),
         global_batch_size=optim.global_batch_size,
         batch_size_per_pass=batch_size,
-        steps_per_epoch=order.steps_per_epoch,
-        num_left_out=num_train - order.steps_per_epoch * optim.global_batch_size,
-        total_steps=order.steps_per_epoch * optim.epochs,
-        rates=_rates(optimizer, schedule, optim.epochs, order.steps_per_epoch),
+        steps_per_epoch=sampler.steps_per_epoch,
+        num_left_out=num_train - sampler.steps_per_epoch * optim.global_batch_size,
+        total_steps=sampler.steps_per_epoch * optim.epochs,
+        rates=_rates(optimizer, schedule, optim.epochs, sampler.steps_per_epoch),
         default_lr=None if optim.is_set("lr") else _explain_lr(optim),
         num_parameters=num_parameters,
         num_trained=sum(trained),
@@ -133,10 +134,10 @@ def plan_training(config: TrainConfig, start: StartingPoint, num_train: int, num
 
 
 def _check_augmentation(config: TrainConfig, start: StartingPoint) -> None:
-    """Build the train transform.
+    """Check that timm can build the train transform.
 
     Raises:
-        RequestError: timm does not know the automatic augmentation, or would leave out a part of it.
+        RequestError: timm does not know the automatic augmentation, or would ignore a part of it.
     """
     policy = config.augment.auto_augment
     pixels = TrainPixels(start.transform.input_size, start.transform.mean, config.augment, config.optim.seed)
@@ -145,7 +146,7 @@ def _check_augmentation(config: TrainConfig, start: StartingPoint) -> None:
     except (AssertionError, ValueError, KeyError) as error:
         reason = str(error) or "timm does not know it"
         raise RequestError(f"augment.auto_augment = {policy!r}: {reason}; {AUGMENTATIONS}") from None
-    # timm passes over a section that it does not know where that holds no number.
+    # timm silently ignores an unknown section that does not contain a number.
     for section in policy.split("-")[1:] if policy else []:
         if section not in TRANSFORM_SETS and (section.startswith("t") or not any(map(str.isdigit, section))):
             raise RequestError(f"augment.auto_augment = {policy!r}: timm does not know {section!r}; {AUGMENTATIONS}")
@@ -154,10 +155,10 @@ def _check_augmentation(config: TrainConfig, start: StartingPoint) -> None:
 def _explain_lr(optim: OptimConfig) -> str:
     ratio = f"{optim.global_batch_size} / {LR_BASE_SIZE}"
     if not scales_lr_by_root(optim.opt):
-        return f"{optim.lr:.3g} = {LR_BASE} x {ratio}, as timm scales it with the batch"
+        return f"{optim.lr:.3g} = {LR_BASE} x {ratio}, timm's scaling with the batch size"
     return (
-        f"{optim.lr:.3g} = {LR_BASE} x sqrt({ratio}), as timm scales it with the batch; "
-        f"{optim.opt} mostly wants less, such as 1e-3"
+        f"{optim.lr:.3g} = {LR_BASE} x sqrt({ratio}), timm's scaling with the batch size; "
+        f"{optim.opt} usually needs a lower rate, such as 1e-3"
     )
 
 
@@ -178,10 +179,10 @@ def _state_bytes(config: TrainConfig, num_parameters: int, num_trained: int) -> 
 
 
 def _values_per_parameter(config: TrainConfig) -> float:
-    """What the optimizer keeps for each parameter, found by a step on a small matrix.
+    """Return the number of values that the optimizer keeps per parameter, measured by a step on a small matrix.
 
     Raises:
-        RequestError: it makes no step.
+        RequestError: The optimizer fails to make a step.
     """
     small = nn.Linear(64, 64, bias=False)
     plain = config.optim.model_copy(update={"layer_decay": None})
@@ -190,13 +191,13 @@ def _values_per_parameter(config: TrainConfig) -> float:
     try:
         optimizer.step()
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise RequestError(f"optim.opt = {plain.opt}: timm has it, but it makes no step here: {error}") from None
+        raise RequestError(f"optim.opt = {plain.opt}: the optimizer failed in its first step: {error}") from None
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(value.numel() for value in values if isinstance(value, torch.Tensor)) / small.weight.numel()
 
 
 def _activation_bytes(module: TimmModule, input_size: tuple[int, int], batch_size: int, precision: str) -> int:
-    """What autograd saves in a forward pass, counted on two images without values, scaled to the batch."""
+    """Estimate the bytes that autograd saves in a forward pass, from two images on the meta device."""
     parameters = {tensor.untyped_storage()._cdata for tensor in module.parameters()}
     saved: dict[int, torch.Tensor] = {}
 

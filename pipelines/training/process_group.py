@@ -1,6 +1,7 @@
-"""Rendezvous of the training workers of one machine, without a port that other machines reach.
+"""Rendezvous of the training workers on one machine, without a port that other machines can reach.
 
-torch's TCPStore listens on all interfaces and asks for no credentials. On one machine, a file does the same.
+torch's TCPStore listens on all interfaces and does not authenticate. On one machine, a FileStore serves the same
+purpose.
 """
 
 import uuid
@@ -12,12 +13,12 @@ import ray.train.torch
 
 from pipelines.runtime.ray_compat import join_process_group
 
-# Gloo and NCCL bind to the address that the host's name leads to unless told an interface.
+# By default, Gloo and NCCL bind to the address that the host name resolves to.
 LOOPBACK_INTERFACE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 class OneMachineBackend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
-    """Ray Train's backend for torch, as of Ray 2.60, with a FileStore for all workers."""
+    """Ray Train's torch backend, as of Ray 2.60, with a FileStore in place of the TCPStore."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join the workers to one process group."""
@@ -28,9 +29,9 @@ class OneMachineBackend(ray.train.torch.TorchConfig().backend_cls):  # type: ign
 
 
 class OneMachineConfig(ray.train.torch.TorchConfig):
-    """`TorchConfig` for a Ray that has one machine."""
+    """`TorchConfig` for a Ray cluster of one machine."""
 
     @property
     def backend_cls(self) -> type[OneMachineBackend]:
-        """Class that Ray Train starts the process group with."""
+        """Backend class that starts the process group."""
         return OneMachineBackend

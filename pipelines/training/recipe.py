@@ -1,4 +1,4 @@
-"""The parts of a recipe, by timm's factories."""
+"""Parts of the training recipe, built by timm's factories."""
 
 import difflib
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ from pipelines.config.train import TrainConfig
 from pipelines.errors import RequestError
 from pipelines.models.build import TimmModule, classifier_prefixes
 
-# An EMA that averages over more than this part of the steps is behind its model. With timm's warm-up that is so for 124
-# steps, with a constant decay of 0.999 for 5,000. Top-1 on digits (resnet10t, cosine, warm-up), EMA against model:
-# after 36 steps 0.40 against 0.85, after 90 steps 0.983 against 0.987, after 360 steps 1.0 both.
-MAX_PART_OF_STEPS = 0.2
+# An EMA whose window is longer than this fraction of the steps lags behind its model. That lasts for 124 steps with
+# timm's warm-up, and for 5,000 steps with a constant decay of 0.999. Top-1 on digits (resnet10t, cosine, warm-up), EMA
+# against model: after 36 steps 0.40 against 0.85, after 90 steps 0.983 against 0.987, after 360 steps 1.0 for both.
+MAX_WINDOW_FRACTION = 0.2
 
 
 def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
-    """All batch norms of a module."""
+    """Return the batch norms of a module."""
     return (child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm))
 
 
 def freeze(module: TimmModule, config: TrainConfig) -> None:
-    """Leave out of the training what the config says."""
+    """Freeze the parameters that the config excludes from training."""
     if config.model.freeze_backbone:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(classifier_prefixes(module)))
@@ -39,10 +39,10 @@ def freeze(module: TimmModule, config: TrainConfig) -> None:
 
 
 def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """Timm's optimizer of that name; frozen parameters are left out, biases and norms are not decayed.
+    """Create timm's optimizer, without frozen parameters and without weight decay for biases and norms.
 
     Raises:
-        RequestError: timm knows no such optimizer, or it does not work here.
+        RequestError: timm does not know the optimizer, or it does not work for this run.
     """
     optim = config.optim
     known = [str(name) for name in list_optimizers()]
@@ -62,12 +62,14 @@ def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimi
     except (ValueError, AssertionError) as error:
         raise RequestError(f"optim.opt = {optim.opt}: {error}") from None
     if getattr(optimizer, "is_second_order", False):
-        raise RequestError(f"optim.opt = {optim.opt} needs second derivatives, which train does not compute")
+        raise RequestError(
+            f"optim.opt = {optim.opt} needs second derivatives, which training does not compute: choose another"
+        )
     return optimizer
 
 
 def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    """Timm's schedule, at step 0; `step_update(num_updates)` moves it to any other."""
+    """Create timm's schedule at step 0. `step_update(num_updates)` moves it to any other step."""
     optim = config.optim
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -89,29 +91,29 @@ def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps_p
 class BatchMixup(Mixup):
     """timm's mixup and CutMix in batch mode, for batches of any size.
 
-    timm pairs image i with image n - 1 - i and asserts that n is even. With an odd n, the image in the middle is its
-    own partner and stays as it is.
+    timm pairs image i with image n - 1 - i and asserts that n is even. With an odd n, the middle image is its own
+    partner and stays unchanged.
     """
 
     def __call__(self, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix images (batch x 3 x height x width) in place; make targets soft (batch x num_classes)."""
+        """Mix images (batch x 3 x height x width) in place, and return them with soft targets (batch x num_classes)."""
         lam = self._mix_batch(images)  # type: ignore[no-untyped-call]
         return images, mixup_target(target, self.num_classes, lam, self.label_smoothing)
 
 
 def make_ema(config: TrainConfig, module: nn.Module) -> ModelEmaV3 | None:
-    """Return timm's exponential moving average of a module's weights, or None where the config asks for none."""
+    """Return timm's exponential moving average of a module's weights, or None if the config does not ask for it."""
     optim = config.optim
     return ModelEmaV3(module, decay=optim.ema_decay, use_warmup=optim.ema_warmup) if optim.ema_decay else None
 
 
 def is_settled(ema: ModelEmaV3, num_steps: int) -> bool:
-    """Check that an EMA averages over a small part of the training: over 1 / (1 - decay) of `num_steps` steps."""
-    return 1 / (1 - ema.get_decay(num_steps)) <= MAX_PART_OF_STEPS * num_steps
+    """Return whether the window of an EMA, 1 / (1 - decay) steps, is a small fraction of `num_steps` steps."""
+    return 1 / (1 - ema.get_decay(num_steps)) <= MAX_WINDOW_FRACTION * num_steps
 
 
 def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """Return timm's mixup and CutMix, or None where the config asks for neither."""
+    """Return timm's mixup and CutMix, or None if the config asks for neither."""
     augment = config.augment
     if not augment.mixup and not augment.cutmix:
         return None
@@ -122,11 +124,11 @@ def make_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
 
 
 def make_loss(config: TrainConfig, is_soft: bool) -> nn.Module:
-    """The mean loss over a batch.
+    """Create the loss, which averages over a batch.
 
     Args:
-        config: of the run.
-        is_soft: whether targets are probabilities, as mixup makes them, with the smoothing in them.
+        config: Config of the run.
+        is_soft: True if targets are probabilities from mixup, which include the label smoothing.
     """
     smoothing = config.optim.label_smoothing
     if config.optim.bce_loss:

@@ -1,4 +1,4 @@
-"""A request, resolved: every question that a config leaves open, answered on the driver before anything is computed."""
+"""Resolution of a request on the driver: images, classes, weights and plan, before anything is computed."""
 
 import logging
 import posixpath
@@ -18,24 +18,24 @@ from pipelines.training.start import StartingPoint, resolve_start
 
 log = logging.getLogger(__name__)
 
-# What may differ between two runs that share an output: how a recipe is carried out, not the recipe or its images. As
-# the number of workers, the last two change the rounding, and the images that a batch norm sees at once.
+# Keys that may differ between two runs with the same output, because they change neither the recipe nor its images.
+# Like the number of workers, the last two change the rounding and the batches that batch norm sees.
 FREE = ("scaling", "logging", "checkpoint", "failure", "optim.grad_accum_steps", "model.compile")
-# Ray Train's list of checkpoints, without which it goes on from none.
+# Ray Train's list of checkpoints, without which it does not resume.
 CHECKPOINTS_FILE = "checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A config whose every question is answered.
+    """Resolved request.
 
     Attributes:
-        config: with normalized URIs.
-        output: where checkpoints and records go.
-        identity: what another run must share to continue in the same output.
-        sets: `train` and, where there is one, `validation`.
-        start: what is trained.
-        plan: the run in numbers.
+        config: Config with normalized URIs.
+        output: Output directory of checkpoints and records.
+        identity: Values that have to match for another run to resume in the same output.
+        sets: Image sets by name: `train` and, if there is one, `validation`.
+        start: Model before its first step.
+        plan: Size of the run in numbers.
     """
 
     config: TrainConfig
@@ -46,7 +46,7 @@ class TrainRequest:
     plan: TrainPlan
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return `uri`, the locators of the reader, and `target` of each set."""
+        """Return the table of each set: `uri`, the reader's locator columns and `target`."""
         class_names = list(self.start.class_names)
         return {
             name: images.rows().drop_columns(["id"]).append_column("target", pa.array(images.targets(class_names)))
@@ -54,7 +54,7 @@ class TrainRequest:
         }
 
     def describe(self) -> dict[str, Any]:
-        """What `_run.json` says."""
+        """Return the content of `_run.json`."""
         return {
             "config": self.config.model_dump(mode="json"),
             "identity": self.identity,
@@ -62,10 +62,10 @@ class TrainRequest:
         }
 
     def pin(self) -> None:
-        """Write the request under the output, so that the same command goes on with the same images.
+        """Write the request and its image sets to the output, so that the same command resumes with the same images.
 
         Raises:
-            RequestError: the output cannot be written.
+            RequestError: The output cannot be written.
         """
         self.output.write_run(self.describe())
         for name, images in self.sets.items():
@@ -73,12 +73,12 @@ class TrainRequest:
 
 
 def find_summary(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the summary of the run that the output holds, if that has ended.
+    """Return the summary of the finished run in the output, or None if there is none.
 
-    A run that left no checkpoint has learnt nothing. Any other may begin in its place.
+    A run without a checkpoint has made no progress, so another run may replace it.
 
     Raises:
-        RequestError: the output holds another run, or something else.
+        RequestError: The output holds another run, or other files.
     """
     output = Output(config.output.uri)
     found = output.find_run()
@@ -91,7 +91,7 @@ def find_summary(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def has_checkpoint(output: Output) -> bool:
-    """Return whether an output holds a checkpoint to continue from."""
+    """Return whether an output holds a checkpoint to resume from."""
     return CHECKPOINTS_FILE in output.list_names()
 
 
@@ -104,27 +104,27 @@ def normalize(config: TrainConfig) -> TrainConfig:
     """Return the config with its output URI normalized.
 
     Raises:
-        RequestError: the output URI names no folder, or lies inside the data.
+        RequestError: The output URI is not a folder below a bucket or root, or lies inside the data.
     """
     output_uri = uris.normalize(config.output.uri)
     if not posixpath.basename(output_uri) or posixpath.dirname(output_uri).endswith(":/"):
-        raise RequestError(f"output.uri {config.output.uri} names no folder below a bucket or root")
+        raise RequestError(f"output.uri {config.output.uri} has to be a folder below a bucket or root")
     sections = {"data.train.uri": config.data.train, "data.validation.uri": config.data.validation}
     uris.refuse_overlap(output_uri, {key: section.uri for key, section in sections.items() if section is not None})
     return config.model_copy(update={"output": config.output.model_copy(update={"uri": output_uri})})
 
 
 def resolve_request(config: TrainConfig) -> TrainRequest:
-    """Answer every question of a normalized config, cheapest first; writes nothing.
+    """Resolve a normalized config, with the cheapest checks first. Writes nothing.
 
     Raises:
-        RequestError: one of the answers is no.
+        RequestError: The request is wrong.
     """
     sections = {"train": config.data.train, "validation": config.data.validation}
     output = Output(config.output.uri)
-    goes_on = has_checkpoint(output)
+    is_resuming = has_checkpoint(output)
     sets = {
-        name: (find_pinned(_data_uri(output), name) if goes_on else None)
+        name: (find_pinned(_data_uri(output), name) if is_resuming else None)
         or read_labelled(section.uri, section.exclude, trust_list=section.trust_list)
         for name, section in sections.items()
         if section is not None
@@ -133,24 +133,28 @@ def resolve_request(config: TrainConfig) -> TrainRequest:
         uris.refuse_linked_overlap(output.uri, f"data.{name}.uri", images.linked)
     refuse_one_class(sets["train"], "data.train.uri")
     if "validation" in sets and (num_shared := sets["validation"].num_shared(sets["train"])):
-        log.warning("%d of the validation images are training images too: their score says nothing", num_shared)
+        log.warning(
+            "%d of the validation images are training images too, so the scores will be too high: "
+            "remove them from data.validation",
+            num_shared,
+        )
     sizes = {name: images.table.num_rows for name, images in sets.items()}
-    # Refuses a set too small for one batch, before the weights are read.
+    # Rejects a set that is smaller than one batch before the weights are read.
     EpochSampler(sizes["train"], config.optim.global_batch_size, config.optim.seed)
     start = resolve_start(config, sets["train"].class_names())
-    if goes_on:
+    if is_resuming:
         _refuse_other_classes(output, start)
     plan = plan_training(config, start, sizes["train"], sizes.get("validation", 0))
     request = TrainRequest(config, output, _identity(config), sets, start, plan)
-    request.tables()  # refuses a class of the validation images that the model lacks
+    request.tables()  # rejects validation images of a class that the model lacks
     return request
 
 
 def _refuse_other_classes(output: Output, start: StartingPoint) -> None:
-    """Refuse to go on where the weights, read again, name other classes or another order of them.
+    """Check that the weights, read again, still name the same classes in the same order.
 
     Raises:
-        RequestError: the targets of the checkpoints would mean other classes.
+        RequestError: The targets of the checkpoint would mean other classes.
     """
     found = output.find_run() or {}
     known = {"identity": {"label_names": found.get("label_names")}}
@@ -158,5 +162,5 @@ def _refuse_other_classes(output: Output, start: StartingPoint) -> None:
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """Return what has to be the same for two runs to share an output."""
+    """Return the values that have to match for two runs to use the same output."""
     return run_record.identity_of(config, FREE, resolved={})

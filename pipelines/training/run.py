@@ -1,6 +1,6 @@
-"""Train and fine-tune: from a config to the best checkpoint, by Ray Train.
+"""Training and fine-tuning job: from a config to the best checkpoint, on Ray Train.
 
-request (what, from where) -> trainer (workers, restarts) -> loop (each worker) -> summary, curves
+request (resolved config) -> trainer (workers and restarts) -> loop (each worker) -> summary and curves
 """
 
 import logging
@@ -31,7 +31,7 @@ from pipelines.storage.filesystem import (
 from pipelines.training.curves import draw_curves
 from pipelines.training.failures import RestartPolicy
 from pipelines.training.fenced_storage import FencedHandler
-from pipelines.training.history import SCORE, explain_choice, final_score, mean_rate
+from pipelines.training.history import MODEL, SCORE, best_record, explain_choice, mean_rate
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.process_group import LOOPBACK_INTERFACE, OneMachineConfig
 from pipelines.training.request import (
@@ -48,7 +48,7 @@ from pipelines.training.worker import run_worker
 log = logging.getLogger(__name__)
 
 CURVES_FILE = "curves.png"
-# Ray Train's: `checkpoint_` and the time.
+# Ray Train names checkpoints `checkpoint_` plus the time.
 CHECKPOINT_PREFIX = "checkpoint_"
 MAX_NAMED_FAILURES = 10
 
@@ -57,8 +57,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Train to the last epoch and return the summary. Resume from the last checkpoint of the output, if it has one.
 
     Raises:
-        RequestError: the request is wrong, before anything was computed.
-        RunError: the run failed; its checkpoints stay, and the same command goes on from there.
+        RequestError: The request is wrong. Nothing has been computed.
+        RunError: The run failed. Its checkpoints are kept, and the same command resumes from the last.
     """
     started = time.monotonic()
     config = normalize(config)
@@ -68,7 +68,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         log.info("nothing to do: %s holds a finished run", config.output.uri)
         return summary
     refuse_if_ray_cannot_start()
-    # On this machine's own Ray, what can't be scheduled is refused before anything is read.
+    # On a local Ray, the resources are known, so workers that do not fit are rejected before anything is read.
     resources = None if is_cluster_named() else plan_workers(config.scaling, [this_machine()], may_grow=False)
     output = Output(config.output.uri)
     found = output.find_run()
@@ -81,18 +81,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if lease.is_takeover:
             output.abort_unfinished_uploads()
         request.pin()
-        _say(request)
+        _log_plan(request)
         with ray_session():
             nodes, may_grow = list_nodes(), can_grow()
             if not may_grow:
-                _warn_of_lack_of_memory(request, nodes)
+                _warn_if_memory_is_short(request, nodes)
             resources = resources or plan_workers(config.scaling, nodes, may_grow)
             result = _fit(request, resources, lease.fence)
         return _finish(request, result, started, lease)
 
 
 def _mark_finished(output: Output) -> None:
-    """Write the `_SUCCESS` of a finished run that was killed before it could."""
+    """Write the `_SUCCESS` file of a finished run that was killed before writing it."""
     if output.is_complete():
         return
     with output.lease() as lease, translate_storage_errors("write to", output.uri):
@@ -102,13 +102,13 @@ def _mark_finished(output: Output) -> None:
 
 
 def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) -> dict[str, Any]:
-    """Write the curves, the history and `_SUCCESS`; return the summary."""
+    """Write the curves, the history and `_SUCCESS`, and return the summary."""
     output = request.output
     outcome: dict[str, Any] = result.return_value
     if outcome["stopped_by"] is not None:
         raise RunError(outcome["stopped_by"])
     summary = _summary(request, result, started)
-    best = final_score(outcome["history"])
+    best = best_record(outcome["history"])
     if "of" in best and request.config.optim.ema_decay:
         log.info("%s", explain_choice(best))
     lease.wait_for_stragglers()
@@ -124,44 +124,44 @@ def _finish(request: TrainRequest, result: Any, started: float, lease: Lease) ->
 
 
 def _remove_orphaned_checkpoints(output: Output, result: Any, fence: Fence) -> None:
-    """Remove the checkpoints that dead attempts uploaded and Ray Train does not know of."""
+    """Remove checkpoints that interrupted attempts uploaded and Ray Train does not know about."""
     known = [checkpoint for checkpoint, _ in result.best_checkpoints] + [result.checkpoint]
     kept = {posixpath.basename(checkpoint.path.rstrip("/")) for checkpoint in known if checkpoint is not None}
     kept.add(CHECKPOINTS_FILE)  # a run that is killed before its `_run.json` goes on from what this names
     for name in output.list_names():
         if name.startswith(CHECKPOINT_PREFIX) and name not in kept:
-            log.info("%s is left from an interrupted attempt: removing it", name)
+            log.info("removing %s, which an interrupted attempt left behind", name)
             fence.check()
             remove_folder(output.uri_of(name))
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Log what `run` would do: batches, steps, rates, memory. Write nothing.
+    """Log the plan of a run: batches, steps, learning rates and memory. Write nothing.
 
     Raises:
-        RequestError: the request is wrong.
+        RequestError: The request is wrong.
     """
     config = normalize(config)
     if find_summary(config) is not None:
         log.info("nothing to do: %s holds a finished run", config.output.uri)
     request = resolve_request(config)
-    _say(request)
+    _log_plan(request)
     if not is_cluster_named():
-        _warn_of_lack_of_memory(request, [this_machine()])
+        _warn_if_memory_is_short(request, [this_machine()])
 
 
-def _say(request: TrainRequest) -> None:
+def _log_plan(request: TrainRequest) -> None:
     for line in request.plan.lines():
         log.info("%s", line)
 
 
-def _warn_of_lack_of_memory(request: TrainRequest, nodes: list[Node]) -> None:
-    """Warn where workers on CPUs need more than there is. What GPUs have, Ray does not say."""
+def _warn_if_memory_is_short(request: TrainRequest, nodes: list[Node]) -> None:
+    """Warn if CPU workers may run out of memory. Ray does not report the memory of GPUs."""
     scaling = request.config.scaling
-    least = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
-    lack = None if scaling.use_gpu else request.plan.find_lack_of_memory(nodes, least)
-    if lack is not None:
-        log.warning("%s", lack)
+    min_workers = scaling.num_workers if isinstance(scaling.num_workers, int) else scaling.num_workers[0]
+    warning = None if scaling.use_gpu else request.plan.describe_memory_shortage(nodes, min_workers)
+    if warning is not None:
+        log.warning("%s", warning)
 
 
 def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any:
@@ -182,37 +182,37 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
     per_worker = resources.per_worker
     parent, name = posixpath.split(config.output.uri)
     trainer = TorchTrainer(
-        run_worker,  # type: ignore[arg-type] # it returns something, which Ray hands on
+        run_worker,  # type: ignore[arg-type] # Ray Train passes the return value on, its annotations do not
         train_loop_config={"job": job},
         torch_config=None if is_cluster_named() else OneMachineConfig(),
-        # The same fields; Ray's annotations leave out those that are new.
+        # `scaling` mirrors Ray's fields, some of which Ray's annotations lack.
         scaling_config=ray.train.ScalingConfig(
             **config.scaling.model_dump(exclude={"num_cpus_per_worker"}) | {"resources_per_worker": per_worker}
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=open_filesystem(parent)[1],
-            # Arrow's own clients would ask for endpoint, region and certificates in their own way, and for no fence.
+            # Arrow's own clients would resolve endpoint, region and certificates differently, and skip the fence.
             storage_filesystem=PyFileSystem(FencedHandler(parent, fence)),
             failure_config=ray.train.FailureConfig(max_failures=config.failure.max_failures),
-            # The best by score, and always the last.
+            # Ray Train keeps the best checkpoint by score, and always the last.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1, checkpoint_score_attribute=SCORE),
             worker_runtime_env={"env_vars": _worker_variables(config.scaling.use_gpu)},
-            callbacks=[RestartPolicy()],  # type: ignore[list-item] # what Ray Train's second version takes
-            # Ray Train logs the traceback of every error; `RestartPolicy` says the same in a line.
+            callbacks=[RestartPolicy()],  # type: ignore[list-item] # the annotation is that of Ray Train v1
+            # Ray Train logs the traceback of every error; `RestartPolicy` logs one line instead.
             logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
     try:
         return trainer.fit()
-    except SystemExit:  # Ray Train's answer to Ctrl-C, with status 0
+    except SystemExit:  # raised by Ray Train on Ctrl-C, with exit status 0
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise _failure(error, request.output) from error
 
 
 def _failure(error: ray.train.TrainingFailedError, output: Output) -> RequestError | RunError:
-    """Return what to raise for a training that Ray Train has given up."""
+    """Convert the error of Ray Train to the error of the job."""
     cause = getattr(error, "controller_failure", None)
     if isinstance(cause, RequestError):
         return cause
@@ -220,8 +220,8 @@ def _failure(error: ray.train.TrainingFailedError, output: Output) -> RequestErr
     first = failures[min(failures)]
     reason = str(first) if isinstance(first, RunError) else root_cause(first)
     if has_checkpoint(output):
-        return RunError(f"{reason}; checkpoints stay, and the same command goes on from the last")
-    return RunError(f"{reason}; no checkpoint was made yet")
+        return RunError(f"{reason}; checkpoints are kept: run the same command to resume from the last")
+    return RunError(f"{reason}; no checkpoint had been saved yet")
 
 
 def _worker_variables(use_gpu: bool) -> dict[str, str]:
@@ -231,7 +231,7 @@ def _worker_variables(use_gpu: bool) -> dict[str, str]:
 
 def _summary(request: TrainRequest, result: Any, started: float) -> dict[str, Any]:
     outcome: dict[str, Any] = result.return_value
-    best = final_score(outcome["history"])
+    best = best_record(outcome["history"])
     validation_failed = sorted(outcome["validation_failed"].items())
     checkpoint = result.get_best_checkpoint(SCORE, "max")
     assert checkpoint is not None
@@ -243,19 +243,19 @@ def _summary(request: TrainRequest, result: Any, started: float) -> dict[str, An
         "top5": best.get("top5"),
         "epochs": len(outcome["history"]),
         "best_epoch": best.get("epoch"),
-        "weights": best.get("of", "model"),
+        "weights": best.get("of", MODEL),
         "images_per_s": round(mean_rate(outcome["history"]), 3),
         "num_failed": len(failed),
-        "failed": _named(request, "train", failed),
+        "failed": _list_failed(request, "train", failed),
         "num_validation_failed": len(validation_failed),
-        "validation_failed": _named(request, "validation", validation_failed),
+        "validation_failed": _list_failed(request, "validation", validation_failed),
         "wall_time_s": round(time.monotonic() - started, 3),
         "checkpoint_uri": checkpoint.path if scheme == "file" else f"{scheme}://{checkpoint.path}",
         "output_uri": output_uri,
     }
 
 
-def _named(request: TrainRequest, name: str, failed: list[tuple[int, str]]) -> list[str]:
-    """Return URI and reason of the first failed images of a set."""
+def _list_failed(request: TrainRequest, name: str, failed: list[tuple[int, str]]) -> list[str]:
+    """Return URI and error of the first `MAX_NAMED_FAILURES` failed images of a set."""
     image_uris = request.sets[name].table["uri"] if failed else []
     return [f"{image_uris[index]}: {error}" for index, error in failed[:MAX_NAMED_FAILURES]]

@@ -1,7 +1,7 @@
-"""Which image is seen when: a permutation of the whole set for each epoch, known from seed and epoch alone.
+"""Sampler of the training set: one permutation of the whole set per epoch, derived from seed and epoch alone.
 
-Nothing of it needs to be stored: any worker of any group finds the batch of any step, so that training goes on in the
-middle of an epoch, with another number of workers if need be.
+The sampler has no state to checkpoint. Any worker can compute the batch of any step, so a run can resume in the middle
+of an epoch, even with another number of workers.
 """
 
 import functools
@@ -15,15 +15,15 @@ from pipelines.errors import RequestError
 
 @dataclass(frozen=True)
 class EpochSampler:
-    """The order of a training set. Ids are positions in the set, dense from 0.
+    """Shuffling sampler of a training set. Ids are positions in the set, dense from 0.
 
     Attributes:
-        num_images: in the set.
-        global_batch_size: images a step, over all workers.
-        seed: of the run.
+        num_images: Number of images in the set.
+        global_batch_size: Number of images per step, over all workers.
+        seed: Seed of the run.
 
     Raises:
-        RequestError: not one batch can be made of the set.
+        RequestError: The set is smaller than one global batch.
     """
 
     num_images: int
@@ -33,26 +33,27 @@ class EpochSampler:
     def __post_init__(self) -> None:
         if self.num_images < self.global_batch_size:
             raise RequestError(
-                f"{self.num_images} training images make no batch of optim.global_batch_size = {self.global_batch_size}"
+                f"{self.num_images} training images are fewer than one batch of optim.global_batch_size = "
+                f"{self.global_batch_size}: lower it, or add images"
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the set; an epoch leaves out what remains, other images each time."""
+        """Number of whole batches in the set. Each epoch drops the remainder, which differs between epochs."""
         return self.num_images // self.global_batch_size
 
     def batch(self, epoch: int, step: int) -> NDArray[np.int64]:
-        """The ids of one global batch.
+        """Return the ids of one global batch.
 
         Args:
-            epoch: from 0.
-            step: within the epoch, from 0.
+            epoch: Epoch, from 0.
+            step: Step within the epoch, from 0.
         """
         start = step * self.global_batch_size
         return _permutation(self.num_images, self.seed, epoch)[start : start + self.global_batch_size]
 
-    def share(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
-        """The ids of one worker's share of a global batch; shares differ by one id at most."""
+    def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """Return the ids of one worker's part of a global batch. Sizes differ by at most one between workers."""
         return np.array_split(self.batch(epoch, step), world_size)[rank]
 
 

@@ -1,4 +1,4 @@
-"""Random draws that follow from where a run is, so that no checkpoint has to hold a generator."""
+"""Random draws derived from the position in the run, so that no checkpoint has to hold a generator's state."""
 
 import random
 
@@ -9,9 +9,9 @@ def seed_generators(*key: int) -> None:
     """Seed the three generators that timm and torchvision draw from: Python's, NumPy's and torch's.
 
     Args:
-        key: what the draws follow from, such as seed, epoch and id.
+        key: Numbers that determine the draws, such as seed, epoch and id.
     """
-    import torch  # late: Ray's tasks unpickle what names this module before they need torch
+    import torch  # late: Ray tasks that unpickle this module need torch only when they draw
 
     draws = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(draws[0]))

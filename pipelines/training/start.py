@@ -1,4 +1,4 @@
-"""What a run starts from: the classes, the weights, and the module that takes them."""
+"""Starting point of a run: its classes, its initial weights and the module that loads them."""
 
 import logging
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """A model before its first step.
+    """Model before its first step.
 
     Attributes:
-        name: timm's name, with the tag where one was given.
-        class_names: one a logit.
-        transform: of the model, for validation; its input size is that of training too.
-        state_dict: that fits the module of `build_module`; empty where it is to be drawn at random.
+        name: timm's name of the model, with the tag if one was given.
+        class_names: Name of the class of each logit.
+        transform: Eval transform for validation. Training uses its input size too.
+        state_dict: Initial weights for the module of `build_module`; empty for random weights.
     """
 
     name: str
@@ -43,17 +43,17 @@ class StartingPoint:
 
 
 def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoint:
-    """Find the weights, and fit them to the classes of the images.
+    """Load the weights and match them to the classes of the images.
 
-    Weights of a checkpoint that names the same classes are kept whole, and its order of the classes with them. So are
-    those that name none and have as many, as timm's own checkpoints. Of any other, all but the classifier is kept.
+    A checkpoint that names the same classes keeps its classifier and its order of the classes. So does a checkpoint
+    without class names, such as timm's own, that has as many classes. Any other checkpoint only keeps its backbone.
 
     Args:
-        config: of the run.
-        image_classes: sorted names of the classes of the training images.
+        config: Config of the run.
+        image_classes: Sorted names of the classes of the training images.
 
     Raises:
-        RequestError: the weights cannot be had, do not fit the model, or the model does not take the image size.
+        RequestError: The weights cannot be loaded or do not fit the model, or the model rejects the image size.
     """
     model, image_size = config.model, config.preprocess.image_size
     if model.weights == "random":
@@ -63,7 +63,7 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
         describe(module, transform.input_size)
         return StartingPoint(model.name, tuple(image_classes), transform, {})
     weights = resolve_weights(_without_training_keys(model))
-    build_trainable_on_meta(config, weights.name, len(image_classes))  # refuses dropout that the model does not take
+    build_trainable_on_meta(config, weights.name, len(image_classes))  # rejects dropout that the model does not support
     transform = resolve_transform(weights.pretrained_cfg, image_size, use_test_size=False)
     architecture = describe(weights.module, transform.input_size)
     label_names = resolve_label_names(weights.checkpoint_config, architecture.num_classes)
@@ -72,46 +72,46 @@ def resolve_start(config: TrainConfig, image_classes: list[str]) -> StartingPoin
             return StartingPoint(weights.name, known, transform, weights.state_dict)
     ordered = match_by_order(label_names, image_classes)
     if ordered is not None:
-        log.info("%s; the classifier is kept", describe_order(ordered))
+        log.info("%s; keeping the classifier of the checkpoint", describe_order(ordered))
         return StartingPoint(weights.name, ordered, transform, weights.state_dict)
-    log.info("a new classifier of %d classes on the backbone of %s", len(image_classes), model.weights)
+    log.info("adding a new classifier of %d classes to the backbone of %s", len(image_classes), model.weights)
     return StartingPoint(weights.name, tuple(image_classes), transform, _backbone(weights, len(image_classes)))
 
 
 def build_module(config: TrainConfig, start: StartingPoint) -> TimmModule:
-    """Build timm's module with the weights of the start; what they lack, such as a new classifier, is random."""
+    """Build timm's module with the initial weights. Missing ones, such as those of a new classifier, are random."""
     torch.manual_seed(config.optim.seed)
     module = create(start.name, len(start.class_names), **_dropout(config.model))
     missing, unexpected = module.load_state_dict(start.state_dict, strict=False)
     assert not unexpected
-    # Besides its last layer, a classifier may have layers that a backbone alone lacks (a batch norm in LeViT).
+    # Besides its last layer, a classifier may have other layers that the backbone lacks (a batch norm in LeViT).
     assert not start.state_dict or not build_on_meta(start.name, 0).state_dict().keys() & set(missing), missing
     return module
 
 
 def build_trainable_on_meta(config: TrainConfig, name: str, num_classes: int) -> TimmModule:
-    """Build the module that is trained on torch's meta device.
+    """Build the trainable module on torch's meta device.
 
     Raises:
-        RequestError: a key of `model` is set that this architecture does not take.
+        RequestError: A key of `model` is set that the architecture does not support.
     """
     dropout = _dropout(config.model)
     try:
         return build_on_meta(name, num_classes, **dropout)
     except TypeError:
-        refused = [f"model.{key}" for key, value in dropout.items() if not _takes(name, key, value)]
+        refused = [f"model.{key}" for key, value in dropout.items() if not _supports(name, key, value)]
         if not refused:
             raise
-        raise RequestError(f"{name} does not take {' or '.join(refused)}: leave it out") from None
+        raise RequestError(f"{name} does not support {' or '.join(refused)}: leave it out") from None
 
 
 def _dropout(model: TrainModelConfig) -> dict[str, Any]:
-    """Return the arguments of timm's constructor that are set. Not every architecture takes each of them."""
+    """Return the dropout arguments that are set. Not every architecture supports all of them."""
     rates = {"drop_rate": model.drop_rate, "drop_path_rate": model.drop_path_rate}
     return {key: rate for key, rate in rates.items() if rate is not None}
 
 
-def _takes(name: str, key: str, value: float) -> bool:
+def _supports(name: str, key: str, value: float) -> bool:
     options: dict[str, Any] = {key: value}
     try:
         build_on_meta(name, **options)
@@ -121,11 +121,11 @@ def _takes(name: str, key: str, value: float) -> bool:
 
 
 def _without_training_keys(model: TrainModelConfig) -> ModelConfig:
-    said = {name: getattr(model, name) for name in ("name", "weights") if model.is_set(name)}
-    return ModelConfig.model_validate(said)
+    keys = {name: getattr(model, name) for name in ("name", "weights") if model.is_set(name)}
+    return ModelConfig.model_validate(keys)
 
 
 def _backbone(weights: Weights, num_classes: int) -> dict[str, torch.Tensor]:
-    """The tensors that a model of another number of classes has too: all but the classifier's."""
+    """Return all tensors but those of the classifier, whose shapes depend on the number of classes."""
     prefixes = classifier_prefixes(build_on_meta(weights.name, num_classes))
     return {name: tensor for name, tensor in weights.state_dict.items() if not name.startswith(prefixes)}

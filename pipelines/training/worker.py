@@ -1,4 +1,4 @@
-"""What Ray Train runs in each worker. Imports no torch: Ray Train's controller unpickles it too, and needs none."""
+"""Entry point of a training worker. Ray Train's controller unpickles it too, so it does not import torch."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
 
 
 def run_worker(config: "dict[str, TrainJob]") -> dict[str, Any]:
-    """Train as the `job` says.
+    """Run the training loop for `config["job"]`, and return its results.
 
     Raises:
-        RequestError: the request is wrong.
-        RunError: the run failed, and would fail again after a restart.
+        RequestError: The request is wrong.
+        RunError: The run failed, and would fail again after a restart.
     """
     import torch
 
-    from pipelines.training.failures import as_final
+    from pipelines.training.failures import as_fatal
     from pipelines.training.loop import train_worker
 
     try:
         return train_worker(config["job"])
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise RunError(f"{reason} Raise optim.grad_accum_steps, to have smaller passes") from None
+        raise RunError(f"{reason} Raise optim.grad_accum_steps to make the microbatches smaller") from None
     except Exception as error:
-        raise as_final(error) from error
+        raise as_fatal(error) from error

@@ -18,10 +18,10 @@ def failing_worker(config: dict[str, Any]) -> Any:
     folder.mkdir(exist_ok=True)
     (folder / str(time.time_ns())).touch()
 
-    def fail(self: Learner, share: dict[str, Any]) -> "torch.Tensor":
+    def fail(self: Learner, local_batch: dict[str, Any]) -> "torch.Tensor":
         if self.step == 1 and self.rank == self.world_size - 1:
             raise TypeError("the batch is not a batch")
-        return learn(self, share)
+        return learn(self, local_batch)
 
     Learner.learn = fail  # type: ignore[method-assign]
     return run_worker(config)

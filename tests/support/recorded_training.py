@@ -24,10 +24,10 @@ def recording_worker(config: dict[str, Any]) -> Any:
     learn = Learner.learn
     path = Path(os.environ["RECORD_FOLDER"]) / f"{time.time_ns()}.jsonl"
 
-    def recorded(self: Learner, share: dict[str, Any]) -> "torch.Tensor":
+    def recorded(self: Learner, local_batch: dict[str, Any]) -> "torch.Tensor":
         with path.open("a") as file:
-            print(json.dumps({"step": self.step, "rank": self.rank, "ids": share["id"].tolist()}), file=file)
-        return learn(self, share)
+            print(json.dumps({"step": self.step, "rank": self.rank, "ids": local_batch["id"].tolist()}), file=file)
+        return learn(self, local_batch)
 
     Learner.learn = recorded  # type: ignore[method-assign]
     return run_worker(config)

@@ -1,4 +1,4 @@
-"""Shares by themselves, and on their way through Ray Data."""
+"""Local batches: loaded directly, and streamed through Ray Data."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from pipelines.images.transform import EvalTransform
 from pipelines.inputs.files import FilesReader
 from pipelines.runtime.ray_session import ray_session
 from pipelines.training.augment import EvalPixels, TrainPixels
-from pipelines.training.batches import PADDING_ID, LocalBatchLoader, Order, SequentialSampler
+from pipelines.training.batches import PADDING_ID, LocalBatchLoader, Sampler, SequentialSampler
 from pipelines.training.ingest import errors_of, iterate_local_batches, split_among_workers
 from pipelines.training.sampler import EpochSampler
 
@@ -30,60 +30,60 @@ TRAIN = TrainPixels(SIZE, MEAN, AugmentConfig(auto_augment="rand-m7-mstd0.5-inc1
 
 @pytest.fixture(scope="module")
 def images(photographs: Path) -> pa.Table:
-    """24 images, the sixth of which is not there."""
+    """24 images, the sixth of which does not exist."""
     paths = [str(path) for path in sorted(photographs.iterdir())[:24]]
     paths[5] = "/absent.jpg"
     return pa.table({"uri": paths, "target": pa.array(range(100, 124), pa.int64())})
 
 
-def loader(order: Order, num_rows: int, world_size: int, pixels: Any = EVAL) -> LocalBatchLoader:
+def loader(sampler: Sampler, num_rows: int, world_size: int, pixels: Any = EVAL) -> LocalBatchLoader:
     limits = {"max_bytes": 10**8, "max_pixels": 10**8}
-    return LocalBatchLoader(order, num_rows, pixels, SIZE, world_size, reader=FilesReader(), **limits)
+    return LocalBatchLoader(sampler, num_rows, pixels, SIZE, world_size, reader=FilesReader(), **limits)
 
 
 def photograph(images: pa.Table, index: int) -> Image.Image:
     return decode_rgb(Path(images["uri"][index].as_py()).read_bytes(), 10**8)
 
 
-def test_a_share_holds_pixels_targets_and_errors(images: pa.Table) -> None:
-    share = loader(SequentialSampler(24, 8), 8, 2).load(images, epoch=0, step=0, rank=0)
-    assert share["id"].tolist() == list(range(8))
-    assert share["target"].tolist() == list(range(100, 108))
-    assert errors_of(share) == [(5, "not_found: it was listed, but is gone")]
-    assert not share["image"][5].any()
+def test_local_batch_holds_pixels_targets_and_errors(images: pa.Table) -> None:
+    local_batch = loader(SequentialSampler(24, 8), 8, 2).load(images, epoch=0, step=0, rank=0)
+    assert local_batch["id"].tolist() == list(range(8))
+    assert local_batch["target"].tolist() == list(range(100, 108))
+    assert [(index, error.partition(":")[0]) for index, error in errors_of(local_batch)] == [(5, "not_found")]
+    assert not local_batch["image"][5].any()
     for index in (0, 4, 7):
-        np.testing.assert_array_equal(share["image"][index], EVAL(photograph(images, index), 0, index))
+        np.testing.assert_array_equal(local_batch["image"][index], EVAL(photograph(images, index), 0, index))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_validation_sees_each_image_once_at_any_number_of_workers(world_size: int) -> None:
-    order = SequentialSampler(1001, 16)
+def test_sequential_sampler_covers_each_image_once_for_any_world_size(world_size: int) -> None:
+    sampler = SequentialSampler(1001, 16)
     seen = [
-        order.share(0, step, rank, world_size).tolist()
-        for step in range(order.num_steps(world_size))
+        sampler.local_batch(0, step, rank, world_size).tolist()
+        for step in range(sampler.num_steps(world_size))
         for rank in range(world_size)
     ]
     assert sorted(index for ids in seen for index in ids) == list(range(1001))
 
 
-def test_short_shares_are_filled_up(images: pa.Table) -> None:
-    share = loader(SequentialSampler(24, 10), 10, 2).load(images, epoch=0, step=1, rank=0)
-    assert share["id"].tolist() == [20, 21, 22, 23] + [PADDING_ID] * 6
-    assert share["image"].shape == (10, *SIZE, 3)
+def test_short_local_batches_are_padded(images: pa.Table) -> None:
+    local_batch = loader(SequentialSampler(24, 10), 10, 2).load(images, epoch=0, step=1, rank=0)
+    assert local_batch["id"].tolist() == [20, 21, 22, 23] + [PADDING_ID] * 6
+    assert local_batch["image"].shape == (10, *SIZE, 3)
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_id_alone(images: pa.Table) -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_id(images: pa.Table) -> None:
     image = photograph(images, 0)
     drawn = TRAIN(image, 1, 0)
     assert drawn.shape == (*SIZE, 3)
-    np.random.seed(99)  # what another user of the process may do
+    np.random.seed(99)  # as other code in the process may do
     np.testing.assert_array_equal(TRAIN(image, 1, 0), drawn)
     other = TrainPixels(SIZE, MEAN, TRAIN.augment, seed=4)
     for changed in (TRAIN(image, 2, 0), TRAIN(image, 1, 1), other(image, 1, 0)):
         assert (changed != drawn).mean() > 0.5
 
 
-def test_an_image_left_alone_equals_its_resize(images: pa.Table) -> None:
+def test_disabled_augmentation_only_resizes(images: pa.Table) -> None:
     plain = AugmentConfig(scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=0, interpolation="bilinear")
     image = photograph(images, 0).resize((64, 64))
     expected = np.asarray(image.resize(SIZE[::-1], Image.Resampling.BILINEAR))
@@ -98,28 +98,28 @@ def connected(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield
 
 
-def shares_of_all_workers(order: EpochSampler, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
-    share_loader = loader(order, -(-order.global_batch_size // world_size), world_size)
-    split = split_among_workers(share_loader, ray.put(images), first, num, order.steps_per_epoch, 0.5)
+def stream_to_workers(sampler: EpochSampler, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
+    local_loader = loader(sampler, -(-sampler.global_batch_size // world_size), world_size)
+    split = split_among_workers(local_loader, ray.put(images), first, num, sampler.steps_per_epoch, 0.5)
 
     def consume(rank: int) -> list[tuple[int, int, list[int]]]:
-        shares = iterate_local_batches(split[rank], rank, first, order.steps_per_epoch)
-        return [(int(share["epoch"][0]), int(share["step"][0]), share["id"].tolist()) for share in shares]
+        local_batches = iterate_local_batches(split[rank], rank, first, sampler.steps_per_epoch)
+        return [(int(batch["epoch"][0]), int(batch["step"][0]), batch["id"].tolist()) for batch in local_batches]
 
     with ThreadPoolExecutor(world_size) as workers:
         return list(workers.map(consume, range(world_size)))
 
 
 @pytest.mark.usefixtures("connected")
-def test_ray_hands_every_worker_its_share_of_every_step(images: pa.Table) -> None:
-    order = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps an epoch
-    whole = shares_of_all_workers(order, images, world_size=2, first=0, num=8)
+def test_ray_streams_every_worker_its_local_batch_of_every_step(images: pa.Table) -> None:
+    sampler = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps per epoch
+    whole = stream_to_workers(sampler, images, world_size=2, first=0, num=8)
     for rank in range(2):
         assert [(epoch, step) for epoch, step, _ in whole[rank]] == [divmod(step, 4) for step in range(8)]
         for epoch, step, ids in whole[rank]:
-            assert ids == order.share(epoch, step, rank, 2).tolist()
-    # From the middle of an epoch, on one worker more: the same global batches.
-    rest = shares_of_all_workers(order, images, world_size=3, first=6, num=2)
+            assert ids == sampler.local_batch(epoch, step, rank, 2).tolist()
+    # The global batches are the same from the middle of an epoch, with one more worker.
+    rest = stream_to_workers(sampler, images, world_size=3, first=6, num=2)
     for position, (epoch, step) in enumerate([(1, 2), (1, 3)]):
         ids = [index for rank in range(3) for index in rest[rank][position][2]]
-        assert ids == order.batch(epoch, step).tolist()
+        assert ids == sampler.batch(epoch, step).tolist()

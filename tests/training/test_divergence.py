@@ -1,4 +1,4 @@
-"""A loss that becomes NaN or infinite."""
+"""Detection of NaN and infinite losses."""
 
 import math
 
@@ -18,25 +18,25 @@ def first_bad_step(losses: list[float], is_scaled: bool = False) -> int:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_first_loss_that_is_not_finite_is_found(bad: float) -> None:
+def test_first_non_finite_loss_is_found(bad: float) -> None:
     assert first_bad_step([1.0, 0.5, bad, 0.4, bad]) == 3
 
 
-def test_finite_losses_are_left_alone() -> None:
+def test_finite_losses_are_accepted() -> None:
     assert first_bad_step([1e30, 0.0, -5.0]) == NO_STEP
 
 
-def test_with_a_gradient_scaler_single_bad_losses_are_normal() -> None:
+def test_single_bad_losses_are_accepted_with_a_grad_scaler() -> None:
     assert first_bad_step([math.inf, 1.0, math.nan, math.nan, 1.0] * 20, is_scaled=True) == NO_STEP
 
 
-def test_with_a_gradient_scaler_many_bad_losses_in_a_row_are_found() -> None:
+def test_many_consecutive_bad_losses_are_found_with_a_grad_scaler() -> None:
     losses = [1.0, math.nan, 1.0, *[math.nan] * MAX_SKIPPED_STEPS, 1.0]
     assert first_bad_step(losses, is_scaled=True) == 4
     assert first_bad_step(losses[:-2], is_scaled=True) == NO_STEP
 
 
-def test_rate_of_a_late_step_is_kept() -> None:
+def test_learning_rate_of_a_recent_step_is_kept() -> None:
     monitor = DivergenceMonitor(CPU, is_scaled=False)
     for step in range(1, 1000):
         monitor.add(step, torch.tensor(1.0), lr=step / 1000)

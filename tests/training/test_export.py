@@ -1,4 +1,4 @@
-"""Checkpoints as timm directories."""
+"""Export of checkpoints to timm directories."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ def model() -> Any:
     return timm.create_model(SMALL, num_classes=3).eval()
 
 
-def state(model: Any, average: Any) -> dict[str, Any]:
-    learner = {"state_dict": model.state_dict(), "state_dict_ema": None if average is None else average.state_dict()}
+def state(model: Any, ema: Any) -> dict[str, Any]:
+    learner = {"state_dict": model.state_dict(), "state_dict_ema": None if ema is None else ema.state_dict()}
     return {"model": describe_model(SMALL, NAMES, TRANSFORM), "learner": learner}
 
 
@@ -46,15 +46,15 @@ def assert_timm_loads(folder: Path, model: Any) -> None:
     assert "tag" not in described["pretrained_cfg"]
 
 
-def test_of_a_state_alone_the_average_is_exported(model: Any, tmp_path: Path) -> None:
+def test_ema_is_exported_from_a_state_without_a_choice(model: Any, tmp_path: Path) -> None:
     save_state(tmp_path, state(model, None))
     summary = export(tmp_path, tmp_path / "out")
     assert (summary["model"], summary["num_classes"]) == (SMALL, 3)
     assert_timm_loads(tmp_path / "out", model)
-    average = timm.create_model(SMALL, num_classes=3).eval()
-    save_state(tmp_path, state(model, average))
-    export(tmp_path, tmp_path / "average")
-    assert_timm_loads(tmp_path / "average", average)
+    ema = timm.create_model(SMALL, num_classes=3).eval()
+    save_state(tmp_path, state(model, ema))
+    export(tmp_path, tmp_path / "ema")
+    assert_timm_loads(tmp_path / "ema", ema)
 
 
 @pytest.mark.parametrize(
@@ -62,20 +62,20 @@ def test_of_a_state_alone_the_average_is_exported(model: Any, tmp_path: Path) ->
     [
         ({"handed_out": "model"}, "model"),
         ({"handed_out": "average"}, "average"),
-        ({"history": [{"of": "average"}, {"of": "model"}]}, "model"),  # before the choice was kept
+        ({"history": [{"of": "average"}, {"of": "model"}]}, "model"),  # older checkpoints only hold the choice here
         ({"history": [], "handed_out": "model"}, "model"),
     ],
 )
 def test_export_follows_the_choice_of_the_run(
     choice: dict[str, Any], expected: str, model: Any, tmp_path: Path
 ) -> None:
-    average = timm.create_model(SMALL, num_classes=3).eval()
-    save_state(tmp_path, state(model, average) | choice)
+    ema = timm.create_model(SMALL, num_classes=3).eval()
+    save_state(tmp_path, state(model, ema) | choice)
     export(tmp_path, tmp_path / "out")
-    assert_timm_loads(tmp_path / "out", model if expected == "model" else average)
+    assert_timm_loads(tmp_path / "out", model if expected == "model" else ema)
 
 
-def test_the_measured_best_and_a_finished_run_are_exported_as_they_are(model: Any, tmp_path: Path) -> None:
+def test_best_checkpoint_and_finished_run_export_the_same_files(model: Any, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoint_1"
     checkpoint.mkdir(parents=True)
     save_timm_directory(checkpoint, model, NAMES, TRANSFORM)
@@ -89,21 +89,21 @@ def test_the_measured_best_and_a_finished_run_are_exported_as_they_are(model: An
     ).read_bytes()
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_invalid_checkpoints_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no checkpoint at"):
         export(tmp_path / "absent", tmp_path / "out")
     (tmp_path / "state.pt").write_bytes(b"torn")
-    with pytest.raises(RequestError, match="no checkpoint that can be loaded safely"):
+    with pytest.raises(RequestError, match="not a checkpoint that can be loaded safely"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(RequestError, match=r"is not empty: found state\.pt"):
         export(tmp_path, tmp_path)
     (tmp_path / "_run.json").write_text(json.dumps({"identity": {}}))
-    with pytest.raises(RequestError, match="has not ended"):
+    with pytest.raises(RequestError, match="has not finished"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_into_the_data_of_its_run_is_refused(model: Any, tmp_path: Path) -> None:
+def test_export_into_the_data_of_the_run_is_rejected(model: Any, tmp_path: Path) -> None:
     data, checkpoint = tmp_path / "data", tmp_path / "run" / "checkpoint_1"
     for folder in (data, checkpoint):
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What CPUs cannot show: mixed precision, the compiler and synchronized batch norm. Not run without a GPU."""
+"""Mixed precision, `torch.compile` and synchronized batch norm, which need a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,23 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
 from pipelines.training.learner import Learner
-from tests.training.test_learner import TASK, config, losses, module, share
+from tests.training.test_learner import TASK, config, local_batch, losses, module
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_it_learns_in_mixed_precision(precision: str) -> None:
+def test_learner_fits_a_batch_in_mixed_precision(precision: str) -> None:
     learner = Learner(config(model={"dtype": precision}, optim={"clip_grad": 5.0}), TASK, module(), GPU)
     for _ in range(40):
-        learner.learn(share(step=3))
-    images, top1, _, _ = learner.measure(share(step=3))["model"].tolist()
+        learner.learn(local_batch(step=3))
+    images, top1, _, _ = learner.measure(local_batch(step=3))["model"].tolist()
     assert (images, top1) == (8, 8)
     assert all(torch.isfinite(parameter).all() for parameter in learner.module.parameters())
 
 
-def test_the_scaler_goes_on_from_the_state() -> None:
+def test_grad_scaler_resumes_from_the_state() -> None:
     whole = Learner(config(model={"dtype": "float16"}), TASK, module(), GPU)
     losses(whole, 3)
     resumed = Learner(config(model={"dtype": "float16"}), TASK, module(), GPU)
@@ -35,7 +35,7 @@ def test_the_scaler_goes_on_from_the_state() -> None:
     np.testing.assert_allclose(losses(resumed, 2), losses(whole, 2), rtol=1e-3)
 
 
-def test_compiled_it_learns_the_same() -> None:
+def test_compiled_losses_match_eager() -> None:
     frozen = {"freeze_batch_norm": True}
     eager = losses(Learner(config(model=frozen), TASK, module(), GPU), 5)
     compiled = losses(Learner(config(model=frozen | {"compile": True}), TASK, module(), GPU), 5)
@@ -43,8 +43,8 @@ def test_compiled_it_learns_the_same() -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in full precision, to be compared
-    # gloo: two workers may share a GPU, which NCCL refuses.
+    torch.backends.cudnn.allow_tf32 = False  # the comparison needs convolutions in full precision
+    # Unlike NCCL, gloo lets two workers use the same GPU.
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     sections: dict[str, Any] = {"model": {"sync_batch_norm": True}, "scaling": {"use_gpu": True, "num_workers": 2}}
     learner = Learner(config(**sections), TASK, module(), GPU, rank, world_size=2)
@@ -52,7 +52,7 @@ def _worker(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
-def test_with_synchronized_batch_norm_two_workers_learn_what_one_does(
+def test_two_workers_with_synchronized_batch_norm_match_one_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
