@@ -1,4 +1,4 @@
-"""What a dry run says, and what is refused before Ray starts."""
+"""Plan of a run as a dry run logs it, and requests that it rejects before Ray starts."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def plan(num_train: int = 1000, **sections: Any) -> Any:
     return plan_training(config, resolve_start(config, ["a", "b", "c"]), num_train, 100)
 
 
-def test_batches_and_rates() -> None:
+def test_plan_counts_steps_and_lists_learning_rates() -> None:
     found = plan(optim={"lr": 0.2, "sched": "step", "decay_epochs": 4, "warmup_epochs": 1}, scaling={"num_workers": 4})
     assert (found.steps_per_epoch, found.num_left_out, found.total_steps, found.batch_size_per_pass) == (
         15,
@@ -35,19 +35,19 @@ def test_batches_and_rates() -> None:
     assert rates[1] == pytest.approx(1e-5)
     assert (rates[2], rates[5], rates[10]) == (0.2, pytest.approx(0.02), pytest.approx(0.002))
     text = "\n".join(found.lines())
-    assert "15 steps an epoch (40 images left out of each)" in text
+    assert "15 steps per epoch (40 images left out of each)" in text
     assert "3 classes" in text
 
 
 @pytest.mark.parametrize(("opt", "num_copies"), [("sgd", 3), ("adamw", 4), ("lamb", 4)])
-def test_memory_of_the_state(opt: str, num_copies: int) -> None:
+def test_state_memory_includes_gradients_and_optimizer(opt: str, num_copies: int) -> None:
     found = plan(optim={"opt": opt})
     num_parameters = sum(tensor.numel() for tensor in timm.create_model(SMALL, num_classes=3).parameters())
     assert found.num_parameters == found.num_trained == num_parameters
     assert found.state_bytes == pytest.approx(4 * num_copies * num_parameters, rel=1e-3)
 
 
-def test_memory_of_the_activations_is_what_autograd_keeps() -> None:
+def test_activation_memory_matches_what_autograd_keeps() -> None:
     model = timm.create_model(SMALL, num_classes=3).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
     kept: dict[int, int] = {}
@@ -65,7 +65,7 @@ def test_memory_of_the_activations_is_what_autograd_keeps() -> None:
     assert plan(optim={"global_batch_size": 16}).activation_bytes == pytest.approx(measured, rel=0.1)
 
 
-def test_a_frozen_backbone_needs_less() -> None:
+def test_frozen_backbone_needs_less_memory() -> None:
     whole, head = plan(), plan(model={"name": SMALL, "weights": "random", "freeze_backbone": True})
     assert head.num_trained == 3 * 2048 + 3
     assert head.state_bytes < whole.state_bytes / 2
@@ -77,7 +77,7 @@ def test_a_frozen_backbone_needs_less() -> None:
     [
         ({"optim": {"opt": "adamx"}}, "knows no optimizer 'adamx', did you mean"),
         ({"optim": {"opt": "fusedsgd"}}, "CUDA"),
-        ({"optim": {"global_batch_size": 2000}}, "1000 training images make no batch"),
+        ({"optim": {"global_batch_size": 2000}}, "1000 training images are fewer than one batch"),
         ({"augment": {"auto_augment": "nonsense"}}, "augment.auto_augment = 'nonsense'"),
         (
             {"augment": {"auto_augment": "randaug"}},
@@ -88,17 +88,20 @@ def test_a_frozen_backbone_needs_less() -> None:
         ({"augment": {"auto_augment": "rand-x9"}}, "Unknown RandAugment config section"),
         ({"augment": {"auto_augment": "augmix-mfive"}}, "timm does not know 'mfive'"),
         ({"optim": {"opt": "adahessian"}}, "adahessian needs second derivatives"),
-        ({"model": {"name": "densenet121", "weights": "random", "drop_path_rate": 0.1}}, "densenet121 does not take"),
+        (
+            {"model": {"name": "densenet121", "weights": "random", "drop_path_rate": 0.1}},
+            "densenet121 does not support",
+        ),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(sections: dict[str, Any], message: str) -> None:
+def test_invalid_recipe_is_rejected_in_one_line(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         plan(**sections)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("sched", ["cosine", "step", "multistep", "poly", "tanh", "constant"])
-def test_every_schedule_that_the_config_names_is_timms(sched: str) -> None:
+def test_every_schedule_of_the_config_decays_as_timms(sched: str) -> None:
     rates = plan(optim={"sched": sched, "lr": 0.1, "decay_milestones": [3], "decay_epochs": 5}).rates
     assert rates[0] == (1, pytest.approx(0.1))
     assert (rates[-1][1] == 0.1) == (sched == "constant")
@@ -107,30 +110,30 @@ def test_every_schedule_that_the_config_names_is_timms(sched: str) -> None:
 @pytest.mark.parametrize(
     "policy", ["original", "v0-mstd0.5", "3a", "rand-m7-mstd0.5-inc1", "rand-tweights", "augmix-m5-w4"]
 )
-def test_automatic_augmentation_that_timm_knows_is_taken(policy: str) -> None:
+def test_known_automatic_augmentation_is_accepted(policy: str) -> None:
     assert plan(augment={"auto_augment": policy})
 
 
 @pytest.mark.parametrize(
-    ("optim", "said"),
+    ("optim", "expected"),
     [
         ({"global_batch_size": 32}, "optim.lr is not set: 0.0125 = 0.1 x 32 / 256"),
         ({"global_batch_size": 64, "opt": "adamw"}, "optim.lr is not set: 0.05 = 0.1 x sqrt(64 / 256)"),
         ({"global_batch_size": 64, "lr": 0.1}, None),
     ],
 )
-def test_default_rate_is_said_with_its_reason(optim: dict[str, Any], said: str | None) -> None:
+def test_default_learning_rate_is_explained(optim: dict[str, Any], expected: str | None) -> None:
     text = "\n".join(plan(optim=optim).lines())
-    assert said in text if said else "not set" not in text
+    assert expected in text if expected else "not set" not in text
 
 
-def test_lack_of_memory_is_said_with_the_numbers() -> None:
+def test_memory_warning_names_the_numbers() -> None:
     found = plan()
     enough, half = Node(2, 0, memory_bytes=found.worker_bytes), Node(2, 0, memory_bytes=found.worker_bytes / 2)
-    assert found.find_lack_of_memory([enough], num_workers=1) is None
-    assert found.find_lack_of_memory([enough, enough], num_workers=2) is None
+    assert found.describe_memory_shortage([enough], num_workers=1) is None
+    assert found.describe_memory_shortage([enough, enough], num_workers=2) is None
     for nodes, num_workers in (([half], 1), ([enough], 2), ([half, half], 1)):
-        said = found.find_lack_of_memory(nodes, num_workers)
-        assert said is not None
-        assert f"{num_workers} need about" in said
-        assert "optim.grad_accum_steps" in said
+        warning = found.describe_memory_shortage(nodes, num_workers)
+        assert warning is not None
+        assert f"{num_workers} need about" in warning
+        assert "optim.grad_accum_steps" in warning

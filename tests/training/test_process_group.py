@@ -1,4 +1,4 @@
-"""Training on one machine: its ports, and what it says beside another Ray."""
+"""Training on one machine: its listening ports, and its log beside another Ray cluster."""
 
 import os
 import subprocess
@@ -39,10 +39,10 @@ def test_training_beside_another_ray_is_quiet_and_listens_on_loopback(ray_server
             others |= {f"{listener.host} {listener.process}" for listener in found if not is_loopback(listener.host)}
             workers |= {listener.process for listener in found if "RayTrainWorker" in listener.process}
             time.sleep(0.2)
-    said = (tmp_path / "log").read_text()
-    assert job.returncode == 0, said
+    logged = (tmp_path / "log").read_text()
+    assert job.returncode == 0, logged
     assert workers
     assert others == set()
-    assert "epoch 1 of 1 done" in said
+    assert "epoch 1 of 1 done" in logged
     for noise in ("Traceback", "Found multiple active Ray", "pid=", "\x1b", "core_worker.cc"):
-        assert noise not in said
+        assert noise not in logged

@@ -1,4 +1,4 @@
-"""Identity that two runs must share to use the same output."""
+"""Resolution of a request, and the identity that two runs with the same output have to share."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,13 @@ def config(folder: Path, **sections: Any) -> TrainConfig:
     return normalize(TrainConfig.model_validate(base | sections))
 
 
-def begin(said: TrainConfig) -> None:
-    """Claim the output, as a run does before it learns."""
-    resolve_request(said).pin()
+def begin(request: TrainConfig) -> None:
+    """Claim the output, as a run does before its first step."""
+    resolve_request(request).pin()
 
 
-def learn_something(data: Path) -> None:
-    """Leave what Ray Train leaves beside its first checkpoint."""
+def write_checkpoint_list(data: Path) -> None:
+    """Write the file that Ray Train writes with its first checkpoint."""
     (data.parent / "out" / CHECKPOINTS_FILE).write_text("{}")
 
 
@@ -50,14 +50,14 @@ FREE: list[dict[str, Any]] = [
     {"logging": {"every_s": 1}},
     {"checkpoint": {"every_steps": 5}},
     {"failure": {"max_fraction": 1}},
-    {"optim": {"lr": 0.1 * 4 / 256}},  # the default, said
+    {"optim": {"lr": 0.1 * 4 / 256}},  # the default, set explicitly
 ]
 
 
 @pytest.mark.parametrize("sections", FREE)
-def test_way_of_carrying_out_a_recipe_may_change(data: Path, sections: dict[str, Any]) -> None:
+def test_execution_keys_may_change_between_runs(data: Path, sections: dict[str, Any]) -> None:
     begin(config(data))
-    learn_something(data)
+    write_checkpoint_list(data)
     assert find_summary(config(data, **sections)) is None
 
 
@@ -73,24 +73,24 @@ OTHER_RECIPES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("sections", "message"), OTHER_RECIPES)
-def test_another_recipe_is_refused_once_there_is_a_checkpoint(
+def test_other_recipe_is_rejected_once_there_is_a_checkpoint(
     data: Path, sections: dict[str, Any], message: str
 ) -> None:
     begin(config(data))
-    assert find_summary(config(data, **sections)) is None  # nothing was learnt
-    learn_something(data)
+    assert find_summary(config(data, **sections)) is None  # no progress yet
+    write_checkpoint_list(data)
     with pytest.raises(RequestError, match=message):
         find_summary(config(data, **sections))
 
 
-def test_limit_of_bytes_can_change_which_images_are_learnt(data: Path) -> None:
+def test_changed_byte_limit_is_rejected(data: Path) -> None:
     begin(config(data))
-    learn_something(data)
+    write_checkpoint_list(data)
     with pytest.raises(RequestError, match=r"data\.max_bytes was 268435456, is 10"):
         find_summary(config(data, data={"train": {"uri": str(data)}, "max_bytes": 10}))
 
 
-def test_finished_run_keeps_its_output(data: Path) -> None:
+def test_finished_run_returns_its_summary_and_rejects_other_recipes(data: Path) -> None:
     begin(config(data))
     path = data.parent / "out" / "_run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"summary": {"epochs": 1}}))
@@ -99,15 +99,15 @@ def test_finished_run_keeps_its_output(data: Path) -> None:
         find_summary(config(data, optim={"lr": 0.1}))
 
 
-def test_images_are_listed_anew_until_there_is_a_checkpoint(data: Path) -> None:
+def test_images_are_listed_again_until_there_is_a_checkpoint(data: Path) -> None:
     begin(config(data))
     (data / "ant" / "4.png").write_bytes((data / "ant" / "0.png").read_bytes())
     assert resolve_request(config(data)).plan.num_train == 9
-    learn_something(data)
+    write_checkpoint_list(data)
     assert resolve_request(config(data)).plan.num_train == 8  # as pinned
 
 
-def test_resume_with_other_label_names_is_refused(data: Path, tmp_path: Path) -> None:
+def test_resume_with_other_label_names_is_rejected(data: Path, tmp_path: Path) -> None:
     import safetensors.torch
     import timm
 
@@ -121,11 +121,11 @@ def test_resume_with_other_label_names_is_refused(data: Path, tmp_path: Path) ->
         described = {"architecture": "test_resnet", "num_classes": 2, "label_names": names}
         (weights / "config.json").write_text(json.dumps(described))
 
-    said = config(data, model={"weights": str(weights)})
+    request = config(data, model={"weights": str(weights)})
     name_classes("bee", "ant")
-    begin(said)
-    learn_something(data)
-    assert resolve_request(said).start.class_names == ("bee", "ant")
+    begin(request)
+    write_checkpoint_list(data)
+    assert resolve_request(request).start.class_names == ("bee", "ant")
     name_classes("ant", "bee")
     with pytest.raises(RequestError, match=r"label_names was \['bee', 'ant'\], is \['ant', 'bee'\]"):
-        resolve_request(said)
+        resolve_request(request)

@@ -1,4 +1,4 @@
-"""What each training worker gets of the machines."""
+"""CPUs, GPUs and threads of the training workers."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ CLUSTERS = {
 
 @pytest.mark.parametrize("name", CLUSTERS)
 @pytest.mark.parametrize("num_workers", [1, 2, (1, 3)])
-def test_fetching_and_decoding_always_have_cpus_left(name: str, num_workers: Any) -> None:
+def test_plan_leaves_cpus_for_fetching_and_decoding(name: str, num_workers: Any) -> None:
     nodes = CLUSTERS[name]
     use_gpu = nodes[0].num_gpus > 0
     plan = plan_workers(ScalingConfig(num_workers=num_workers, use_gpu=use_gpu), nodes, may_grow=False)
@@ -32,12 +32,12 @@ def test_fetching_and_decoding_always_have_cpus_left(name: str, num_workers: Any
 
 
 @pytest.mark.parametrize("num_cpus", [0.5, 0.99, 0.999, 1.0])
-def test_no_task_gets_next_to_nothing_whatever_the_user_set_aside(num_cpus: float) -> None:
+def test_tasks_get_a_minimum_of_cpus_for_any_num_cpus_per_worker(num_cpus: float) -> None:
     scaling = ScalingConfig(num_workers=2, num_cpus_per_worker=num_cpus)
     assert plan_workers(scaling, [Node(2, 0)] * 2, may_grow=False).num_cpus_per_task >= 0.125
 
 
-def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_aside() -> None:
+def test_threads_divide_the_cores_or_follow_resources_per_worker() -> None:
     laptop = CLUSTERS["laptop"]
     assert plan_workers(ScalingConfig(num_workers=1), laptop, False).num_threads == 2
     assert plan_workers(ScalingConfig(num_workers=2), laptop, False).num_threads == 1
@@ -45,51 +45,49 @@ def test_threads_are_the_cores_shared_among_the_workers_or_what_the_user_set_asi
 
 
 @pytest.mark.parametrize(
-    ("num_cpus", "num_workers", "share", "num_threads"),
+    ("num_cpus", "num_workers", "cpus_per_worker", "num_threads"),
     [
-        ([2, 2, 2], 2, 1, 2),  # a node each
-        ([4] * 8, 2, 2, 4),  # no worker can have more than a node
-        ([2, 64, 64], 4, 16, 32),  # the small one is left to the tasks
+        ([2, 2, 2], 2, 1, 2),  # one worker per node
+        ([4] * 8, 2, 2, 4),  # a worker cannot span nodes
+        ([2, 64, 64], 4, 16, 32),  # the small node is left to the tasks
         ([8, 8], 3, 2, 4),
     ],
 )
-def test_workers_are_spread_over_nodes_and_never_larger_than_one(
-    num_cpus: list[float], num_workers: int, share: float, num_threads: int
+def test_workers_are_spread_over_nodes_and_each_fits_on_one(
+    num_cpus: list[float], num_workers: int, cpus_per_worker: float, num_threads: int
 ) -> None:
     plan = plan_workers(ScalingConfig(num_workers=num_workers), [Node(count, 0) for count in num_cpus], False)
-    # A hundredth more where the workers of a lost node would otherwise fill another one.
-    assert share <= plan.per_worker["CPU"] <= share + 0.01
+    # 0.01 CPUs are added if the workers of a lost node would otherwise fill another node.
+    assert cpus_per_worker <= plan.per_worker["CPU"] <= cpus_per_worker + 0.01
     assert plan.num_threads == num_threads
 
 
 @pytest.mark.parametrize("num_cpus", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("num_nodes", [2, 3, 5])
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_a_task_fits_on_a_node_that_took_in_the_workers_of_a_lost_one(
-    num_cpus: float, num_nodes: int, num_workers: int
-) -> None:
+def test_tasks_fit_beside_the_workers_of_a_lost_node(num_cpus: float, num_nodes: int, num_workers: int) -> None:
     plan = plan_workers(ScalingConfig(num_workers=num_workers), [Node(num_cpus, 0)] * num_nodes, False)
-    share = plan.per_worker["CPU"]
-    most_on_a_node = min(num_workers, int(num_cpus / share))
-    assert most_on_a_node * num_nodes >= num_workers
-    assert most_on_a_node * share + plan.num_cpus_per_task <= num_cpus
+    cpus_per_worker = plan.per_worker["CPU"]
+    max_per_node = min(num_workers, int(num_cpus / cpus_per_worker))
+    assert max_per_node * num_nodes >= num_workers
+    assert max_per_node * cpus_per_worker + plan.num_cpus_per_task <= num_cpus
 
 
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"num_workers": 9}, "scaling.num_workers = 9 at 0.25 CPUs each asks for 2.25 of 2 CPUs"),
-        ({"use_gpu": True}, "asks for 1 GPUs; the cluster has 0"),
+        ({"num_workers": 9}, "scaling.num_workers = 9 at 0.25 CPUs each needs 2.25 of 2 CPUs"),
+        ({"use_gpu": True}, "needs 1 GPUs; the cluster has 0"),
         ({"num_cpus_per_worker": 2}, "leaves none for fetching and decoding"),
     ],
 )
-def test_what_does_not_fit_is_refused_unless_the_cluster_grows(scaling: dict[str, Any], message: str) -> None:
+def test_workers_that_do_not_fit_are_rejected_unless_nodes_may_be_added(scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         plan_workers(ScalingConfig(**scaling), CLUSTERS["laptop"], may_grow=False)
     assert plan_workers(ScalingConfig(**scaling), CLUSTERS["laptop"], may_grow=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, (0, 2), (3, 2)])
-def test_numbers_of_workers_that_make_no_sense_are_refused(num_workers: Any) -> None:
+def test_invalid_numbers_of_workers_are_rejected(num_workers: Any) -> None:
     with pytest.raises(ValueError, match="the minimum and maximum"):
         ScalingConfig(num_workers=num_workers)

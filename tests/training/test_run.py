@@ -1,4 +1,4 @@
-"""`jobs.train` as a user types it, on scikit-learn's digits: real images that train in a minute."""
+"""`jobs.train` end to end on scikit-learn's digits, real images that train in a minute."""
 
 import json
 import os
@@ -41,7 +41,7 @@ GLOBAL_BATCH_SIZE = 16
 
 @pytest.fixture(scope="module")
 def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `train` and `held-out` of all digits in folders named for them."""
+    """Folders `train` and `held-out` with all digits, in one folder per class."""
     root = tmp_path_factory.mktemp("digits")
     write_digits(str(root / "train"), str(root / "held-out"))
     return root
@@ -49,7 +49,7 @@ def all_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def digits(all_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quarter of them; one training image is none."""
+    """A quarter of the digits, plus a training file that is not an image."""
     root = tmp_path_factory.mktemp("few")
     for path in sorted(all_digits.rglob("*.png")):
         if int(path.stem) < 450:
@@ -61,7 +61,7 @@ def digits(all_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(digits: object, output: object, **keys: object) -> list[str]:
-    """The keys of a request, with `__` for the point."""
+    """Return the command line of a request, whose keys are given with `__` in place of the dot."""
     request: dict[str, object] = {
         "data.train.uri": f"{digits}/train",
         "data.validation.uri": f"{digits}/held-out",
@@ -90,7 +90,7 @@ def assert_same_weights(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
 
-def test_training_from_s3_to_s3_and_what_it_leaves(
+def test_training_from_s3_to_s3_writes_the_documented_output(
     digits: Path, store: ObjectStore, own_home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from pipelines.storage.filesystem import open_filesystem
@@ -120,7 +120,7 @@ def test_training_from_s3_to_s3_and_what_it_leaves(
     assert len([name for name in names if name.startswith("checkpoint_2")]) <= 2  # the best and the last
     lines = [json.loads(line) for line in read_bytes(uris.join(output, "metrics.jsonl")).splitlines()]
     assert [line["top1"] for line in lines if line["kind"] == "epoch"] == [one["top1"] for one in record["history"]]
-    # Again, and again with another recipe.
+    # The same request returns the same summary; another recipe is rejected.
     assert in_this_process(*request) == 0
     assert json.loads(capfd.readouterr().out) == summary
     assert in_this_process(*arguments("s3://images/digits", output, optim__epochs=2, optim__lr=0.1)) == 2
@@ -128,22 +128,23 @@ def test_training_from_s3_to_s3_and_what_it_leaves(
 
 
 def in_this_process(*request: str) -> int:
-    """The job's exit status, without the seconds that its imports take."""
+    """Run the job in this process, which saves the time of its imports. Return its exit status."""
     from jobs.train import dry_run, train
 
     return run_job("jobs.train", TrainConfig, train, request, dry_run)
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(digits: Path, tmp_path: Path) -> None:
+def test_dry_run_logs_the_plan_and_writes_nothing(digits: Path, tmp_path: Path) -> None:
     done = run_command("jobs.train", *arguments(digits, tmp_path / "out"), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["optim"]["global_batch_size"] == GLOBAL_BATCH_SIZE
-    for said in ("18 steps an epoch (13 images left out of each), 54 in all", "learning rate", "memory of a worker"):
-        assert said in done.stderr
+    plan = ("18 steps per epoch (13 images left out of each), 54 in total", "learning rate", "memory per worker")
+    for expected in plan:
+        assert expected in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_request_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+def test_wrong_request_exits_with_status_2_and_one_line(tmp_path: Path) -> None:
     done = run_command("jobs.train", *arguments("/absent", tmp_path / "out"), timeout_s=30)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -155,24 +156,24 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "unknown optimizer": ({"optim__opt": "sdg"}, "did you mean sgd"),
     "unknown augmentation": ({"augment__auto_augment": "nonsense"}, "augment.auto_augment"),
     "synchronized norm on CPUs": ({"model__sync_batch_norm": True}, "torch has no synchronized norm on CPUs"),
-    "too few images": ({"optim__global_batch_size": 4096}, "make no batch"),
-    "a class that is not learnt": ({"data__validation__uri": "OTHER"}, "'eleven'"),
+    "too few images": ({"optim__global_batch_size": 4096}, "fewer than one batch"),
+    "unknown class": ({"data__validation__uri": "OTHER"}, "'eleven'"),
     "unknown model": ({"model__name": "ecaresnet51d"}, "knows no model"),
-    "no such weights": ({"model__weights": "/absent"}, "no weights at /absent"),
-    "more workers than fit": ({"scaling__num_workers": 16}, "scaling.num_workers = 16"),
-    "an output of something else": ({"output__uri": REPOSITORY}, "is not empty"),
+    "missing weights": ({"model__weights": "/absent"}, "no weights at /absent"),
+    "too many workers": ({"scaling__num_workers": 16}, "scaling.num_workers = 16"),
+    "output with other files": ({"output__uri": REPOSITORY}, "is not empty"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_said(
+def test_wrong_request_is_explained(
     name: str, digits: Path, tmp_path: Path, own_home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     keys, message = WRONG[name]
     (tmp_path / "other" / "eleven").mkdir(parents=True)
     (tmp_path / "other" / "eleven" / "1.png").write_bytes(b"")
-    said = {key: value if value != "OTHER" else tmp_path / "other" for key, value in keys.items()}
-    assert in_this_process(*arguments(digits, tmp_path / "out", **said)) == 2
+    replaced = {key: value if value != "OTHER" else tmp_path / "other" for key, value in keys.items()}
+    assert in_this_process(*arguments(digits, tmp_path / "out", **replaced)) == 2
     printed = capfd.readouterr()
     assert message in printed.err.splitlines()[-1]
     assert printed.err.splitlines()[-1].startswith("jobs.train: error: ")
@@ -196,7 +197,7 @@ def test_too_many_failed_images_stop_the_run_with_one_line(digits: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_loss_that_is_nan_stops_the_run_and_leaves_the_output_to_another_recipe(
+def test_nan_loss_stops_the_run_and_another_recipe_may_use_the_output(
     ray_server: RayHead, digits: Path, tmp_path: Path
 ) -> None:
     keys: dict[str, object] = {"optim__lr": 1e6, "optim__epochs": 1, "logging__every_s": 0.01}
@@ -228,7 +229,7 @@ def test_unreadable_validation_images_are_counted_and_limited(
     assert summary["num_validation_failed"] == 4
     assert "/absent/0.png: not_found" in summary["validation_failed"][0]
     assert summary["best_epoch"] == 1
-    # The weights of the checkpoint are those that the summary names, also when exported from the state alone.
+    # The checkpoint holds the weights that the summary names, and so does an export of its state.
     (epoch,) = json.loads((tmp_path / "out" / "_run.json").read_text())["history"]
     assert summary["weights"] == epoch["of"] == max(("model", "average"), key=lambda name: float(epoch[f"{name}_top1"]))
     (tmp_path / "state").mkdir()
@@ -242,7 +243,7 @@ def test_unreadable_validation_images_are_counted_and_limited(
 
 
 @pytest.mark.slow
-def test_error_of_code_is_not_met_again_and_again(
+def test_code_error_does_not_restart_the_workers(
     ray_server: RayHead,
     digits: Path,
     tmp_path: Path,
@@ -252,18 +253,18 @@ def test_error_of_code_is_not_met_again_and_again(
     monkeypatch.setattr(run, "run_worker", failing_worker)
     with pytest.raises(RunError, match=r"TypeError: the batch is not a batch \(.*loop.py, line \d+\); no checkpoint"):
         train_on(ray_server, *arguments(digits, tmp_path / "out"))
-    assert len(list((tmp_path / "starts").iterdir())) == 2  # each of the workers, once
+    assert len(list((tmp_path / "starts").iterdir())) == 2  # one start per worker
     assert "the batch is not a batch" not in capfd.readouterr().err
 
 
 def kill_worker(driver: "subprocess.Popen[bytes]") -> None:
-    """End one training worker; the run goes on by itself."""
+    """Kill one training worker. Ray Train restarts the workers."""
     workers = [pid for pid, name in descendants(driver.pid).items() if name.startswith("ray::RayTrainWorker")]
     os.kill(workers[0], signal.SIGKILL)
 
 
 def kill_all_of_ray(driver: "subprocess.Popen[bytes]") -> None:
-    """End everything at once."""
+    """Kill the driver and all of Ray at once."""
     kill_tree(driver.pid)
 
 
@@ -271,7 +272,7 @@ RECORDED: dict[str, Any] = {"checkpoint__every_steps": 5, "optim__epochs": 2}
 
 
 def record(folder: Path, digits: Path, **keys: object) -> "subprocess.Popen[bytes]":
-    """Start a run that writes down its ids."""
+    """Start a run that records the ids of its local batches."""
     request = arguments(digits, folder / "output", **(RECORDED | keys))
     command = [sys.executable, "-m", "tests.support.recorded_training", str(folder / "record"), *request]
     folder.mkdir(exist_ok=True)
@@ -287,7 +288,7 @@ def end(run: "subprocess.Popen[bytes]") -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("num_workers", "kill"), [(1, kill_all_of_ray), (2, kill_worker)])
-def test_a_run_goes_on_at_the_batch_after_the_last_checkpoint(
+def test_run_resumes_at_the_batch_after_the_last_checkpoint(
     num_workers: int,
     kill: Callable[["subprocess.Popen[bytes]"], None],
     digits: Path,
@@ -307,7 +308,7 @@ def test_a_run_goes_on_at_the_batch_after_the_last_checkpoint(
     ids = {(line["step"], line["rank"]): line["ids"] for lines in expected_records for line in lines}
     records = read_records(folder / "record")
     assert all(line["ids"] == ids[line["step"], line["rank"]] for lines in records for line in lines)
-    # The second time begins after a checkpoint within the first epoch, and goes on to the end.
+    # The second attempt starts after a checkpoint within the first epoch, and runs to the end.
     first, second = ([line["step"] for line in lines] for lines in records if lines[0]["rank"] == 0)
     assert 0 < second[0] < 18
     assert second[0] % 5 == 0
@@ -318,12 +319,12 @@ def test_a_run_goes_on_at_the_batch_after_the_last_checkpoint(
     if num_workers == 1:
         assert_same_weights(summary, expected)
     lines = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
-    said = [line["step"] for line in lines if line["kind"] == "step"]
-    assert said == sorted(set(said))
+    logged = [line["step"] for line in lines if line["kind"] == "step"]
+    assert logged == sorted(set(logged))
 
 
 def wait_for_checkpoint(output: Path) -> None:
-    """Wait for Ray Train's own list of checkpoints: what it names is there."""
+    """Wait for Ray Train's list of checkpoints, which only names complete ones."""
     deadline = time.monotonic() + 120
     while not (output / "checkpoint_manager_snapshot.json").exists():
         assert time.monotonic() < deadline
@@ -331,7 +332,7 @@ def wait_for_checkpoint(output: Path) -> None:
 
 
 def train_on(server: RayHead, *request: str) -> dict[str, Any]:
-    """Run the job in this process on the tests' Ray; returns its summary."""
+    """Run the job in this process on the tests' Ray cluster. Return its summary."""
     from jobs.train import train
 
     with pytest.MonkeyPatch.context() as patch:
@@ -341,21 +342,21 @@ def train_on(server: RayHead, *request: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_number_of_workers_may_be_a_range(ray_server: RayHead, digits: Path, tmp_path: Path) -> None:
+def test_number_of_workers_may_be_a_range(ray_server: RayHead, digits: Path, tmp_path: Path) -> None:
     request = arguments(digits, tmp_path / "out", scaling__num_workers=[1, 2], optim__epochs=1)
     assert train_on(ray_server, *request)["epochs"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_validation_counts_each_image_once_at_any_number_of_workers(
+def test_validation_counts_each_image_once_for_any_number_of_workers(
     ray_server: RayHead, all_digits: Path, tmp_path: Path
 ) -> None:
     listed = ["uri,label"] + [f"{path},{path.parent.name}" for path in sorted(all_digits.rglob("*.png"))[:1001]]
     (tmp_path / "validation.csv").write_text("\n".join(listed))
     torch.manual_seed(0)
     state = timm.create_model(SMALL, num_classes=10).state_dict()
-    state["fc.weight"] *= 1000  # so that images get classes of their own
+    state["fc.weight"] *= 1000  # otherwise all images get the same class
     safetensors.torch.save_file(state, tmp_path / "ten.safetensors")
     keys = {
         "model__weights": tmp_path / "ten.safetensors",
@@ -378,7 +379,9 @@ def test_validation_counts_each_image_once_at_any_number_of_workers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODEL_CARDS)
-def test_each_of_the_five_takes_two_steps(ray_server: RayHead, name: str, digits: Path, tmp_path: Path) -> None:
+def test_every_documented_model_trains_for_two_steps(
+    ray_server: RayHead, name: str, digits: Path, tmp_path: Path
+) -> None:
     images = sorted(path for path in (digits / "train").rglob("*.png") if path.stem != "torn")[::18][:16]
     (tmp_path / "train.csv").write_text("\n".join(["uri,label", *[f"{path},{path.parent.name}" for path in images]]))
     data = {"data__train__uri": tmp_path / "train.csv", "data__validation__uri": tmp_path / "train.csv"}

@@ -1,3 +1,5 @@
+"""Starting point of a run: initial weights, and classes and their order."""
+
 import argparse
 import json
 from pathlib import Path
@@ -16,7 +18,7 @@ from pipelines.models.catalogue import MODEL_CARDS
 from pipelines.training.start import build_module, build_trainable_on_meta, resolve_start
 
 SMALL = "ecaresnet26t"
-# Parts of the names of small models.
+# Substrings of the names of small models.
 SMALL_PARTS = ("test_", "nano", "atto", "tiny", "pico", "femto", "xxs", "small", "_s", "_xs", "_0", "18", "mini")
 
 
@@ -27,7 +29,7 @@ def config(**model: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A timm directory of three classes, whose order is not that of their names."""
+    """timm directory of three classes that are not in alphabetical order."""
     folder = tmp_path_factory.mktemp("three")
     torch.manual_seed(5)
     safetensors.torch.save_file(timm.create_model(SMALL, num_classes=3).state_dict(), folder / "model.safetensors")
@@ -36,7 +38,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_same_classes_keep_the_checkpoints_order_and_classifier(directory: Path) -> None:
+def test_same_classes_keep_the_order_and_classifier_of_the_checkpoint(directory: Path) -> None:
     start = resolve_start(config(weights=str(directory)), ["ant", "cat", "dog"])
     assert start.class_names == ("dog", "ant", "cat")
     saved = safetensors.torch.load_file(directory / "model.safetensors")
@@ -44,7 +46,7 @@ def test_the_same_classes_keep_the_checkpoints_order_and_classifier(directory: P
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
 
 
-def test_other_classes_keep_the_backbone(directory: Path) -> None:
+def test_other_classes_keep_only_the_backbone(directory: Path) -> None:
     start = resolve_start(config(weights=str(directory)), ["ant", "bee", "cat", "dog"])
     module = build_module(config(weights=str(directory)), start)
     saved = safetensors.torch.load_file(directory / "model.safetensors")
@@ -56,7 +58,7 @@ def test_other_classes_keep_the_backbone(directory: Path) -> None:
 
 @pytest.fixture
 def timm_checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint as timm's train.py writes it: three classes, no names."""
+    """Checkpoint as timm's train.py writes it: three classes without names."""
     module = timm.create_model(SMALL, num_classes=3)
     saver = CheckpointSaver(
         module,
@@ -69,7 +71,7 @@ def timm_checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "model_best.pth.tar"
 
 
-def test_classifier_of_a_timm_checkpoint_is_kept_in_timms_order_of_folders(
+def test_timm_checkpoint_keeps_its_classifier_in_timms_order_of_folders(
     timm_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -85,37 +87,37 @@ def test_classifier_of_a_timm_checkpoint_is_kept_in_timms_order_of_folders(
     assert "0 = a, 1 = b9, 2 = B10" in caplog.text
 
 
-def test_classifier_of_another_number_of_classes_is_made_anew(timm_checkpoint: Path) -> None:
+def test_other_number_of_classes_drops_the_classifier(timm_checkpoint: Path) -> None:
     start = resolve_start(config(weights=str(timm_checkpoint)), ["a", "b"])
     assert start.class_names == ("a", "b")
     assert "fc.weight" not in start.state_dict
 
 
-def test_random_weights_are_those_of_the_seed() -> None:
+def test_random_weights_depend_only_on_the_seed() -> None:
     start = resolve_start(config(weights="random"), ["a", "b"])
     first, second = (build_module(config(weights="random"), start).state_dict() for _ in range(2))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("name", MODEL_CARDS)
-def test_each_of_the_five_starts_at_random(name: str) -> None:
+def test_every_documented_model_starts_from_random_weights(name: str) -> None:
     start = resolve_start(config(name=name, weights="random"), ["a", "b", "c"])
     assert build_module(config(name=name, weights="random"), start).num_classes == 3
 
 
-def test_what_cannot_be_had_is_refused() -> None:
+def test_unknown_models_and_missing_weights_are_rejected() -> None:
     with pytest.raises(RequestError, match="knows no model"):
         resolve_start(config(name="ecaresnot", weights="random"), ["a"])
     with pytest.raises(RequestError, match="does not exist"):
         resolve_start(config(weights="/absent.safetensors"), ["a"])
 
 
-def test_dropout_is_handed_to_the_model_where_it_is_set() -> None:
-    models = {name: config(weights="random", **said) for name, said in DROPOUT.items()}
-    start = resolve_start(models["unset"], ["a", "b"])
-    rates = {name: build_module(said, start).drop_rate for name, said in models.items()}
+def test_dropout_is_passed_to_the_model_only_if_set() -> None:
+    configs = {name: config(weights="random", **keys) for name, keys in DROPOUT.items()}
+    start = resolve_start(configs["unset"], ["a", "b"])
+    rates = {name: build_module(one, start).drop_rate for name, one in configs.items()}
     assert rates == {"unset": 0.0, "head": 0.25, "paths": 0.0}
-    num_paths = {name: count_drop_paths(build_module(said, start)) for name, said in models.items()}
+    num_paths = {name: count_drop_paths(build_module(one, start)) for name, one in configs.items()}
     assert num_paths["unset"] == num_paths["head"] == 0 < num_paths["paths"]
 
 
@@ -126,25 +128,25 @@ def count_drop_paths(module: Any) -> int:
     return sum(type(child).__name__ == "DropPath" for child in module.modules())
 
 
-def test_stochastic_depth_of_a_model_is_kept_where_none_is_set() -> None:
+def test_default_stochastic_depth_of_a_model_is_kept_if_unset() -> None:
     name = "swin_tiny_patch4_window7_224"  # 0.1 in timm
-    said = TrainConfig.model_validate(
+    default = TrainConfig.model_validate(
         {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "model": {"name": name, "weights": "random"}}
     )
-    assert count_drop_paths(build_trainable_on_meta(said, name, 2)) > 0
-    off = said.model_copy(update={"model": said.model.model_copy(update={"drop_path_rate": 0.0})})
+    assert count_drop_paths(build_trainable_on_meta(default, name, 2)) > 0
+    off = default.model_copy(update={"model": default.model.model_copy(update={"drop_path_rate": 0.0})})
     assert count_drop_paths(build_trainable_on_meta(off, name, 2)) == 0
 
 
 @pytest.mark.parametrize("weights", ["random", "FILE"])
-def test_stochastic_depth_that_a_model_does_not_take_is_refused_at_the_start(weights: str, tmp_path: Path) -> None:
+def test_unsupported_stochastic_depth_is_rejected(weights: str, tmp_path: Path) -> None:
     name = "vgg11"
     if weights == "FILE":
         name = "densenet121"
         weights = str(tmp_path / "some.safetensors")
         safetensors.torch.save_file(timm.create_model(name, num_classes=2).state_dict(), weights)
     assert resolve_start(config(name=name, weights=weights, drop_rate=0.1), ["a", "b"])
-    with pytest.raises(RequestError, match=f"{name} does not take model.drop_path_rate: leave it out"):
+    with pytest.raises(RequestError, match=f"{name} does not support model.drop_path_rate: leave it out"):
         resolve_start(config(name=name, weights=weights, drop_rate=0.1, drop_path_rate=0.1), ["a", "b"])
 
 
@@ -154,23 +156,23 @@ def small_architecture(family: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", timm.list_modules())
-def test_every_family_of_timm_starts(family: str) -> None:
+def test_every_timm_family_starts(family: str) -> None:
     name = small_architecture(family)
-    said = TrainConfig.model_validate(
+    request = TrainConfig.model_validate(
         {"data": {"train": {"uri": "x"}}, "output": {"uri": "y"}, "model": {"name": name, "weights": "random"}}
     )
-    assert resolve_start(said, ["a", "b", "c"]).class_names == ("a", "b", "c")
-    assert build_trainable_on_meta(said, name, 3).num_classes == 3
+    assert resolve_start(request, ["a", "b", "c"]).class_names == ("a", "b", "c")
+    assert build_trainable_on_meta(request, name, 3).num_classes == 3
 
 
 @pytest.mark.parametrize("name", [SMALL, pytest.param("repvit_m0_9", marks=pytest.mark.slow)])
-def test_a_backbone_without_classifier_gets_a_new_one(name: str, tmp_path: Path) -> None:
+def test_backbone_without_classifier_gets_a_new_one(name: str, tmp_path: Path) -> None:
     backbone = timm.create_model(name, num_classes=0).state_dict()
     backbone = {key: value for key, value in backbone.items() if not key.endswith("num_batches_tracked")}
     torch.save(backbone, tmp_path / "backbone.pth")
-    wanted = config(name=name, weights=str(tmp_path / "backbone.pth"))
-    start = resolve_start(wanted, ["ant", "bee"])
-    module = build_module(wanted, start)
+    request = config(name=name, weights=str(tmp_path / "backbone.pth"))
+    start = resolve_start(request, ["ant", "bee"])
+    module = build_module(request, start)
     assert start.class_names == ("ant", "bee")
     assert module.num_classes == 2
     found = module.state_dict()

@@ -1,4 +1,4 @@
-"""Training that is taken over from a driver that was frozen, or killed right before its end."""
+"""Takeover of a training run whose driver was frozen, or was killed just before it finished."""
 
 import json
 import os
@@ -34,7 +34,7 @@ main("jobs.train", TrainConfig, train, dry_run)
 
 
 def start(request: list[str], log: Path) -> "subprocess.Popen[bytes]":
-    """Start the job as the first process of a PID namespace: another machine, as far as a lease can tell."""
+    """Start the job in a PID namespace of its own, which a lease cannot tell from another machine."""
     isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -59,7 +59,7 @@ def members(process: "subprocess.Popen[bytes]") -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes PID namespaces")
-def test_a_frozen_training_is_taken_over_and_changes_nothing_when_it_wakes(digits: Path, tmp_path: Path) -> None:
+def test_frozen_run_is_taken_over_and_changes_nothing_when_it_wakes(digits: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     request = arguments(
         digits, output, optim__epochs=4, scaling__num_workers=1, checkpoint__every_steps=5, model__name="test_resnet"
@@ -106,7 +106,7 @@ def test_orphaned_checkpoints_are_removed_and_the_list_of_checkpoints_stays(tmp_
     }
 
 
-def test_a_finished_training_without_its_mark_gets_it(digits: Path, tmp_path: Path) -> None:
+def test_finished_run_without_success_file_gets_one(digits: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     request = arguments(digits, output)
     identity = _identity(normalize(parse_config(TrainConfig, request)))

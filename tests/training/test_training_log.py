@@ -1,4 +1,4 @@
-"""What people look at of a training run."""
+"""Progress of a training run: log lines, metrics, TensorBoard events and curves."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def config(output: Path) -> TrainConfig:
 
 
 def events_of(folder: Path) -> list[tuple[str, int, float]]:
-    """Tag, step and value of all events: records of length, checksum, content, checksum."""
+    """Return tag, step and value of all events. A record is length, checksum, content and checksum."""
     found = []
     for path in folder.iterdir():
         content, place = path.read_bytes(), 0
@@ -46,10 +46,10 @@ def two_epochs(tmp_path: Path) -> TrainingLog:
     return log
 
 
-def test_metrics_and_events_are_written_whole(two_epochs: TrainingLog, tmp_path: Path) -> None:
+def test_upload_writes_all_metrics_and_events(two_epochs: TrainingLog, tmp_path: Path) -> None:
     two_epochs.upload()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    # The first step is the warm-up.
+    # The first step is warm-up and is not recorded.
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "step"] == [
         ("step", s) for s in range(2, 7)
     ]
@@ -59,7 +59,7 @@ def test_metrics_and_events_are_written_whole(two_epochs: TrainingLog, tmp_path:
     assert [step for tag, step, _ in events if tag == "step/loss"] == [2, 3, 4, 5, 6]
 
 
-def test_a_run_that_goes_on_keeps_the_earlier_lines(two_epochs: TrainingLog, tmp_path: Path) -> None:
+def test_resumed_run_keeps_the_earlier_lines(two_epochs: TrainingLog, tmp_path: Path) -> None:
     resumed = TrainingLog(config(tmp_path), steps_per_epoch=3)
     resumed.records = list(two_epochs.records)
     resumed.add_step(7, loss=torch.tensor(0.1), lr=0.1)
@@ -69,18 +69,18 @@ def test_a_run_that_goes_on_keeps_the_earlier_lines(two_epochs: TrainingLog, tmp
     assert steps == [2, 3, 3, 4, 5, 6, 6, 8]
 
 
-def test_curves_are_a_picture(two_epochs: TrainingLog) -> None:
+def test_curves_are_drawn_as_a_png(two_epochs: TrainingLog) -> None:
     picture = Image.open(io.BytesIO(draw_curves(two_epochs.records, 3)))
     assert picture.format == "PNG"
     colours = picture.convert("RGB").getcolors(maxcolors=2**24)
     assert colours is not None
     assert len(colours) > 100
-    # Without validation, and of a run that was too short for any line.
+    # Without validation, and without any record.
     assert draw_curves([record for record in two_epochs.records if record["kind"] == "step"], 3)
     assert draw_curves([], 3)
 
 
-def test_progress_is_written_beside_the_steps(two_epochs: TrainingLog, tmp_path: Path) -> None:
+def test_progress_is_written_during_training(two_epochs: TrainingLog, tmp_path: Path) -> None:
     two_epochs.add_step(7, torch.tensor(0.5), lr=0.1)
     while not (tmp_path / "_progress.json").exists():
         time.sleep(0.01)
@@ -89,7 +89,7 @@ def test_progress_is_written_beside_the_steps(two_epochs: TrainingLog, tmp_path:
     assert progress["images_per_s"] > 0
 
 
-def test_metrics_are_written_beside_the_steps(tmp_path: Path) -> None:
+def test_metrics_are_written_during_training(tmp_path: Path) -> None:
     log = TrainingLog(config(tmp_path), steps_per_epoch=3)
     log.add_step(1, torch.tensor(1.0), lr=0.1)
     log.add_step(2, torch.tensor(1.0), lr=0.1)
@@ -98,8 +98,8 @@ def test_metrics_are_written_beside_the_steps(tmp_path: Path) -> None:
     assert ("step/loss", 2, 1.0) in events_of(tmp_path / "tensorboard")
 
 
-def test_store_that_refuses_metrics_does_not_end_the_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "metrics.jsonl").mkdir()  # where the file should go
+def test_failed_metrics_write_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()  # blocks the file
     log = TrainingLog(config(tmp_path), steps_per_epoch=3)
     for step in (1, 2):
         log.add_step(step, torch.tensor(1.0), lr=0.1)
@@ -107,7 +107,7 @@ def test_store_that_refuses_metrics_does_not_end_the_steps(tmp_path: Path, caplo
     assert "metrics.jsonl could not be written" in caplog.text
 
 
-def test_steps_that_a_gradient_scaler_skipped_leave_no_nan(two_epochs: TrainingLog, tmp_path: Path) -> None:
+def test_steps_skipped_by_a_grad_scaler_leave_no_nan(two_epochs: TrainingLog, tmp_path: Path) -> None:
     two_epochs.add_step(7, torch.tensor(float("nan")), lr=0.1)
     two_epochs.end_epoch({"epoch": 3, "step": 9, "lr": 0.1, "train_loss": None, "images_per_s": 9.0})
     two_epochs.upload()
@@ -117,10 +117,10 @@ def test_steps_that_a_gradient_scaler_skipped_leave_no_nan(two_epochs: TrainingL
 
 
 def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is no JSON")
+    raise AssertionError(f"{constant} is not valid JSON")
 
 
-def test_epoch_says_whose_score_it_is(two_epochs: TrainingLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_epoch_line_names_the_scored_weights(two_epochs: TrainingLog, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     record = {"epoch": 3, "step": 9, "lr": 0.1, "train_loss": 0.5, "images_per_s": 9.0, "top1": 0.5, "top5": 1.0}
     two_epochs.end_epoch(record | {"model_top1": 0.25, "average_top1": 0.5, "of": "average"})
