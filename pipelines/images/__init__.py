@@ -1,1 +1,4 @@
-"""From encoded bytes to the uint8 pixels that a model is fed. Imports no torch: decoding tasks start in a blink."""
+"""Decoding and preprocessing: encoded bytes to the uint8 input of a model.
+
+Most modules do not import torch, so that decoding tasks start quickly.
+"""

@@ -1,4 +1,4 @@
-"""Encoded bytes to RGB pixels, as timm's datasets have Pillow do: the first frame, `convert("RGB")`, no EXIF turn."""
+"""Decoding of encoded bytes to RGB, as in timm's datasets: first frame, `convert("RGB")`, no EXIF rotation."""
 
 import contextlib
 import functools
@@ -18,22 +18,23 @@ from pipelines.images.memory import BYTES_PER_PIXEL, JPEG_BYTES_PER_PIXEL, OTHER
 from pipelines.images.png import drop_ancillary_chunks
 from pipelines.images.webp import read_webp_size
 
-# Pillow hands PostScript to Ghostscript, an interpreter that strangers' files have no business with.
+# Pillow runs PostScript in Ghostscript, an interpreter that untrusted files must not reach.
 UNSAFE_FORMATS = frozenset({"EPS"})
-# Formats whose pixels are one JPEG or may be.
+# Formats whose pixels are, or may be, a JPEG.
 JPEG_FORMATS = frozenset({"JPEG", "MPO", "BLP"})
-# Grey of more than 8 bits, which `convert("RGB")` clips to 0..255.
+# Greyscale modes of more than 8 bits, which `convert("RGB")` clips to 0..255.
 DEEP_GREY_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
-# Key of `Image.info` for images that were converted so.
+# Key of `Image.info` that marks images whose grey was clipped.
 CLIPPED_GREY = "clipped_grey"
 MAX_DECODE_S = 60.0
-"""CPU time after which Pillow gets no more bytes of a file. It ends files of millions of tiny blocks (a PNG of 256 MB
-may hold 20 million chunks, at 4 us each) and large ones in formats that Pillow decodes in Python (plain PPM, QOI)."""
+"""CPU time, in seconds, after which Pillow gets no more bytes of a file. It stops files of millions of tiny blocks (a
+PNG of 256 MB may hold 20 million chunks, at 4 us each) and large files in formats that Pillow decodes in Python (plain
+PPM, QOI)."""
 
-# Pillow and simplejpeg then give the same pixels, bit for bit.
+# If true, Pillow and simplejpeg return the same pixels, bit for bit.
 IS_PILLOWS_JPEG_TURBO = features.check_feature("libjpeg_turbo")
 
-# Words in Pillow's messages for variants that it does not read.
+# Substrings of Pillow's error messages for variants that it cannot read.
 UNSUPPORTED_WORDS = (
     "unsupported",
     "not supported",
@@ -46,13 +47,13 @@ UNSUPPORTED_WORDS = (
     "unknown pixel",
     "unknown data organization",
     "unknown compression",
-    "not a psd file",  # of another version: its first bytes are a PSD's
+    "not a psd file",  # a PSD of another version
 )
 
 
 @contextlib.contextmanager
 def decoded(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
-    """Decode one image as `decode_rgb`, and reserve the memory that it takes until the end of the `with` block."""
+    """Decode one image as `decode_rgb` does, and reserve its memory until the end of the `with` block."""
     with Reservation() as memory:
         yield _decode_jpeg(content, max_pixels, memory) or decode_by_pillow(content, max_pixels, memory)
 
@@ -60,12 +61,12 @@ def decoded(content: bytes, max_pixels: int) -> Iterator[Image.Image]:
 def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
     """Decode one image to mode RGB, at its full size.
 
-    Pillow decodes. JPEGs are decoded by the library that Pillow uses, but called directly, which takes a fifth less
-    time.
+    JPEGs are decoded by a direct call of the library that Pillow uses, which takes a fifth less time. Pillow decodes
+    everything else.
 
     Args:
-        content: The bytes of a file.
-        max_pixels: Largest width times height.
+        content: Bytes of a file.
+        max_pixels: Size limit of the image: width times height.
 
     Raises:
         ItemError: `not_an_image`, `too_many_pixels`, `too_slow`, `truncated`, `corrupt` or `unsupported`.
@@ -75,17 +76,17 @@ def decode_rgb(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def is_clipped_grey(image: Image.Image) -> bool:
-    """Return whether a decoded image was grey of more than 8 bits, most of which `convert("RGB")` turns white."""
+    """Return whether an image was greyscale of more than 8 bits, most of which `convert("RGB")` clips to white."""
     return CLIPPED_GREY in image.info
 
 
 def _decode_jpeg(content: bytes, max_pixels: int, memory: Reservation) -> Image.Image | None:
-    """Decode a JPEG without Pillow; None for what Pillow has to decode, or has to say what is wrong with it."""
+    """Decode a JPEG without Pillow. Return None if Pillow has to decode the file or to find its error."""
     if not IS_PILLOWS_JPEG_TURBO:
         return None
     try:
         width, height = read_size(content, max_pixels)
-        memory.take(width * height * JPEG_BYTES_PER_PIXEL)
+        memory.acquire(width * height * JPEG_BYTES_PER_PIXEL)
         return Image.fromarray(simplejpeg.decode_jpeg(content))
     except ValueError:
         return None
@@ -95,16 +96,16 @@ def decode_by_pillow(content: bytes, max_pixels: int, memory: Reservation | None
     """Decode a file of any format with Pillow, to mode RGB.
 
     Args:
-        content: The bytes of a file.
-        max_pixels: Largest width times height.
-        memory: Takes what the decoder needs; by default, nothing is reserved.
+        content: Bytes of a file.
+        max_pixels: Size limit of the image: width times height.
+        memory: Reservation for the memory that the decoder needs; None reserves nothing.
 
     Raises:
-        ItemError: As `decode_rgb`.
-        RunError: As `Reservation.take`.
+        ItemError: As in `decode_rgb`.
+        RunError: As in `Reservation.acquire`.
     """
     with warnings.catch_warnings(), _pillow_limit(max_pixels):
-        # Pillow warns of odd EXIF, of palettes with transparency, and of sizes that `max_pixels` judges already.
+        # Pillow warns about odd EXIF, palettes with transparency, and sizes that `max_pixels` already checks.
         warnings.simplefilter("ignore")
         try:
             return _load(content, max_pixels, memory)
@@ -124,35 +125,40 @@ def decode_by_pillow(content: bytes, max_pixels: int, memory: Reservation | None
 
 def _load(content: bytes, max_pixels: int, memory: Reservation | None) -> Image.Image:
     webp_size = read_webp_size(content)
-    if webp_size:  # Pillow allocates its canvas as it opens it
-        _admit("WEBP", webp_size, max_pixels, memory)
+    if webp_size:  # Pillow allocates the canvas when it opens the file
+        _check_size("WEBP", webp_size, max_pixels, memory)
     image = Image.open(_TimedFile(content), formats=_formats_for(content))
     if image.format in JPEG_FORMATS:
         refuse_many_scans(content)
     if webp_size is None:
-        _admit(image.format, image.size, max_pixels, memory)
+        _check_size(image.format, image.size, max_pixels, memory)
     converted = image.convert("RGB")
     if image.mode in DEEP_GREY_MODES:
         converted.info[CLIPPED_GREY] = True
     return converted
 
 
-def _admit(format_name: str | None, size: tuple[int, int], max_pixels: int, memory: Reservation | None) -> None:
-    """Refuse an image that is too large, and reserve memory for others."""
+def _check_size(format_name: str | None, size: tuple[int, int], max_pixels: int, memory: Reservation | None) -> None:
+    """Reserve memory for an image.
+
+    Raises:
+        ItemError: `too_many_pixels`.
+    """
     width, height = size
     if width * height > max_pixels:
         raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
     if memory:
-        memory.take(width * height * BYTES_PER_PIXEL.get(format_name or "", OTHER_BYTES_PER_PIXEL))
+        memory.acquire(width * height * BYTES_PER_PIXEL.get(format_name or "", OTHER_BYTES_PER_PIXEL))
 
 
 class _TimedFile(io.BytesIO):
-    """A file in memory that ends decoders which take too long.
+    """In-memory file that stops decoders that take too long.
 
-    Most of Pillow's decoders read block by block. Those that read all at once take time in proportion to the pixels.
+    Most of Pillow's decoders read block by block. The time of those that read the whole file at once is proportional
+    to the number of pixels.
 
     Args:
-        content: The bytes of the file.
+        content: Bytes of the file.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -169,12 +175,12 @@ class _TimedFile(io.BytesIO):
 
     def _check(self) -> None:
         if time.thread_time() > self._stop_at:
-            raise ItemError("too_slow", f"not decoded after {MAX_DECODE_S:g} s of CPU time")
+            raise ItemError("too_slow", f"decoding took more than {MAX_DECODE_S:g} s of CPU time")
 
 
 @contextlib.contextmanager
 def _pillow_limit(max_pixels: int) -> Iterator[None]:
-    """Have Pillow itself refuse twice that size, in whatever part of a file it meets it."""
+    """Make Pillow reject more than twice `max_pixels`, wherever in a file it finds such a size."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -197,9 +203,9 @@ def _safe_formats() -> tuple[str, ...]:
 
 @functools.cache
 def _register_heif() -> bool:
-    """Make HEIC and HEIF known to Pillow; returns False where the extra `heif` is not installed."""
+    """Register HEIC and HEIF with Pillow. Return False if the extra `heif` is not installed."""
     try:
-        import pillow_heif  # late: 26 MB that few data sets need
+        import pillow_heif  # late: takes 26 MB, and few data sets need it
     except ImportError:
         return False
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -207,22 +213,22 @@ def _register_heif() -> bool:
 
 
 def _item_error(error: Exception, content: bytes) -> ItemError:
-    """Return the reason that a row gives for an error of Pillow's."""
+    """Convert an error of Pillow to an `ItemError`."""
     if isinstance(error, Image.DecompressionBombError):
         return ItemError("too_many_pixels", str(error))
     if isinstance(error, UnidentifiedImageError):
         return _why_unidentified(content)
-    # Decoders fail on damaged bytes in every way there is (struct.error, SyntaxError, KeyError, ...).
+    # Decoders raise many types of errors on damaged bytes (struct.error, SyntaxError, KeyError, ...).
     return _error_of(_kind_of(error), f"{type(error).__name__}: {error}")
 
 
 def _why_unidentified(content: bytes) -> ItemError:
-    """Return why none of Pillow's plugins opens a file: by its format's own plugin, where there is one."""
+    """Return why none of Pillow's plugins opens a file. Ask the plugin of its format, if there is one."""
     name = name_format(content)
     if name is None:
-        return ItemError("not_an_image", "no decoder knows these bytes")
+        return ItemError("not_an_image", "the bytes match no known image format")
     if name in HEIF_NAMES and not _register_heif():
-        return ItemError("unsupported", f"{name}: to decode it, install ecaray[heif] on every node")
+        return ItemError("unsupported", f"{name}: install ecaray[heif] on every node to decode it")
     for format_name in _formats_for(content):
         opens, accepts = Image.OPEN[format_name]
         verdict = accepts(content[:16]) if accepts else False
@@ -232,10 +238,10 @@ def _why_unidentified(content: bytes) -> ItemError:
             try:
                 opens(_TimedFile(content), "")
             except Exception as error:
-                # libheif reports variants that it does not read as damage.
+                # libheif reports unsupported variants as damaged files.
                 kind = "unsupported" if name in HEIF_NAMES else _kind_of(error)
                 return _error_of(kind, f"{name}: {error}")
-    return ItemError("unsupported", f"{name}: no decoder for this format; convert such files first")
+    return ItemError("unsupported", f"{name}: no decoder for this format; convert such files to JPEG or PNG first")
 
 
 def _error_of(kind: ErrorKind, message: str) -> ItemError:
@@ -245,9 +251,9 @@ def _error_of(kind: ErrorKind, message: str) -> ItemError:
 def _kind_of(error: Exception) -> ErrorKind:
     lowered = str(error).lower()
     if any(word in lowered for word in UNSUPPORTED_WORDS) or isinstance(error.__cause__, KeyError):
-        return "unsupported"  # a KeyError: a variant that is missing in one of Pillow's tables
+        return "unsupported"  # a KeyError means that one of Pillow's tables lacks the variant
     if "truncated" in lowered or "unexpected end" in lowered or "not enough" in lowered:
         return "truncated"
     if isinstance(error.__cause__, struct.error | IndexError | EOFError):
-        return "truncated"  # a header that ends too early
+        return "truncated"  # the header ends too early
     return "corrupt"

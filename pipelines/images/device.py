@@ -1,6 +1,6 @@
-"""JPEG to the model's input on a GPU: decoded by nvJPEG, as torchvision calls it, resized and cropped there.
+"""JPEG decoding, resizing and cropping on a GPU, with nvJPEG through torchvision.
 
-Not measured on a GPU yet. On a CPU device the same steps run by libjpeg-turbo. torchvision deprecates its decoders
+Not measured on a GPU yet. On a CPU device, libjpeg-turbo runs the same steps. torchvision has deprecated its decoders
 since 0.29, in favour of TorchCodec.
 """
 
@@ -19,42 +19,49 @@ from pipelines.images.transform import EvalTransform
 
 log = logging.getLogger(__name__)
 
-# Between decoders, of values up to 255: they round chroma and its upsampling in their own ways.
+# Limit on the mean absolute difference of values up to 255. Decoders round chroma and upsample it differently.
 MAX_MEAN_DIFFERENCE = 4
 
 
 class DeviceDecoder:
-    """Decodes batches on one device; what its decoder refuses is done as `fast` does it, on the CPU.
+    """Decoder of JPEG batches on one device. Files that it rejects are decoded on the CPU, as in mode `fast`.
 
     Args:
-        transform: the eval transform.
-        max_pixels: largest image decoded, and largest size resized to.
-        device: where.
+        transform: Eval transform.
+        max_pixels: Size limit, in pixels, of a decoded and of a resized image.
+        device: Device to decode on.
 
     Raises:
-        RunError: it decodes no JPEG, or to other pixels, or this torchvision does not have it do so.
+        RunError: The device or this build of torchvision cannot decode JPEGs, or decodes them to wrong pixels.
     """
 
     def __init__(self, transform: EvalTransform, max_pixels: int, device: torch.device) -> None:
         self._transform, self._max_pixels, self._device = transform, max_pixels, device
-        self._has_refused = False
-        self._try_out()
+        self._has_warned = False
+        self._self_test()
 
     def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
-        """Files that `size_for_device` has a size for, to height x width x 3 uint8 on the device, or to the reason."""
+        """Decode a batch, and split it in halves if the device fails.
+
+        Args:
+            contents: JPEG files for which `size_for_device` returns a size.
+
+        Returns:
+            For each file, height x width x 3 uint8 on the device, or the error.
+        """
         try:
-            return [self._fit(pixels) for pixels in self._decode(contents)]
+            return [self._resize_and_crop(pixels) for pixels in self._decode(contents)]
         except RuntimeError:
-            pass  # one of them is refused, and the error does not say which; or they are too many for the memory
+            pass  # the device rejects one of the files without naming it, or ran out of memory
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # decoding goes on, into memory that is free now
+            torch.cuda.synchronize(self._device)  # decoding still writes to memory that has been freed by now
         if len(contents) == 1:
             return [self._decode_alone(contents[0])]
         half = len(contents) // 2
         return [*self(contents[:half]), *self(contents[half:])]
 
-    def _try_out(self) -> None:
-        """Decode two pictures of the kinds to come, in colour with halved chroma and in grey, and look at them."""
+    def _self_test(self) -> None:
+        """Decode a colour image with halved chroma and a greyscale one, and compare the pixels with a CPU's."""
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256))
         colour = np.stack([ramp, ramp.T, ramp[::-1]], axis=2)
         grey = np.ascontiguousarray(ramp[..., None])
@@ -64,39 +71,49 @@ class DeviceDecoder:
         ]
         try:
             decoded = self._decode(encoded)
-        except RuntimeError as error:  # every image would come to be decoded on a CPU, without a word
-            raise RunError(f"preprocess.mode=cuda: {self._device} decodes no JPEG: {error}") from error
+        except RuntimeError as error:  # otherwise every image would silently be decoded on a CPU
+            raise RunError(
+                f"preprocess.mode=cuda: {self._device} cannot decode JPEGs ({error}); use preprocess.mode=fast"
+            ) from error
         for content, found in zip(encoded, decoded):
             difference = found.permute(1, 2, 0).cpu().numpy().astype(int) - simplejpeg.decode_jpeg(content)
             if np.abs(difference).mean() > MAX_MEAN_DIFFERENCE:
-                raise RunError(f"preprocess.mode=cuda: {self._device} decodes JPEGs to other pixels than a CPU")
+                raise RunError(
+                    f"preprocess.mode=cuda: {self._device} decodes JPEGs to other pixels than a CPU; "
+                    f"use preprocess.mode=fast"
+                )
 
     def _decode_alone(self, content: bytes) -> torch.Tensor | ItemError:
-        """Once more, with the memory that torch keeps for later and nvJPEG cannot ask it for; or by the CPU."""
+        """Retry with the memory that torch's allocator caches, which nvJPEG cannot use; then fall back to the CPU."""
         torch.cuda.empty_cache()
         try:
-            return self._fit(self._decode([content])[0])
+            return self._resize_and_crop(self._decode([content])[0])
         except RuntimeError as error:
-            if not self._has_refused:
-                self._has_refused = True
-                log.warning("%s refuses an image, the first of those that a CPU decodes: %s", self._device, error)
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning(
+                    "%s could not decode an image; decoding it and others like it on the CPU, without further "
+                    "warnings: %s",
+                    self._device,
+                    error,
+                )
         return self._decode_on_cpu(content)
 
     def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
         if self._device.type == "cuda":
-            # nvJPEG writes on a stream of its own, at once, into memory that kernels queued on this one may still read.
+            # nvJPEG writes on its own stream, to memory that kernels queued on the current stream may still read.
             torch.cuda.current_stream(self._device).synchronize()
         decoded: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
         return decoded
 
-    def _fit(self, pixels: torch.Tensor) -> torch.Tensor:
-        """3 x height x width of any size to the model's input size."""
+    def _resize_and_crop(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Transform 3 x height x width of any size to height x width x 3 of the model's input size."""
         height, width = pixels.shape[1:]
         resized_width, resized_height = self._transform.resized_size(width, height, self._max_pixels)
         if (resized_width, resized_height) != (width, height):
-            resized = interpolate(  # no uint8 on GPUs
-                pixels[None].float(),
+            resized = interpolate(
+                pixels[None].float(),  # not implemented for uint8 on GPUs
                 size=(resized_height, resized_width),
                 mode=self._transform.interpolation,
                 antialias=True,

@@ -1,21 +1,21 @@
-"""Names of image formats, found from the first bytes of a file.
+"""Identification of image formats by the first bytes of a file.
 
-Used where no decoder takes a file: a row that says `HEIC` or `PDF` tells a user what to convert or install, and sets
-such files apart from error pages and other files that are no images at all.
+Used for files that no decoder accepts. An error that names `HEIC` or `PDF` tells users what to convert or install, and
+distinguishes such files from error pages and other files that are not images.
 """
 
 import re
 
-# Shorter files hold no header of any format.
+# Shorter files cannot hold the header of any format.
 MIN_BYTES = 12
-# Text before the first element of an SVG: comments and declarations.
+# Length of the comments and declarations before the first element of an SVG.
 MAX_SVG_PROLOGUE = 4096
 MAX_BRANDS_BYTES = 256
 
 HEIF_NAMES = frozenset({"HEIC", "HEIF"})
 """Formats that the extra `heif` decodes."""
 
-# Offset, bytes and name, the more specific ones first.
+# Offset, bytes and name, more specific signatures first.
 SIGNATURES = (
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -62,7 +62,7 @@ SIGNATURES = (
     (0, b"\xd7\xcd\xc6\x9a", "Windows metafile (WMF)"),
     (0, b"\x1aE\xdf\xa3", "Matroska or WebM video"),
 )
-# Brands of the ISO base media file format (ISO/IEC 14496-12) as HEIF (23008-12), AVIF and cameras use them.
+# Brands of the ISO base media file format (ISO/IEC 14496-12) in HEIF (23008-12), AVIF and camera files.
 BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC"),
@@ -74,10 +74,10 @@ SVG = re.compile(rb"\s*(<\?xml|<!--|<!doctype\s+svg|<svg)")
 
 
 def name_format(content: bytes) -> str | None:
-    """Return the name of a file's format, or None for what is no image of a known format.
+    """Return the name of a file's format, or None if it is not an image of a known format.
 
     Args:
-        content: The bytes of the file.
+        content: Bytes of the file.
     """
     if len(content) < MIN_BYTES:
         return None
@@ -92,7 +92,7 @@ def name_format(content: bytes) -> str | None:
 
 
 def _name_by_brands(content: bytes) -> str | None:
-    """Return the format of the major brand; if that one is generic, of the first compatible brand that is not."""
+    """Return the format of the major brand or, if that is generic, of the first specific compatible brand."""
     num_bytes = min(int.from_bytes(content[:4], "big"), MAX_BRANDS_BYTES)
     brands = [content[8:12], *(content[start : start + 4] for start in range(16, num_bytes - 3, 4))]
     names = [BRANDS[brand] for brand in brands if brand in BRANDS]

@@ -1,11 +1,11 @@
-"""Memory for decoding, shared by all processes of a node.
+"""Memory budget for decoding, shared by all processes of a node.
 
-Decoders take 5 to 25 bytes a pixel, so a few dozen images of `preprocess.max_pixels`, each in a task of its own, would
-fill any node. Large images therefore reserve what their decoder will take before they are decoded, and wait while the
-node's share for decoding is taken. Ordinary photographs never wait.
+Decoders take 5 to 25 bytes per pixel, so a few dozen images of `preprocess.max_pixels`, each in its own task, would
+fill any node. Large images therefore reserve their decoder's memory before they are decoded, and wait while the node's
+budget for decoding is used up. Ordinary photographs never wait.
 
-The share is a file of one byte for each `SLOT_BYTES`. A reservation holds an open-file-description lock (fcntl(2)) on a
-range of them, which the kernel releases when its process ends, however it ends.
+The budget is a file in which one byte stands for `SLOT_BYTES`. A reservation holds an open-file-description lock
+(fcntl(2)) on a range of bytes, which the kernel releases when the process ends for any reason.
 """
 
 import ctypes
@@ -23,33 +23,35 @@ from types import TracebackType
 from pipelines.errors import RunError
 
 DECODING_SHARE = 0.25
-"""Part of a node's memory (Ray's object store left out) that decoding may take; the plan leaves it free."""
+"""Fraction of a node's memory, without Ray's object store, for decoding. The plan leaves it free."""
 SLOT_BYTES = 2**26
-"""Bytes that each decoding task may take without asking: a photograph of 6 megapixels."""
+"""Bytes that each decoding task may take without a reservation: a photograph of 6 megapixels."""
 BYTES_PER_PIXEL = {"JPEG2000": 25, "WEBP": 24, "AVIF": 19, "HEIF": 16}
-"""Peak of the resident memory while an image of 3,000 x 3,000 pixels is decoded, converted and resized, by Pillow's
-name of the format: the most of its variants (alpha, lossless, animated, full chroma) and of `exact` and `fast`."""
+"""Bytes per pixel by Pillow's name of the format: the peak resident memory while an image of 3,000 x 3,000 pixels is
+decoded, converted and resized. Each is the maximum over the format's variants (alpha, lossless, animated, full chroma)
+and over the modes `exact` and `fast`."""
 OTHER_BYTES_PER_PIXEL = 15
-# JPEGs that libjpeg-turbo decodes to RGB: in `exact`; in `fast`, which scales them down as it decodes; and for the
-# coefficients of several scans.
+# Bytes per pixel of JPEGs that libjpeg-turbo decodes to RGB: in mode `exact`, in mode `fast`, which scales them down
+# while decoding, and for the DCT coefficients of files of several scans.
 JPEG_BYTES_PER_PIXEL, SCALED_JPEG_BYTES_PER_PIXEL, COEFFICIENT_BYTES_PER_PIXEL = 9, 4, 6
 POLL_S = 0.01
-# struct flock of Linux: type, whence, start, length, process id.
+# Linux's `struct flock`: type, whence, start, length, process id.
 FLOCK = "hhqqi"
+# Byte of the lock file that a process locks while it looks for free slots.
 GATE = 0
 
 
 class Reservation:
-    """Memory that one image holds until the end of a `with` block."""
+    """Memory reserved for one image until the end of a `with` block."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def take(self, num_bytes: float) -> None:
-        """Wait until the node has `num_bytes` for decoding.
+    def acquire(self, num_bytes: float) -> None:
+        """Wait until the node has `num_bytes` free for decoding, and reserve them.
 
-        A decoder that gives up hands an image on to another one, which takes its own memory in place of the first's.
-        What is held is released before: holders that wait for more could deadlock.
+        If a decoder gives up on an image, the next decoder acquires its own memory instead. The memory held so far is
+        released first, because processes that hold some memory while waiting for more could deadlock.
 
         Raises:
             RunError: The lock file of this node cannot be used.
@@ -73,30 +75,30 @@ class Reservation:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes that the processes which share a file may hold together.
+    """Limit on the bytes that processes with the same lock file hold together.
 
     Attributes:
-        path: The file, which stays empty.
-        num_bytes: Their sum.
+        path: Path of the lock file, which stays empty.
+        num_bytes: Size of the budget, in bytes.
     """
 
     path: str
     num_bytes: float
 
     def acquire(self, num_bytes: float) -> int:
-        """Wait for `num_bytes`, or for all of the budget if that is less.
+        """Wait for `num_bytes`, or for the whole budget if it is smaller.
 
         Returns:
-            A descriptor that holds them until it is closed.
+            File descriptor that holds the bytes until it is closed.
 
         Raises:
-            RunError: The file cannot be opened, or belongs to another user.
+            RunError: The lock file cannot be opened, or belongs to another user.
         """
         num_slots = max(1, int(self.num_bytes / SLOT_BYTES))
         num_wanted = min(num_slots, -(-int(num_bytes) // SLOT_BYTES))
         descriptor = self._open()
         try:
-            # Only one process at a time looks for a free range. Otherwise smaller images could always overtake it.
+            # Only one process at a time looks for a free range. Otherwise smaller images could starve a large one.
             _control(descriptor, fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, GATE, 1)
             while not _lock_free_range(descriptor, num_wanted, num_slots):
                 time.sleep(POLL_S)
@@ -110,17 +112,20 @@ class MemoryBudget:
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise RunError(f"cannot open {self.path}, by which decoding tasks share memory: {error.strerror}") from None
+            raise RunError(
+                f"cannot open {self.path}, the lock file of the memory budget for decoding: {error.strerror}; "
+                f"set TMPDIR to a writable folder"
+            ) from None
         found = os.fstat(descriptor)
         if found.st_uid != os.getuid() or not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
-            raise RunError(f"{self.path} belongs to another user or is no file; remove it or set TMPDIR")
+            raise RunError(f"{self.path} belongs to another user or is not a regular file: remove it or set TMPDIR")
         return descriptor
 
 
 @functools.cache
 def node_budget() -> MemoryBudget:
-    """Return the budget of this node, which all runs of a user share."""
+    """Return the budget of this node, shared by all runs of a user."""
     from pipelines.runtime.nodes import this_machine  # late: Ray
 
     path = os.path.join(tempfile.gettempdir(), f"ecaray-decoding-{os.getuid()}.lock")
@@ -128,14 +133,14 @@ def node_budget() -> MemoryBudget:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc hand the blocks that a decoder freed back to the system; it keeps up to 64 MB for each thread."""
+    """Make glibc return freed memory to the system. By default it keeps up to 64 MB per thread."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries keep none
+    if trim is not None:  # other C libraries do not keep freed memory
         trim(0)
 
 
 def _lock_free_range(descriptor: int, num_wanted: int, num_slots: int) -> bool:
-    """Lock the first `num_wanted` free slots in a row, if there are as many."""
+    """Lock the first `num_wanted` consecutive free slots. Return False if there are none."""
     start = GATE + 1
     while start + num_wanted <= GATE + 1 + num_slots:
         try:
@@ -145,7 +150,7 @@ def _lock_free_range(descriptor: int, num_wanted: int, num_slots: int) -> bool:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
         kind, _, held_from, num_held, _ = _control(descriptor, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, num_wanted)
-        if kind != fcntl.F_UNLCK:  # otherwise it was released meanwhile
+        if kind != fcntl.F_UNLCK:  # otherwise the range has been released in the meantime
             start = held_from + num_held
     return False
 

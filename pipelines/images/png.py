@@ -1,22 +1,22 @@
-"""PNG files reduced to the chunks that their pixels need (PNG specification, https://www.w3.org/TR/png-3/#5Chunk-layout)."""
+"""Reduction of PNG files to their critical chunks (PNG specification, https://www.w3.org/TR/png-3/#5Chunk-layout)."""
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Length, type and CRC of a chunk.
+# Bytes of the length, type and CRC of a chunk.
 CHUNK_OVERHEAD = 12
 ANCILLARY_BIT = 0x20
 
 
 def drop_ancillary_chunks(content: bytes) -> bytes | None:
-    """Return a PNG without text, colour profile and every other chunk that a decoder may skip.
+    """Return a PNG without its ancillary chunks, such as text and colour profile.
 
-    Decoders have to show a PNG whatever its ancillary chunks hold. Pillow instead refuses files whose text or profile
-    is large, or whose CRC is wrong.
+    The specification requires decoders to display a PNG whatever its ancillary chunks hold. Pillow instead rejects
+    files whose text or profile is large, or whose ancillary CRC is wrong.
 
     Args:
-        content: The bytes of a file.
+        content: Bytes of a file.
 
     Returns:
-        None if the file is no PNG. What follows a damaged length or the last chunk is kept as it is.
+        The reduced file, or None if the file is not a PNG. Bytes after a damaged length or the last chunk are kept.
     """
     if not content.startswith(SIGNATURE):
         return None

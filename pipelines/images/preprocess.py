@@ -1,4 +1,4 @@
-"""From the bytes of a file to the model's input, in the modes of `preprocess.mode`."""
+"""Preprocessing of a file's bytes to the model's input, in the modes of `preprocess.mode`."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -10,16 +10,16 @@ Mode = Literal["exact", "fast", "cuda"]
 
 
 Preprocess = Callable[[bytes], Preprocessed]
-"""Raises ItemError for bytes that are no image, or not one that is taken."""
+"""Function from the bytes of a file to the model's input. Raises ItemError if they cannot be decoded."""
 
 
 def make_preprocess(mode: Mode, transform: EvalTransform, max_pixels: int) -> Preprocess:
-    """Return the function from bytes to pixels.
+    """Return the preprocessing function of a mode.
 
     Args:
-        mode: Of preprocessing. `cuda` handles images that stay on the CPU as `fast` does.
-        transform: The eval transform.
-        max_pixels: Largest image decoded.
+        mode: Mode of preprocessing. For images that stay on the CPU, `cuda` is the same as `fast`.
+        transform: Eval transform.
+        max_pixels: Size limit of the image, in pixels.
     """
     if mode != "exact":
         from pipelines.images.fast import preprocess_fast  # late: torch

@@ -1,7 +1,7 @@
-"""timm's eval transform on Pillow alone: the same pixels, without importing torch.
+"""timm's eval transform, reimplemented on Pillow without torch.
 
 `timm.data.transforms_factory.transforms_imagenet_eval` composes torchvision's transforms, which call Pillow's resize
-and crop. The tests hold the result equal to timm's, byte for byte.
+and crop. Tests check that the result equals timm's, byte for byte.
 """
 
 import math
@@ -16,13 +16,13 @@ from pipelines.errors import ItemError
 
 
 class Preprocessed(NamedTuple):
-    """One image, ready for the model.
+    """Preprocessed image.
 
     Attributes:
-        width: Of the source image, in pixels.
-        height: Of the source image, in pixels.
-        pixels: uint8, height x width x 3, of the model's input size.
-        is_clipped: Whether the source is grey of more than 8 bits, most of which timm's transform turns white.
+        width: Width of the source image, in pixels.
+        height: Height of the source image, in pixels.
+        pixels: Input of the model: height x width x 3, uint8.
+        is_clipped: True if the source is greyscale of more than 8 bits, most of which timm's transform clips to white.
     """
 
     width: int
@@ -33,15 +33,15 @@ class Preprocessed(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """What timm's `resolve_data_config` resolves, by timm's names.
+    """timm's eval transform, with the fields of timm's `resolve_data_config`.
 
     Attributes:
-        input_size: height and width of the model's input, in pixels.
-        crop_pct: share of the resized image that the crop keeps.
+        input_size: Height and width of the model's input, in pixels.
+        crop_pct: Fraction of the resized image's side that the crop keeps.
         crop_mode: `center` (shortest edge fits), `squash` (both edges fit) or `border` (longest edge fits, padded).
         interpolation: Pillow's name of the filter, in lower case.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
+        mean: Mean of each channel, in [0, 1].
+        std: Standard deviation of each channel, in [0, 1].
     """
 
     input_size: tuple[int, int]
@@ -52,26 +52,26 @@ class EvalTransform:
     std: tuple[float, ...]
 
     def apply(self, image: Image.Image, max_pixels: int) -> NDArray[np.uint8]:
-        """Resize and crop an RGB image to uint8 height x width x 3; the model normalizes it on its device.
+        """Resize and crop an image to height x width x 3, uint8. The model normalizes it on its device.
 
         Args:
-            image: mode RGB, any size.
-            max_pixels: largest size resized to, which a very long and thin image exceeds.
+            image: Image of mode RGB and any size.
+            max_pixels: Size limit of the resized image, in pixels. Very long and thin images exceed it.
 
         Raises:
             ItemError: `too_many_pixels`.
         """
         width, height = self.resized_size(image.width, image.height, max_pixels)
-        if self._is_cut_between_passes(image, width, height):
-            image = self._cut_width(self._resize(image, width, image.height))
+        if self._can_crop_between_passes(image, width, height):
+            image = self._crop_width(self._resize(image, width, image.height))
             width = image.width
         return np.asarray(self.center_crop(self._resize(image, width, height)))
 
-    def _is_cut_between_passes(self, image: Image.Image, width: int, height: int) -> bool:
-        """Whether columns that go in the end may go between the two passes of Pillow's resize, which saves a tenth.
+    def _can_crop_between_passes(self, image: Image.Image, width: int, height: int) -> bool:
+        """Return whether the width may be cropped between the two passes of Pillow's resize, which saves a tenth.
 
-        Pillow resizes photographs that are wider than high, and keep their shape, by width first, then by height, and
-        rounds to bytes between. `nearest` has no passes.
+        Pillow resizes landscape images first in width, then in height, and rounds to bytes in between, so that the
+        pixels stay the same if the aspect ratio is kept. `nearest` has only one pass.
         """
         is_shape_kept = self.crop_mode == "center" and image.width > image.height
         return (
@@ -83,17 +83,17 @@ class EvalTransform:
             return image
         return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
 
-    def _cut_width(self, image: Image.Image) -> Image.Image:
+    def _crop_width(self, image: Image.Image) -> Image.Image:
         left = round((image.width - self.input_size[1]) / 2.0)
         return image.crop((left, 0, left + self.input_size[1], image.height))
 
     def resized_size(self, width: int, height: int, max_pixels: int) -> tuple[int, int]:
-        """Width and height that an image is resized to before its center is cut out.
+        """Return width and height of an image after the resize and before the center crop.
 
         Args:
-            width: of the image, in pixels.
-            height: of the image, in pixels.
-            max_pixels: largest size resized to.
+            width: Width of the image, in pixels.
+            height: Height of the image, in pixels.
+            max_pixels: Size limit of the resized image, in pixels.
 
         Raises:
             ItemError: `too_many_pixels`.
@@ -101,12 +101,14 @@ class EvalTransform:
         resized_width, resized_height = self._resized_size(width, height)
         if resized_width * resized_height > max_pixels:
             raise ItemError(
-                "too_many_pixels", f"{width} x {height} resizes to {resized_width} x {resized_height} pixels"
+                "too_many_pixels",
+                f"{width} x {height} pixels resize to {resized_width} x {resized_height}, more than "
+                f"preprocess.max_pixels = {max_pixels}",
             )
         return resized_width, resized_height
 
     def center_crop(self, image: Image.Image) -> Image.Image:
-        """The center of a resized image, padded where it is smaller than the model's input."""
+        """Crop the center of a resized image, padding it first if it is smaller than the model's input."""
         crop_height, crop_width = self.input_size
         image = self._pad_to(image, crop_width, crop_height)
         left = round((image.width - crop_width) / 2.0)
@@ -119,7 +121,7 @@ class EvalTransform:
         if self.crop_mode == "squash":
             return scale_width, scale_height
         if self.crop_mode != "border" and crop_height == crop_width:
-            # The long edge is cut off, not rounded, as in torchvision's Resize.
+            # The long edge is truncated, not rounded, as in torchvision's Resize.
             if width <= height:
                 return scale_width, int(scale_width * height / width)
             return int(scale_height * width / height), scale_height

@@ -1,3 +1,5 @@
+"""Decoding of every format, of damaged files and of files that take too long."""
+
 import io
 import os
 import struct
@@ -47,7 +49,7 @@ JPEG = encode(photographs()["coffee"])
         (png_header(1001, 1000), "too_many_pixels"),
     ],
 )
-def test_what_is_no_image_says_why(content: bytes, kind: str) -> None:
+def test_undecodable_files_raise_their_error_kind(content: bytes, kind: str) -> None:
     with pytest.raises(ItemError) as caught:
         decode_rgb(content, MAX_PIXELS)
     assert caught.value.kind == kind
@@ -58,7 +60,7 @@ def test_what_is_no_image_says_why(content: bytes, kind: str) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_jpegs_are_to_the_bit_what_pillow_makes_of_them(mode: str, subsampling: str, progressive: bool) -> None:
+def test_jpegs_equal_pillows_bit_for_bit(mode: str, subsampling: str, progressive: bool) -> None:
     for number, source in enumerate(list(photographs().values())[:6]):
         image = source.resize((90 + number, 61 + 3 * number)).convert(mode)
         file = io.BytesIO()
@@ -67,22 +69,22 @@ def test_jpegs_are_to_the_bit_what_pillow_makes_of_them(mode: str, subsampling: 
         np.testing.assert_array_equal(np.asarray(decode_rgb(file.getvalue(), MAX_PIXELS)), expected)
 
 
-def test_damaged_jpegs_are_to_the_bit_what_pillow_makes_of_them() -> None:
+def test_damaged_jpegs_equal_pillows_bit_for_bit() -> None:
     chance, sources = np.random.default_rng(1), list(photographs().values())
     ends: Counter[str] = Counter()
     for number in range(400):
         file = io.BytesIO()
         source = sources[number % len(sources)].resize((120 + number % 17, 90))
         source.save(file, "JPEG", subsampling=number % 3, progressive=bool(number % 2))
-        content = damaged(file.getvalue(), number % 4, chance)
+        content = damage(file.getvalue(), number % 4, chance)
         ours, theirs = (outcome(decode, content) for decode in (decode_rgb, decode_by_pillow))
         np.testing.assert_array_equal(ours, theirs)
         ends[theirs if isinstance(theirs, str) else "decoded"] += 1
     assert min(ends["decoded"], ends["truncated"], ends["corrupt"]) > 20
 
 
-def damaged(content: bytes, way: int, chance: np.random.Generator) -> bytes:
-    """A byte changed anywhere or near the start, some bytes left out, or all from one on."""
+def damage(content: bytes, way: int, chance: np.random.Generator) -> bytes:
+    """Change a byte anywhere or near the start, drop some bytes, or truncate the file."""
     start = int(chance.integers(2, (len(content) - 20, 700)[way == 1]))
     if way < 2:
         return content[:start] + chance.bytes(1) + content[start + 1 :]
@@ -90,14 +92,14 @@ def damaged(content: bytes, way: int, chance: np.random.Generator) -> bytes:
 
 
 def outcome(decode: Callable[[bytes, int], Image.Image], content: bytes) -> NDArray[np.uint8] | str:
-    """Its pixels, or the kind of its error."""
+    """Return the pixels, or the kind of the error."""
     try:
         return np.asarray(decode(content, MAX_PIXELS))
     except ItemError as error:
         return error.kind
 
 
-def test_the_first_frame_counts() -> None:
+def test_first_frame_is_decoded() -> None:
     buffer = io.BytesIO()
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
@@ -123,7 +125,7 @@ LARGE_TEXT = b"workflow\0\1\0\0\0" + zlib.compress(os.urandom(1000) * 4000)
     ids=["text", "ztext", "profile", "many texts", "text crc", "gamma crc", "text method", "short"],
 )
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
-def test_ancillary_chunks_of_a_png_cost_no_pixels(extra: bytes, mode: str) -> None:
+def test_ancillary_chunks_of_a_png_do_not_change_the_pixels(extra: bytes, mode: str) -> None:
     source = photographs()["coffee"].resize((40, 30))
     image = source.convert("L").convert(mode) if mode in ("1", "I;16") else source.convert(mode)
     content = encode(image, "PNG", **({"transparency": 3} if mode == "P" else {}))
@@ -133,14 +135,14 @@ def test_ancillary_chunks_of_a_png_cost_no_pixels(extra: bytes, mode: str) -> No
     assert is_clipped_grey(found) == (mode == "I;16")
 
 
-def test_a_damaged_critical_chunk_of_a_png_is_corrupt() -> None:
+def test_damaged_critical_chunk_of_a_png_is_corrupt() -> None:
     content = bytearray(encode(photographs()["coffee"], "PNG"))
     content[PNG_HEADER_END - 1] ^= 1  # the CRC of IHDR
     assert reason(bytes(content)) == ("corrupt", "PNG: broken PNG file (bad header checksum in b'IHDR')")
 
 
 def tiff_with(tag: int, value: int) -> bytes:
-    """An RGB TIFF, one of whose tags has another value."""
+    """Return an RGB TIFF with another value of one tag."""
     content = bytearray(encode(photographs()["coffee"].resize((20, 15)), "TIFF"))
     start = int.from_bytes(content[4:8], "little") + 2
     (entry,) = (at for at in range(start, start + 240, 12) if struct.unpack_from("<H", content, at)[0] == tag)
@@ -169,7 +171,7 @@ NOISE = np.random.default_rng(0).bytes(3000)
         (tiff_with(262, 32803), "TIFF"),  # colour filter array
     ],
 )
-def test_a_known_format_that_no_decoder_reads_is_named(content: bytes, name: str) -> None:
+def test_known_format_without_decoder_is_named(content: bytes, name: str) -> None:
     kind, message = reason(content)
     assert kind == "unsupported"
     assert name in message.partition(":")[0]
@@ -199,7 +201,7 @@ def test_heic_is_decoded_with_the_extra(heic: bytes, mode: Mode) -> None:
         decode_rgb(heic, 160 * 120 - 1)
 
 
-def test_heic_without_the_extra_names_it(heic: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_without_the_extra_names_the_extra(heic: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
@@ -216,7 +218,7 @@ def test_heic_without_the_extra_names_it(heic: bytes, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("TIFF", "F")])
-def test_grey_of_more_than_8_bits_is_marked(suffix: str, mode: str) -> None:
+def test_deep_grey_is_marked_as_clipped(suffix: str, mode: str) -> None:
     ramp = np.linspace(0, 65535, 256).reshape(16, 16)
     image = Image.fromarray(ramp.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
     content = encode(image, suffix)
@@ -228,7 +230,7 @@ def test_grey_of_more_than_8_bits_is_marked(suffix: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "1"])
-def test_grey_and_colour_of_8_bits_are_not_marked(mode: str) -> None:
+def test_8_bit_images_are_not_marked_as_clipped(mode: str) -> None:
     content = encode(photographs()["coffee"].resize((20, 20)).convert(mode), "PNG")
     assert not is_clipped_grey(decode_rgb(content, MAX_PIXELS))
     assert not make_preprocess("fast", IMAGENET, MAX_PIXELS)(content).is_clipped
@@ -239,13 +241,13 @@ IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.5,) * 3, (0.
 
 @pytest.fixture(params=["RGB", "L", "CMYK"])
 def many_scans(request: pytest.FixtureRequest) -> bytes:
-    """16 megapixels in less than 200 KB, whose scans take minutes."""
+    """JPEG of 16 megapixels in less than 200 KB, whose scans take minutes to decode."""
     file = io.BytesIO()
     Image.new(request.param, (4000, 4000)).save(file, "JPEG", progressive=True, quality=50)
     return with_scans(file.getvalue(), 2000)
 
 
-def test_a_jpeg_of_many_scans_is_refused_at_once_in_every_mode(many_scans: bytes) -> None:
+def test_jpeg_of_many_scans_is_rejected_immediately_in_every_mode(many_scans: bytes) -> None:
     started = time.monotonic()
     decoders: list[Callable[[bytes], object]] = [make_preprocess(mode, IMAGENET, 10**8) for mode in MODES]
     decoders += [lambda content: decode_rgb(content, 10**8), lambda content: decode_by_pillow(content, 10**8)]
@@ -260,13 +262,13 @@ def test_a_jpeg_of_many_scans_is_refused_at_once_in_every_mode(many_scans: bytes
 MODES: tuple[Mode, ...] = ("exact", "fast", "cuda")
 
 
-def test_scans_up_to_the_limit_and_those_of_other_images_in_a_file_are_no_hindrance() -> None:
+def test_scans_within_the_limit_and_in_further_images_are_accepted() -> None:
     progressive = encode(photographs()["coffee"].resize((64, 48)), progressive=True)
     num_scans = progressive.count(b"\xff\xda")
     thumbnails = b"\xff\xee" + struct.pack(">H", 2 + 5 * 400) + b"\xff\xda\0\2\0" * 400
     for content in (
         with_scans(progressive, MAX_SCANS - num_scans),
-        progressive + progressive * 30,  # as panoramas and motion photographs have behind their first image
+        progressive + progressive * 30,  # panoramas and motion photographs append further images
         progressive[:2] + thumbnails + progressive[2:],
     ):
         assert decode_rgb(content, MAX_PIXELS).size == (64, 48)
@@ -282,7 +284,7 @@ def short_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_of_time")
-def test_decoding_ends_when_its_time_is_over() -> None:
+def test_decoding_stops_at_the_time_limit() -> None:
     png = encode(Image.new("RGB", (8, 8)), "PNG")
     slow = {
         "chunks": png[:PNG_HEADER_END] + png_chunk(b"tEXt", b"a\0b") * 200_000 + png[PNG_HEADER_END:],

@@ -1,4 +1,4 @@
-"""`preprocess.mode=cuda`, with a CPU in the GPU's place: the same steps, by the same calls."""
+"""`preprocess.mode=cuda` on a CPU device, which runs the same steps through the same calls."""
 
 import io
 import threading
@@ -44,7 +44,7 @@ def bundle(telling_weights: Callable[[str], Path]) -> ModelBundle:
 
 @pytest.fixture(scope="module")
 def files(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """Photographs of all kinds, one that is not there, and a JPEG whose middle is none."""
+    """Photographs of all kinds, a missing file, and a JPEG with garbage in the middle."""
     torn = tmp_path_factory.mktemp("torn") / "torn.jpg"
     content = encode(sources()["coffee"])
     torn.write_bytes(content[:3] + b"\xff\xd8\xff\xc0" * 40 + content[-2:])
@@ -61,7 +61,7 @@ def replica(bundle: ModelBundle, max_pixels: int | None) -> Predictor:
 
 
 @pytest.mark.parametrize("size", [(451, 300), (300, 451), (1000, 800), (224, 300), (256, 256)])
-def test_pixels_are_nearly_those_of_the_exact_transform(size: tuple[int, int]) -> None:
+def test_pixels_are_close_to_the_exact_transform(size: tuple[int, int]) -> None:
     image = sources()["coffee"].resize(size)
     content = encode(image, quality=92)
     assert size_for_device(content, IMAGENET, MAX_PIXELS) == size
@@ -72,7 +72,7 @@ def test_pixels_are_nearly_those_of_the_exact_transform(size: tuple[int, int]) -
     assert np.abs(found.numpy().astype(int) - exact).mean() < 0.6
 
 
-def test_what_a_gpu_would_get_wrong_stays_on_the_cpu() -> None:
+def test_files_that_a_gpu_would_decode_wrongly_stay_on_the_cpu() -> None:
     coffee = sources()["coffee"]
     content = encode(coffee)
     small = encode(coffee.resize((90, 41)))
@@ -87,7 +87,7 @@ def test_what_a_gpu_would_get_wrong_stays_on_the_cpu() -> None:
     assert coffee.width * coffee.height < MAX_DEVICE_PIXELS
 
 
-def test_colours_that_a_gpu_takes_for_others_stay_on_the_cpu() -> None:
+def test_color_spaces_that_a_gpu_misreads_stay_on_the_cpu() -> None:
     coffee = sources()["coffee"]
     for image in (coffee, coffee.convert("L")):
         assert size_for_device(encode(image), IMAGENET, MAX_PIXELS) == coffee.size
@@ -105,19 +105,19 @@ def test_large_files_stay_on_the_cpu() -> None:
     assert size_for_device(large, IMAGENET, MAX_PIXELS) is None
 
 
-def test_replicas_that_decode_give_nearly_the_same_rows(bundle: ModelBundle, files: pa.Table) -> None:
+def test_replicas_that_decode_return_nearly_the_same_rows(bundle: ModelBundle, files: pa.Table) -> None:
     encoded = decode(files, bundle, "cuda")
     is_jpeg = encoded["jpeg"].is_valid().to_numpy()
     assert is_jpeg.any()
     assert not (is_jpeg & encoded["image"].is_valid().to_numpy()).any()
-    there, here = replica(bundle, MAX_PIXELS)(encoded), replica(bundle, None)(decode(files, bundle, "exact"))
-    assert there.schema.equals(here.schema)
+    found, exact = replica(bundle, MAX_PIXELS)(encoded), replica(bundle, None)(decode(files, bundle, "exact"))
+    assert found.schema.equals(exact.schema)
     for name in ("id", "uri", "width", "height", "error_kind"):
-        assert there[name].to_pylist() == here[name].to_pylist(), name
-    assert np.median(cosines(there, here)) > 0.999
+        assert found[name].to_pylist() == exact[name].to_pylist(), name
+    assert np.median(cosines(found, exact)) > 0.999
 
 
-def test_large_images_are_decoded_a_few_at_a_time(
+def test_large_images_are_decoded_in_small_groups(
     bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = decode(files, bundle, "cuda")
@@ -126,12 +126,12 @@ def test_large_images_are_decoded_a_few_at_a_time(
     assert replica(bundle, MAX_PIXELS)(encoded).equals(expected)
 
 
-def test_threads_of_a_replica_decode_one_after_the_other(
+def test_threads_of_a_replica_decode_one_at_a_time(
     bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, predict = decode(files, bundle, "cuda"), replica(bundle, MAX_PIXELS)
     expected = predict(encoded)
-    decode_jpeg, busy = getattr(device, "decode_jpeg"), threading.Lock()  # noqa: B009 - not of its public names
+    decode_jpeg, busy = getattr(device, "decode_jpeg"), threading.Lock()  # noqa: B009 - not a public name of the module
 
     def decode_alone(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
         assert busy.acquire(blocking=False), "two threads decode at the same time"
@@ -145,14 +145,14 @@ def test_threads_of_a_replica_decode_one_after_the_other(
         assert all(rows.equals(expected) for rows in threads.map(predict, [encoded] * 4))
 
 
-def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_retried(bundle: ModelBundle, files: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = decode(files.slice(0, len(files) - 1), bundle, "cuda")
     expected = replica(bundle, MAX_PIXELS)(encoded)
     predict = replica(bundle, MAX_PIXELS)
-    decode_jpeg, stack = getattr(device, "decode_jpeg"), torch.stack  # noqa: B009 - not of its public names
+    decode_jpeg, stack = getattr(device, "decode_jpeg"), torch.stack  # noqa: B009 - not a public name of the module
     num_stacked, num_emptied = 0, 0
 
-    def decode_once_there_is_room(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+    def fail_until_cache_is_emptied(contents: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
         if not num_emptied:
             raise RuntimeError("Error while decoding JPEG images: CUDA out of memory")
         found: list[torch.Tensor] = decode_jpeg(contents, **kwargs)
@@ -163,40 +163,40 @@ def test_a_full_memory_is_no_end(bundle: ModelBundle, files: pa.Table, monkeypat
         num_emptied += 1
 
     def never(*_: object) -> None:
-        raise AssertionError("a CPU decodes what a GPU takes")
+        raise AssertionError("a CPU decoded a file that the GPU accepts")
 
-    def stack_at_second_try(tensors: list[torch.Tensor]) -> torch.Tensor:
+    def fail_once(tensors: list[torch.Tensor]) -> torch.Tensor:
         nonlocal num_stacked
         num_stacked += 1
         if num_stacked == 1:
             raise torch.cuda.OutOfMemoryError
         return stack(tensors)
 
-    monkeypatch.setattr(device, "decode_jpeg", decode_once_there_is_room)
+    monkeypatch.setattr(device, "decode_jpeg", fail_until_cache_is_emptied)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     monkeypatch.setattr(Accelerator, "release_cached_memory", lambda self: empty_cache())
     monkeypatch.setattr(device.DeviceDecoder, "_decode_on_cpu", never)
-    monkeypatch.setattr(torch, "stack", stack_at_second_try)
+    monkeypatch.setattr(torch, "stack", fail_once)
     assert predict(encoded).equals(expected)
     assert (num_stacked, num_emptied) == (2, 2)
 
 
-def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_the_device_rejects_is_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [encode(source.convert("RGB")) for source in list(sources().values())[:5]]
     decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
     expected = decoder(contents)
-    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not of its public names
+    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not a public name of the module
 
-    def refuse_the_third(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+    def reject_the_third(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
         calls.append(len(encoded))
         if any(bytes(one.numpy()) == contents[2] for one in encoded):
             raise RuntimeError("nvJPEG says no")
         found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
         return found
 
-    monkeypatch.setattr(device, "decode_jpeg", refuse_the_third)
+    monkeypatch.setattr(device, "decode_jpeg", reject_the_third)
     found = decoder(contents)
-    assert calls == [5, 2, 3, 1, 1, 2]  # the refused one twice
+    assert calls == [5, 2, 3, 1, 1, 2]  # the rejected file is retried once
     for ours, theirs in zip(found, expected, strict=True):
         assert isinstance(ours, torch.Tensor)
         assert isinstance(theirs, torch.Tensor)
@@ -205,21 +205,21 @@ def test_a_file_that_the_device_refuses_is_done_by_the_cpu(monkeypatch: pytest.M
     assert isinstance(torn, ItemError)
 
 
-def test_a_device_that_decodes_nothing_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(encoded: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+def test_device_that_cannot_decode_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reject(encoded: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
         raise RuntimeError("torchvision was built without nvJPEG")
 
-    monkeypatch.setattr(device, "decode_jpeg", refuse)
-    with pytest.raises(RunError, match="cpu decodes no JPEG: torchvision was built"):
+    monkeypatch.setattr(device, "decode_jpeg", reject)
+    with pytest.raises(RunError, match=r"cpu cannot decode JPEGs \(torchvision was built"):
         DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
 
 
-def test_a_device_that_decodes_to_other_pixels_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave_out_the_grey_one(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+def test_device_that_decodes_to_wrong_pixels_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blank_the_grey_image(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
         first, second = decode_jpeg(encoded, **kwargs)
         return [first, torch.zeros_like(second)]
 
-    decode_jpeg = getattr(device, "decode_jpeg")  # noqa: B009 - not of its public names
-    monkeypatch.setattr(device, "decode_jpeg", leave_out_the_grey_one)
+    decode_jpeg = getattr(device, "decode_jpeg")  # noqa: B009 - not a public name of the module
+    monkeypatch.setattr(device, "decode_jpeg", blank_the_grey_image)
     with pytest.raises(RunError, match="cpu decodes JPEGs to other pixels"):
         DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)

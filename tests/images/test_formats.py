@@ -1,3 +1,5 @@
+"""Identification of image formats by their first bytes."""
+
 import pytest
 
 from pipelines.images.formats import name_format
@@ -40,6 +42,6 @@ def test_first_bytes_name_the_format(head: bytes, name: str | None) -> None:
     assert name_format(head + FILLER) == name
 
 
-def test_a_file_too_short_for_a_header_has_no_format() -> None:
+def test_file_too_short_for_a_header_has_no_format() -> None:
     assert name_format(b"\xff\xd8\xff\xe0") is None
     assert name_format(b"") is None

@@ -1,4 +1,4 @@
-"""Broken and hostile files: each is an image or a row that says why, and none takes the memory."""
+"""Broken and hostile files: each is decoded or fails with a reason, and none exhausts the memory."""
 
 import subprocess
 import sys
@@ -15,13 +15,13 @@ from tests.support.infer import REPOSITORY
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 0
 
 
-def test_there_are_many() -> None:
+def test_there_are_at_least_60_broken_files_with_known_error_kinds() -> None:
     assert len(broken_files()) >= 60
     assert {kind for _, kinds in broken_files().values() for kind in kinds} <= set(get_args(ErrorKind))
 
 
 @pytest.mark.parametrize("name", [name for name, (content, _) in broken_files().items() if content])
-def test_a_broken_file_says_why(name: str) -> None:
+def test_broken_file_fails_with_a_reason(name: str) -> None:
     content, kinds = broken_files()[name]
     with pytest.raises(ItemError) as caught:
         decode_rgb(content, MAX_PIXELS)
@@ -30,11 +30,11 @@ def test_a_broken_file_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", strange_files())
-def test_a_strange_file_is_an_image(name: str) -> None:
+def test_strange_file_is_decoded(name: str) -> None:
     assert decode_rgb(strange_files()[name], MAX_PIXELS).mode == "RGB"
 
 
-def test_no_file_takes_the_memory() -> None:
+def test_no_file_exhausts_the_memory() -> None:
     code = """
 import resource
 from contextlib import suppress
@@ -50,4 +50,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 100_000  # KiB, beyond what making the files took
+    assert int(done.stdout) < 100_000  # KiB, in addition to the memory for creating the files

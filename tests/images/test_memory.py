@@ -1,4 +1,4 @@
-"""Memory for decoding: what one image takes by format, and what many take at once."""
+"""Memory for decoding: the peak of one image by format, and the budget that many images share."""
 
 import io
 import os
@@ -45,7 +45,7 @@ print(peak() - before)
 
 
 def measure(path: Path, budget_bytes: float, num_images: int) -> int:
-    """Peak of a process that decodes one file in many threads at once, in bytes beyond its start."""
+    """Return the bytes by which memory peaks in a process that decodes one file in many threads at once."""
     command = [sys.executable, "-c", MEASURE, str(path), str(path.parent / "lock"), str(budget_bytes), str(num_images)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def save(path: Path, side: int) -> Path:
 
 
 @pytest.mark.parametrize(("name", "plugin"), [("a.webp", "WEBP"), ("a.jp2", "JPEG2000"), ("a.avif", "AVIF")])
-def test_measured_bytes_per_pixel_hold(name: str, plugin: str, tmp_path: Path) -> None:
+def test_decoders_stay_within_their_bytes_per_pixel(name: str, plugin: str, tmp_path: Path) -> None:
     side = 1500
     num_bytes = measure(save(tmp_path / name, side), budget_bytes=1e12, num_images=1)
     assert num_bytes < 1.1 * BYTES_PER_PIXEL[plugin] * side**2
@@ -84,7 +84,7 @@ def small_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_budget")
-def test_a_large_image_that_one_decoder_hands_on_to_another_is_decoded_or_says_why() -> None:
+def test_fallback_to_another_decoder_does_not_deadlock() -> None:
     image = Image.new("RGB", (4000, 2500), (1, 2, 3))
     jpeg, png = io.BytesIO(), io.BytesIO()
     image.save(jpeg, "JPEG")
@@ -101,8 +101,8 @@ IMAGENET = EvalTransform((224, 224), 0.875, "center", "bicubic", (0.5,) * 3, (0.
 MODES: tuple[Mode, ...] = ("exact", "fast")
 
 
-def acquire_beside(budget: MemoryBudget, num_bytes: float) -> threading.Event:
-    """Acquire in a thread; returns the event that it has."""
+def acquire_in_thread(budget: MemoryBudget, num_bytes: float) -> threading.Event:
+    """Start a thread that acquires memory. Return the event that it sets afterwards."""
     acquired = threading.Event()
 
     def acquire() -> None:
@@ -113,7 +113,7 @@ def acquire_beside(budget: MemoryBudget, num_bytes: float) -> threading.Event:
     return acquired
 
 
-def test_what_is_taken_is_free_again_when_its_process_is_killed(tmp_path: Path) -> None:
+def test_memory_of_a_killed_process_is_released(tmp_path: Path) -> None:
     budget = MemoryBudget(str(tmp_path / "lock"), 4 * SLOT_BYTES)
     code = f"""
 import sys, time
@@ -125,41 +125,39 @@ time.sleep(60)
     with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        acquired = acquire_beside(budget, SLOT_BYTES)
+        acquired = acquire_in_thread(budget, SLOT_BYTES)
         assert not acquired.wait(0.3)
         holder.kill()
         assert acquired.wait(10)
 
 
-def test_slots_are_given_until_none_is_left_and_given_again(tmp_path: Path) -> None:
+def test_acquire_waits_for_a_released_slot(tmp_path: Path) -> None:
     budget = MemoryBudget(str(tmp_path / "lock"), 5 * SLOT_BYTES)
     first, second = budget.acquire(2 * SLOT_BYTES), budget.acquire(3 * SLOT_BYTES)
-    acquired = acquire_beside(budget, 2 * SLOT_BYTES)
+    acquired = acquire_in_thread(budget, 2 * SLOT_BYTES)
     assert not acquired.wait(0.2)
     os.close(first)
     assert acquired.wait(10)
     os.close(second)
 
 
-def test_an_image_larger_than_the_budget_takes_all_of_it(tmp_path: Path) -> None:
+def test_image_larger_than_the_budget_takes_all_of_it(tmp_path: Path) -> None:
     budget = MemoryBudget(str(tmp_path / "lock"), 2 * SLOT_BYTES)
     held = budget.acquire(100 * SLOT_BYTES)
-    acquired = acquire_beside(budget, SLOT_BYTES)
+    acquired = acquire_in_thread(budget, SLOT_BYTES)
     assert not acquired.wait(0.2)
     os.close(held)
     assert acquired.wait(10)
 
 
-def test_a_link_in_place_of_the_lock_file_is_refused(tmp_path: Path) -> None:
+def test_symlink_in_place_of_the_lock_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunError, match="lock"):
         MemoryBudget(str(tmp_path / "lock"), 1e9).acquire(1e8)
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_lock_file_that_cannot_be_used_is_no_fault_of_the_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_lock_file_fails_the_run_not_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "node_budget", lambda: MemoryBudget(str(tmp_path / "absent" / "lock"), 1e9))
     content = io.BytesIO()
     Image.new("L", (4000, 3000)).save(content, "PNG")
@@ -167,5 +165,5 @@ def test_a_lock_file_that_cannot_be_used_is_no_fault_of_the_image(
         decode_rgb(content.getvalue(), 10**8)
 
 
-def test_the_budget_is_the_share_that_the_plan_leaves_free() -> None:
+def test_budget_is_the_fraction_that_the_plan_leaves_free() -> None:
     assert node_budget().num_bytes == pytest.approx(DECODING_SHARE * this_machine().memory_bytes)

@@ -1,4 +1,4 @@
-"""Ours against timm's eval transform, byte for byte."""
+"""Comparison with timm's eval transform, byte for byte."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def timms_pixels(image: Image.Image, transform: EvalTransform) -> np.ndarray[Any
         interpolation=transform.interpolation,
         mean=transform.mean,
         std=transform.std,
-        use_prefetcher=True,  # uint8, as the loader hands it to the device
+        use_prefetcher=True,  # returns uint8
     )
     tensor: torch.Tensor = theirs(image)
     return tensor.permute(1, 2, 0).numpy()
@@ -70,7 +70,7 @@ def test_equals_timms_for_every_kind_of_file(photographs: Path) -> None:
         np.testing.assert_array_equal(ours, theirs, path.name)
 
 
-def test_a_thread_of_an_image_does_not_fill_the_memory() -> None:
+def test_very_thin_image_is_rejected_before_it_is_resized() -> None:
     with pytest.raises(ItemError) as caught:
         IMAGENET.apply(Image.new("RGB", (1, 20_000)), MAX_PIXELS)
     assert caught.value.kind == "too_many_pixels"
