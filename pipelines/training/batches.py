@@ -21,7 +21,7 @@ PADDING_ID = -1
 
 
 class Sampler(Protocol):
-    """Choice of the images in each local batch."""
+    """Sampler that chooses the images of each local batch."""
 
     def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Return the ids of one worker's local batch of one step."""
@@ -55,7 +55,7 @@ class LocalBatchLoader:
     """Loader that fetches, decodes and transforms local batches.
 
     Attributes:
-        sampler: Choice of the images in each local batch.
+        sampler: Sampler that chooses the images of each local batch.
         num_rows: Number of rows in every local batch, padding included.
         pixels: Transform from an RGB image to uint8.
         input_size: Height and width of the result, in pixels.

@@ -13,7 +13,7 @@ NUM_RATES_KEPT = 200
 
 
 class DivergenceMonitor:
-    """Monitor that finds the first step whose loss is NaN or infinite for good. Losses stay on their device."""
+    """Monitor that finds the step from which the loss is permanently NaN or infinite. Losses stay on their device."""
 
     def __init__(self, device: torch.device, is_scaled: bool) -> None:
         """Create a monitor that has seen no losses.

@@ -32,7 +32,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A resolved request, as a worker receives it.
+    """Resolved request, as a worker receives it.
 
     Attributes:
         config: Config with normalized URIs.

@@ -255,8 +255,8 @@ class Learner:
             mean: torch.Tensor = self._train_loss(logits.float(), target)
             return mean * float(weights[0] * len(rows) / global_batch_size)
         # timm's losses do not accept weights per image.
-        images_in_turn = zip(torch.split(logits.float(), 1), torch.split(target, 1), weights)
-        losses: torch.Tensor = torch.stack([self._train_loss(row, one) * weight for row, one, weight in images_in_turn])
+        per_image = zip(torch.split(logits.float(), 1), torch.split(target, 1), weights)
+        losses: torch.Tensor = torch.stack([self._train_loss(row, goal) * weight for row, goal, weight in per_image])
         return losses.sum() / global_batch_size
 
     def _backward(self, loss: torch.Tensor, is_last: bool) -> None:

@@ -179,7 +179,7 @@ class Worker:
             for name, counts in self.learner.measure(local_batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(counts)) + counts
         known, self.validation_failed = self.validation_failed, self._all_gather(errors)
-        self.stopped_by = self._refuse_too_many("validation images", validation, self.validation_failed)
+        self.stopped_by = self._reason_to_stop("validation images", validation, self.validation_failed)
         if self.rank == 0 and self.stopped_by is None and self.validation_failed.keys() - known.keys():
             log.warning(
                 "%s; the scores leave them out",
@@ -270,9 +270,9 @@ class Worker:
         self._new_errors = {}
         if self.stopped_by is None:
             errors = {index: self.failed[index] for index in self.failed_in_epoch}
-            self.stopped_by = self._refuse_too_many("training images", self.job.train, errors)
+            self.stopped_by = self._reason_to_stop("training images", self.job.train, errors)
 
-    def _refuse_too_many(self, what: str, images: ImageSet, errors: dict[int, str]) -> str | None:
+    def _reason_to_stop(self, what: str, images: ImageSet, errors: dict[int, str]) -> str | None:
         """Return the reason to stop the run, or None if the failed images are within `failure.max_fraction`."""
         max_fraction = self.config.failure.max_fraction
         if len(errors) <= max_fraction * images.num_images:

@@ -182,7 +182,7 @@ def _fit(request: TrainRequest, resources: WorkerResources, fence: Fence) -> Any
     per_worker = resources.per_worker
     parent, name = posixpath.split(config.output.uri)
     trainer = TorchTrainer(
-        run_worker,  # type: ignore[arg-type] # Ray Train passes the return value on, its annotations do not
+        run_worker,  # type: ignore[arg-type] # Ray's annotations do not allow for the return value
         train_loop_config={"job": job},
         torch_config=None if is_cluster_named() else OneMachineConfig(),
         # `scaling` mirrors Ray's fields, some of which Ray's annotations lack.

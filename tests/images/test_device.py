@@ -190,7 +190,7 @@ def test_file_that_the_device_rejects_is_decoded_on_the_cpu(monkeypatch: pytest.
     def reject_the_third(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
         calls.append(len(encoded))
         if any(bytes(one.numpy()) == contents[2] for one in encoded):
-            raise RuntimeError("nvJPEG says no")
+            raise RuntimeError("nvJPEG rejects the file")
         found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
         return found
 

@@ -20,7 +20,7 @@ def failing_worker(config: dict[str, Any]) -> Any:
 
     def fail(self: Learner, local_batch: dict[str, Any]) -> "torch.Tensor":
         if self.step == 1 and self.rank == self.world_size - 1:
-            raise TypeError("the batch is not a batch")
+            raise TypeError("the local batch is invalid")
         return learn(self, local_batch)
 
     Learner.learn = fail  # type: ignore[method-assign]

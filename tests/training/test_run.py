@@ -251,10 +251,10 @@ def test_code_error_does_not_restart_the_workers(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(run, "run_worker", failing_worker)
-    with pytest.raises(RunError, match=r"TypeError: the batch is not a batch \(.*loop.py, line \d+\); no checkpoint"):
+    with pytest.raises(RunError, match=r"TypeError: the local batch is invalid \(.*loop.py, line \d+\); no checkpoint"):
         train_on(ray_server, *arguments(digits, tmp_path / "out"))
     assert len(list((tmp_path / "starts").iterdir())) == 2  # one start per worker
-    assert "the batch is not a batch" not in capfd.readouterr().err
+    assert "the local batch is invalid" not in capfd.readouterr().err
 
 
 def kill_worker(driver: "subprocess.Popen[bytes]") -> None:
