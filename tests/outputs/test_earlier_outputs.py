@@ -1,7 +1,7 @@
 """Outputs that an earlier version wrote are read, verified and continued.
 
-Commit 0384be6 wrote `tests/data/outputs-of-the-previous-layout.zip`, with a manifest of format 2: 48 images, one of them
-broken, a finished output, and one whose driver was killed after its first file.
+Commit 0384be6 wrote `tests/data/outputs-of-the-previous-layout.zip`, with a manifest of format 2: 48 images (one
+broken), a finished output, and one whose driver was killed after its first file.
 """
 
 import zipfile
