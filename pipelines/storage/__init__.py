@@ -1,1 +1,1 @@
-"""Where bytes live: URIs, file systems, bulk reads, listing, and the manifest."""
+"""Storage: URIs, file systems, object-store clients, retries, bulk reads and conditional writes."""

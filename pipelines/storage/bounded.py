@@ -1,7 +1,7 @@
-"""Reads that are bounded in bytes: one object by a limit, the objects of one task by a budget.
+"""Reads with bounded memory: a size limit per object, and a byte budget for all objects of one task.
 
-Sizes come from response headers and from open files, never from listings, which may be old. What has no size (a
-chunked or compressed HTTP answer) is counted while it streams; what is no regular file is refused.
+Sizes come from response headers and open files, never from listings, which may be stale. An object of unknown size (a
+chunked or compressed HTTP response) is counted as it streams. Anything that is not a regular file is refused.
 """
 
 import os
@@ -24,10 +24,10 @@ FILE_KINDS = {
 
 
 class NoRoomError(Exception):
-    """The budget has no room for an object while others are held.
+    """Error raised when an object does not fit into what is left of a byte budget.
 
     Attributes:
-        num_bytes: what the object needs.
+        num_bytes: Number of bytes that the object needs.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -36,30 +36,32 @@ class NoRoomError(Exception):
 
 
 class ByteBudget:
-    """Limit on the bytes that the objects of one task hold; an object that is larger than all of it is held alone.
+    """Limit on the total bytes that the objects of one task hold in memory.
+
+    An object that is larger than the whole budget is admitted once nothing else is held.
 
     Args:
-        most_bytes: the limit.
+        max_bytes: Size of the budget.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._held_bytes = 0
         self._is_closed = False
         self._changed = threading.Condition()
 
-    def try_take(self, num_bytes: int, own_bytes: int = 0) -> bool:
-        """Take `num_bytes` more for an object that holds `own_bytes`; return False if there is no room."""
+    def try_acquire(self, num_bytes: int, own_bytes: int = 0) -> bool:
+        """Acquire `num_bytes` more for an object that already holds `own_bytes`, or return False if they do not fit."""
         with self._changed:
-            is_room = self._has_room(num_bytes, own_bytes)
-            self._held_bytes += num_bytes if is_room else 0
-            return is_room
+            has_room = self._has_room(num_bytes, own_bytes)
+            self._held_bytes += num_bytes if has_room else 0
+            return has_room
 
-    def take(self, num_bytes: int) -> None:
-        """Wait for room, and take it.
+    def acquire(self, num_bytes: int) -> None:
+        """Block until `num_bytes` fit, then acquire them.
 
         Raises:
-            NoRoomError: the budget was closed.
+            NoRoomError: The budget was closed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._has_room(num_bytes, 0))
@@ -67,27 +69,27 @@ class ByteBudget:
                 raise NoRoomError(num_bytes)
             self._held_bytes += num_bytes
 
-    def give_back(self, num_bytes: int) -> None:
-        """Return bytes that are no longer held."""
+    def release(self, num_bytes: int) -> None:
+        """Return `num_bytes` to the budget."""
         with self._changed:
             self._held_bytes -= num_bytes
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End all waits."""
+        """Wake all waiting threads; their `acquire` raises."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
     def _has_room(self, num_bytes: int, own_bytes: int) -> bool:
-        return self._held_bytes == own_bytes or self._held_bytes + num_bytes <= self._most_bytes
+        return self._held_bytes == own_bytes or self._held_bytes + num_bytes <= self._max_bytes
 
 
 class Reservation:
-    """Bytes of a budget that one object holds.
+    """Part of a byte budget that one object holds.
 
     Attributes:
-        num_bytes: how many.
+        num_bytes: Number of bytes held.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
@@ -95,57 +97,61 @@ class Reservation:
         self.num_bytes = 0
 
     def grow(self, num_bytes: int, at_most: int | None = None) -> None:
-        """Hold `num_bytes` in all.
+        """Grow the reservation to `num_bytes` in total.
+
+        Args:
+            num_bytes: New size of the reservation.
+            at_most: Largest size that the object may reach, if that is not known yet.
 
         Raises:
-            NoRoomError: others hold too much; it names `at_most` bytes, where the object may grow further.
+            NoRoomError: The budget has no room. Its `num_bytes` is `at_most` if given.
         """
         more = num_bytes - self.num_bytes
         if more > 0:
-            if not self._budget.try_take(more, self.num_bytes):
+            if not self._budget.try_acquire(more, self.num_bytes):
                 raise NoRoomError(at_most or num_bytes)
             self.num_bytes = num_bytes
 
     def wait_for(self, num_bytes: int) -> None:
-        """Give back what is held, and wait until `num_bytes` can be held."""
+        """Release everything, then block until `num_bytes` can be held."""
         self.shrink(0)
-        self._budget.take(num_bytes)
+        self._budget.acquire(num_bytes)
         self.num_bytes = num_bytes
 
     def shrink(self, num_bytes: int) -> None:
-        """Give back all but `num_bytes`."""
-        self._budget.give_back(self.num_bytes - num_bytes)
+        """Release all but `num_bytes`."""
+        self._budget.release(self.num_bytes - num_bytes)
         self.num_bytes = num_bytes
 
 
 def refuse_large(num_bytes: int, max_bytes: int) -> None:
-    """Raise ItemError for an object of more than `max_bytes`."""
+    """Raise ItemError if an object is larger than `max_bytes`."""
     if num_bytes > max_bytes:
         raise ItemError("too_many_bytes", f"{num_bytes} bytes, more than input.max_bytes = {max_bytes}")
 
 
 def refuse_changed(etag: str, listed_etag: str) -> None:
-    """Raise ItemError for an object whose etag is not the listed one; where one of them is unknown, it passes."""
+    """Raise ItemError if an object's etag differs from the listed one. An empty etag is unknown and matches any."""
     if etag and listed_etag and etag != listed_etag:
-        raise ItemError("changed", "it changed after the inputs were listed")
+        raise ItemError("changed", "the object changed after the inputs were listed")
 
 
 def read_local(path: str, max_bytes: int, held: Reservation, listed_etag: str = "") -> bytes:
     """Read a regular file.
 
     Raises:
-        ItemError: it is too large, it changed since it was listed, or it is no regular file: reading one of those may
-            never end.
+        ItemError: The file is too large, changed since it was listed, or is not a regular file, so that reading it
+            might never end.
     """
     _refuse_special(os.stat(path).st_mode)
-    # Were the file replaced by a FIFO now, opening it would not block.
+    # O_NONBLOCK keeps the open from hanging if a FIFO has replaced the file since the check above.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         _refuse_special(status.st_mode)
         refuse_changed(etag_of_file(status), listed_etag)
         refuse_large(status.st_size, max_bytes)
         held.grow(status.st_size)
-        # In one piece; but files of /proc have no size, and others may have grown.
+        # One read is enough for most files. The loop covers files of /proc, whose size is 0, and files that have grown.
         chunk_bytes = max(status.st_size + 1, MIN_CHUNK_BYTES)
         content = read_up_to(lambda num_bytes: file.read(num_bytes) or b"", max_bytes, held, chunk_bytes=chunk_bytes)
         refuse_changed(etag_of_file(os.fstat(file.fileno())), listed_etag)
@@ -154,29 +160,29 @@ def read_local(path: str, max_bytes: int, held: Reservation, listed_etag: str = 
 
 def _refuse_special(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        kind = FILE_KINDS.get(stat.S_IFMT(mode), "no regular file")
-        raise ItemError("not_an_image", f"{kind} in place of a file")
+        kind = FILE_KINDS.get(stat.S_IFMT(mode), "a special file")
+        raise ItemError("not_an_image", f"{kind}, not a regular file")
 
 
 def read_with_fsspec(uri: str, max_bytes: int, held: Reservation, listed_etag: str = "") -> bytes:
-    """Read an object of a store that fsspec knows.
+    """Read an object from any store that fsspec supports.
 
     Raises:
-        ItemError: it is too large, it changed since it was listed, or it is no file.
+        ItemError: The object is too large, changed since it was listed, or is not a file.
     """
     filesystem, path = open_filesystem(uri)
     if uris.protocol_of(uri) in ("http", "https"):
-        # One request, whose answer is streamed: by fsspec's own way HEAD would come before GET, and what is compressed
-        # would be in memory before its size is known.
-        with filesystem.open(path, "rb", block_size=0, size=max_bytes) as answer:
-            is_encoded = answer.r.headers.get("Content-Encoding", "identity") != "identity"
-            if answer.r.content_length is not None:
-                refuse_large(answer.r.content_length, max_bytes)
-                held.grow(0 if is_encoded else answer.r.content_length)
-            return read_up_to(answer.read, max_bytes, held)
+        # Stream a single GET. By default, fsspec sends HEAD before GET and decompresses a whole response in memory
+        # before its size is known.
+        with filesystem.open(path, "rb", block_size=0, size=max_bytes) as response:
+            is_encoded = response.r.headers.get("Content-Encoding", "identity") != "identity"
+            if response.r.content_length is not None:
+                refuse_large(response.r.content_length, max_bytes)
+                held.grow(0 if is_encoded else response.r.content_length)
+            return read_up_to(response.read, max_bytes, held)
     info = filesystem.info(path)
     if info.get("type", "file") != "file":
-        raise ItemError("not_an_image", f"no file, but of type {info['type']}")
+        raise ItemError("not_an_image", f"a {info['type']}, not a file")
     refuse_changed(etag_of_entry(info), listed_etag)
     if info.get("size") is None:
         with filesystem.open(path, "rb") as file:
@@ -194,13 +200,13 @@ def read_up_to(
     """Read a stream to its end.
 
     Args:
-        read: returns at most as many bytes as it is asked for, none at the end.
-        max_bytes: largest object.
-        held: grows with what is read.
-        chunk_bytes: how many bytes are asked for at a time.
+        read: Callable that returns up to the requested number of bytes, and `b""` at the end.
+        max_bytes: Largest object accepted.
+        held: Reservation that grows with the bytes read.
+        chunk_bytes: Number of bytes requested at a time.
 
     Raises:
-        ItemError: there are more than `max_bytes`.
+        ItemError: The stream holds more than `max_bytes`.
     """
     parts: list[bytes] = []
     num_read = 0

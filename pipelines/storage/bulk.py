@@ -1,7 +1,8 @@
-"""Whole objects for the stages that run in Ray's workers: many fetched at once, one stored at a time.
+"""Whole-object reads and writes for the stages that run in Ray workers: parallel fetches, single stores.
 
-obstore (the Rust crate object_store) does this on S3: one request an object where Arrow's client makes two, and about a
-tenth of the CPU time of s3fs. Keys that its path type cannot hold, and all other stores, go through fsspec.
+On S3 this uses obstore (the Rust crate object_store): one request per object where Arrow's client makes two, and about
+a tenth of the CPU time of s3fs. Keys that obstore's path type cannot represent, and all other stores, go through
+fsspec.
 """
 
 import contextlib
@@ -29,28 +30,28 @@ from pipelines.storage.bounded import (
     refuse_large,
 )
 from pipelines.storage.filesystem import list_names, open_filesystem, read_bytes, write_bytes
-from pipelines.storage.retry import MAX_IN_FLIGHT, Retries, in_words
+from pipelines.storage.retry import MAX_IN_FLIGHT, Retries, describe_error
 from pipelines.storage.s3 import s3_store as s3_store
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# Objects of one call that are in flight or in memory.
+# Maximum number of objects of one call that are in flight or in memory.
 MAX_AHEAD = 2 * MAX_IN_FLIGHT
-# Bytes of one call that are in flight or in memory: 64 objects of 2 MiB, or six photographs of 20 MiB, of which one is
-# decoded. A larger object is held alone, so a call holds at most max(MAX_HELD_BYTES, max_bytes), and once more what is
-# being copied from obstore's memory to Python's, which is one object at a time.
+# Maximum number of bytes of one call that are in flight or in memory: 64 objects of 2 MiB, or six photographs of
+# 20 MiB. A larger object is held alone, so a call holds at most max(MAX_HELD_BYTES, max_bytes), plus a second copy of
+# the one object that is being copied from obstore's memory to Python's.
 MAX_HELD_BYTES = 128 << 20
 DENIED = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 
 
 class Fetched(NamedTuple):
-    """Result of fetching one object of many.
+    """Result of fetching one of many objects.
 
     Attributes:
-        position: of its URI.
-        content: its bytes, or why there are none.
-        num_retries: attempts before the last one.
+        position: Index of the object's URI in the request.
+        content: Bytes of the object, or the error that explains why there are none.
+        num_retries: Number of attempts before the last one.
     """
 
     position: int
@@ -62,18 +63,18 @@ def fetch_many(object_uris: list[str], max_bytes: int, etags: list[str] | None =
     """Fetch whole objects, with many requests in flight and at most `MAX_HELD_BYTES` in memory.
 
     Args:
-        object_uris: what to read.
-        max_bytes: largest object read.
-        etags: of the objects when they were listed, `""` where it is not known or does not matter. An object with
-            another one is `changed`.
+        object_uris: URIs of the objects.
+        max_bytes: Largest object read.
+        etags: Etag of each object when it was listed, `""` if it is unknown or should not be checked. An object with a
+            different etag fails as `changed`.
 
     Yields:
-        One for each URI, as they arrive. Its bytes count as held until the next one is asked for.
+        One result per URI, in order of arrival. Its bytes count against the budget until the next result is requested.
     """
     budget = ByteBudget(MAX_HELD_BYTES)
     pool = ThreadPoolExecutor(min(MAX_IN_FLIGHT, max(1, len(object_uris))))
     waiting = enumerate(zip(object_uris, etags or itertools.repeat("")))
-    # `concurrent.futures.wait` would look at all that are in flight for each that arrives.
+    # A queue costs O(1) per arrival; `concurrent.futures.wait` would scan every future in flight.
     arrived: SimpleQueue[Future[Fetched]] = SimpleQueue()
 
     def submit(count: int) -> None:
@@ -81,20 +82,24 @@ def fetch_many(object_uris: list[str], max_bytes: int, etags: list[str] | None =
             pool.submit(_fetch, position, uri, etag, max_bytes, budget).add_done_callback(arrived.put)
 
     try:
-        submit(MAX_AHEAD)  # no more: what has arrived lies in memory until it is taken
+        submit(MAX_AHEAD)  # bounded, because results that have arrived stay in memory until they are consumed
         for _ in object_uris:
             fetched = arrived.get().result()
             submit(1)
             yield fetched
             if isinstance(fetched.content, bytes):
-                budget.give_back(len(fetched.content))
+                budget.release(len(fetched.content))
     finally:
         budget.close()
         pool.shutdown(cancel_futures=True)
 
 
 def read_object(uri: str) -> bytes:
-    """Return a whole object. Raises FileNotFoundError if there is none."""
+    """Return the content of an object.
+
+    Raises:
+        FileNotFoundError: The object does not exist.
+    """
     bucket, key = uris.split_bucket(uri)
     if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
         return Retries().send(lambda: bytes(obstore.get(s3_store(bucket), key).bytes()))
@@ -102,12 +107,15 @@ def read_object(uri: str) -> bytes:
 
 
 def store_object(uri: str, content: bytes, check: Callable[[], None] | None = None) -> int:
-    """Write a whole object, so that no reader ever sees a part of it; return the number of retries.
+    """Write an object atomically, so that no reader sees part of it.
 
     Args:
-        uri: of the object.
-        content: its bytes.
-        check: raises where the object must not be written any more; called right before each attempt.
+        uri: URI of the object.
+        content: Bytes of the object.
+        check: Callable that raises if the object may no longer be written. Called right before each attempt.
+
+    Returns:
+        Number of retries.
     """
     if uris.protocol_of(uri) == "s3":
         bucket, key = uris.split_bucket(uri)
@@ -127,7 +135,7 @@ def _put(bucket: str, key: str, content: bytes, check: Callable[[], None] | None
 
 
 def list_keys(folder_uri: str) -> list[str]:
-    """Return the names of the objects directly below a folder; none where it does not exist."""
+    """Return the names of the objects directly below a folder, or an empty list if the folder does not exist."""
     bucket, key = uris.split_bucket(folder_uri)
     if uris.protocol_of(folder_uri) == "s3" and is_obstore_path(key):
         found = Retries().send(lambda: obstore.list_with_delimiter(s3_store(bucket), key))
@@ -136,13 +144,16 @@ def list_keys(folder_uri: str) -> list[str]:
 
 
 def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
-    """Return columns of one Parquet file, all of them for None; of a large object, little else is read."""
+    """Read columns of a Parquet file, or all of them if `columns` is None.
+
+    Only the byte ranges of those columns are fetched from an object store.
+    """
     with _open_seekable(uri) as file:
         return pq.read_table(file, columns=columns, partitioning=None)
 
 
 def read_schema(uri: str) -> pa.Schema:
-    """Return the schema of one Parquet file."""
+    """Read the schema of a Parquet file."""
     with _open_seekable(uri) as file:
         return pq.read_schema(file)
 
@@ -161,7 +172,7 @@ def _open_seekable(uri: str) -> Iterator[Any]:
 
 
 class _S3File(io.RawIOBase):
-    """File-like view of an object; each read is one request."""
+    """Seekable file-like view of an S3 object. Each read is one range request."""
 
     def __init__(self, bucket: str, key: str) -> None:
         self._bucket, self._key, self._position = bucket, key, 0
@@ -197,14 +208,14 @@ def _fetch(position: int, uri: str, etag: str, max_bytes: int, budget: ByteBudge
     try:
         content = _read_within(uri, etag, max_bytes, retries, held)
         held.shrink(len(content))
-    except Exception as error:  # whatever a client raises costs one image, never the run
+    except Exception as error:  # any client error fails one image, never the run
         held.shrink(0)
         return Fetched(position, _item_error(error, uri), retries.num)
     return Fetched(position, content or ItemError("empty", "the object holds no bytes"), retries.num)
 
 
 def _read_within(uri: str, etag: str, max_bytes: int, retries: Retries, held: Reservation) -> bytes:
-    """Read an object; if the budget has no room for it, drop the answer, wait without a connection, and ask again."""
+    """Read an object. If the budget has no room, drop the connection, wait for room, then send the request again."""
 
     def read() -> bytes | NoRoomError:
         try:
@@ -213,7 +224,7 @@ def _read_within(uri: str, etag: str, max_bytes: int, retries: Retries, held: Re
             held.shrink(0)
             return full.with_traceback(None)
         except BaseException:
-            held.shrink(0)  # nothing is held while a retry waits
+            held.shrink(0)  # hold nothing during the backoff before a retry
             raise
 
     while not isinstance(content := retries.send(read), bytes):
@@ -226,11 +237,11 @@ def _read_once(uri: str, etag: str, max_bytes: int, held: Reservation) -> bytes:
         return read_local(uri, max_bytes, held, etag)
     bucket, key = uris.split_bucket(uri)
     if uris.protocol_of(uri) == "s3" and is_obstore_path(key):
-        answer = obstore.get(s3_store(bucket), key)
-        refuse_changed((answer.meta["e_tag"] or "").strip('"'), etag)
-        refuse_large(answer.meta["size"], max_bytes)
-        held.grow(answer.meta["size"])
-        return bytes(answer.bytes())
+        response = obstore.get(s3_store(bucket), key)
+        refuse_changed((response.meta["e_tag"] or "").strip('"'), etag)
+        refuse_large(response.meta["size"], max_bytes)
+        held.grow(response.meta["size"])
+        return bytes(response.bytes())
     return read_with_fsspec(uri, max_bytes, held, etag)
 
 
@@ -239,23 +250,22 @@ def _item_error(error: BaseException, uri: str) -> ItemError:
         return error
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         if uris.is_local(uri) and uris.is_escaped(uri):
-            return ItemError("not_found", "its name is not UTF-8: rename the file")
-        return ItemError("not_found", "it was listed, but is gone")
+            return ItemError("not_found", "the file name is not UTF-8: rename the file")
+        return ItemError("not_found", "the object was listed but no longer exists")
     if isinstance(error, DENIED) or getattr(error, "status", None) in (401, 403):
         is_unsigned = uris.protocol_of(uri) == "s3" and not s3.has_credentials()
         return ItemError(
-            "access_denied",
-            "the store refuses to hand it out" + (", and no AWS credentials are set" if is_unsigned else ""),
+            "access_denied", "the store denied access" + ("; no AWS credentials were found" if is_unsigned else "")
         )
-    message = in_words(error)
-    is_timeout = isinstance(error, TimeoutError) or "no answer in time" in message or "timed out" in message.lower()
+    message = describe_error(error)
+    is_timeout = isinstance(error, TimeoutError) or "timed out" in message.lower()
     return ItemError("timeout" if is_timeout else "storage_error", message[:500])
 
 
 def is_obstore_path(key: str) -> bool:
-    """Return whether obstore finds an object by its key.
+    """Return whether obstore can address an object by this key.
 
-    object_store's Path holds no empty and no relative segments, and encodes what is not printable.
+    object_store's Path has no empty or relative segments and percent-encodes characters that are not printable.
     """
     segments = key.split("/")
     return key.isprintable() and "%" not in key and not any(segment in ("", ".", "..") for segment in segments)

@@ -1,4 +1,4 @@
-"""Objects that are created only where none exists: the one conditional write that leases need."""
+"""Conditional writes: create an object only if it does not exist yet, as leases need."""
 
 import contextlib
 import errno
@@ -13,18 +13,18 @@ from pipelines.storage.bulk import is_obstore_path, s3_store
 from pipelines.storage.filesystem import open_filesystem, write_bytes
 from pipelines.storage.retry import Retries
 
-# Of file systems without hard links, such as SMB and some FUSE mounts.
+# Error numbers returned by file systems without hard links, such as SMB and some FUSE mounts.
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
 
 
 def create_object(uri: str, content: bytes) -> bool:
-    """Write a whole object unless it exists; of several processes that try at once, one succeeds.
+    """Write an object atomically unless it exists. If several processes try at once, exactly one succeeds.
 
-    On S3 this is a PUT with `If-None-Match: *`, locally a hard link to a finished file. A request that is repeated
-    after its answer was lost may find its own object, and returns False; callers compare the content.
+    On S3 this is a PUT with `If-None-Match: *`; locally, a hard link to a complete file. A retry after a lost response
+    may find the object that the first attempt created and returns False, so callers compare the content.
 
     Returns:
-        Whether this call created the object.
+        True if this call created the object.
     """
     if uris.is_local(uri):
         return _create_file(uri, content)
@@ -62,7 +62,8 @@ def _create_file(path: str, content: bytes) -> bool:
 
 
 def _create_without_link(path: str, content: bytes) -> bool:
-    # A reader may see the file before its content; lease readers wait for the content.
+    # A reader may see the file before its content is written. Readers of leases tolerate that: they wait for the
+    # content.
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:

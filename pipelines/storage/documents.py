@@ -1,4 +1,4 @@
-"""The small JSON files of an output: read with a schema and a format version, so that damage is one clear line."""
+"""Small JSON files of an output, validated by a schema and a format version, so that damage is a one-line error."""
 
 from typing import ClassVar, TypeVar
 
@@ -12,10 +12,10 @@ Value = TypeVar("Value")
 
 
 class Document(BaseModel):
-    """Base of the schemas. Fields that a later version may add are ignored.
+    """Base class of the schemas. Unknown fields, which a later version may add, are ignored.
 
     Attributes:
-        format: version of the file's format. Files written before there was one count as version 1.
+        format: Version of the file format. Files without a version count as version 1.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -25,27 +25,27 @@ class Document(BaseModel):
 
 
 def read_document(uri: str, schema: type[Content], advice: str) -> Content:
-    """Read and validate one document.
+    """Read and validate a document.
 
     Args:
-        uri: of the file.
-        schema: what it holds.
-        advice: what to do where the file is damaged, as the end of a sentence.
+        uri: URI of the file.
+        schema: Schema of its content.
+        advice: What to do if the file is damaged, as the last clause of the error message.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: the file is damaged.
-        RequestError: a newer version of ecaray wrote it.
+        FileNotFoundError: The file does not exist.
+        DamagedFileError: The file is damaged.
+        RequestError: A newer version of ecaray wrote the file.
     """
     return parse_document(uri, read_object(uri), schema, advice)
 
 
 def parse_document(uri: str, content: bytes, schema: type[Content], advice: str) -> Content:
-    """Validate the content of a document; arguments and errors as for `read_document`."""
+    """Validate the content of a document. See `read_document` for arguments and errors."""
     version = parse_json(uri, content, Document, advice).format
     if version > schema.newest_format:
         raise RequestError(
-            f"{uri} has format {version}, and this version of ecaray reads formats up to {schema.newest_format}: use "
+            f"{uri} has format {version}, but this version of ecaray reads formats up to {schema.newest_format}: use "
             "the version that wrote it"
         )
     return parse_json(uri, content, schema, advice)
@@ -55,13 +55,13 @@ def parse_json(uri: str, content: bytes, schema: type[Value], advice: str) -> Va
     """Validate JSON that has no format version.
 
     Args:
-        uri: of the file.
-        content: of the file.
-        schema: a model or a type, such as `dict[str, str]`.
-        advice: what to do where the file is damaged, as the end of a sentence.
+        uri: URI of the file.
+        content: Content of the file.
+        schema: Pydantic model or a type such as `dict[str, str]`.
+        advice: What to do if the file is damaged, as the last clause of the error message.
 
     Raises:
-        DamagedFileError: the file is damaged.
+        DamagedFileError: The file is damaged.
     """
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
@@ -73,5 +73,5 @@ def parse_json(uri: str, content: bytes, schema: type[Value], advice: str) -> Va
 
 
 def to_json(document: Document) -> bytes:
-    """Return the content of a document's file."""
+    """Serialize a document to the content of its file."""
     return document.model_dump_json(indent=2).encode()

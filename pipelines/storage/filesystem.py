@@ -1,6 +1,6 @@
-"""One object at a time: file systems by URI, whole-object reads and writes, and errors in plain words.
+"""File systems by URI, single-object reads and writes, and one-line storage errors.
 
-A file system is opened where it is used and never pickled: see `pipelines.storage.s3` for endpoint and credentials.
+A file system is opened where it is used and never pickled. See `pipelines.storage.s3` for endpoints and credentials.
 """
 
 import contextlib
@@ -16,21 +16,21 @@ from pyarrow.fs import FSSpecHandler
 
 from pipelines.errors import RequestError, RunError
 from pipelines.storage import s3, uris
-from pipelines.storage.retry import in_words, is_transient
+from pipelines.storage.retry import describe_error, is_transient
 
-# Modules whose errors are a store's.
+# Packages whose exceptions count as storage errors.
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore", "azure", "google", "gcsfs", "httpx", "requests")
 
 
 def open_filesystem(uri: str, is_written: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URI, and the URI's path on it.
+    """Return the file system of a URI and the URI's path on it.
 
     Args:
         uri: URI in any spelling.
-        is_written: for writing and removing, which S3 never allows without credentials.
+        is_written: True for writing and removing, for which S3 requests are signed whenever there are credentials.
 
     Raises:
-        RequestError: no file system is known for the protocol, or the settings of S3 cannot be right.
+        RequestError: No file system is known for the protocol, or the S3 settings are invalid.
     """
     protocol = uris.protocol_of(uri)
     if protocol == "s3":
@@ -39,13 +39,13 @@ def open_filesystem(uri: str, is_written: bool = False) -> tuple[fsspec.Abstract
     else:
         try:
             filesystem = fsspec.filesystem(protocol)
-        except Exception as error:  # each file system raises its own kind for what a URI does not tell it
+        except Exception as error:  # file systems raise unrelated types for missing dependencies and options
             raise RequestError(f"no file system for {uri}: {' '.join(str(error).split())}") from None
     return filesystem, uri if protocol == "file" else filesystem._strip_protocol(uri)
 
 
 def _retry_transient_errors(filesystem: fsspec.AbstractFileSystem) -> None:
-    """Have s3fs retry all transient errors; by itself it retries few."""
+    """Make s3fs retry all transient errors. By default it retries only a few of them."""
     from s3fs.core import set_custom_error_handler
 
     filesystem.retries = s3.S3FS_ATTEMPTS
@@ -53,10 +53,12 @@ def _retry_transient_errors(filesystem: fsspec.AbstractFileSystem) -> None:
 
 
 class ArrowHandler(FSSpecHandler):  # type: ignore[misc] # pyarrow has no types
-    """Handler for Arrow's `PyFileSystem` that writes to a store; a process that unpickles it opens the store itself.
+    """Handler for Arrow's `PyFileSystem` that writes to a store.
+
+    It pickles only the URI. A process that unpickles it opens the store with its own credentials.
 
     Args:
-        uri: any URI of the store.
+        uri: Any URI of the store.
     """
 
     def __init__(self, uri: str) -> None:
@@ -68,31 +70,35 @@ class ArrowHandler(FSSpecHandler):  # type: ignore[misc] # pyarrow has no types
 
 
 def etag_of_file(status: os.stat_result) -> str:
-    """Return what tells two states of a local file apart: the time of its last change, and its size."""
+    """Return an etag for a local file, made of its modification time and its size."""
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def etag_of_entry(info: Mapping[str, Any]) -> str:
-    """Return the etag, or the time of the last change, in what fsspec says of an object; empty if it says neither."""
+    """Return the etag in fsspec's info on an object, else its modification time, else an empty string."""
     return str(info.get("etag") or info.get("ETag") or info.get("mtime") or "").strip('"')
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return a whole object. Raises FileNotFoundError if there is none."""
+    """Return the content of an object.
+
+    Raises:
+        FileNotFoundError: The object does not exist.
+    """
     filesystem, path = open_filesystem(uri)
     content: bytes = filesystem.cat_file(path)
     return content
 
 
 def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = None) -> None:
-    """Write a whole object, so that no reader ever sees a part of it.
+    """Write an object atomically, so that no reader sees part of it.
 
-    An upload to an object store appears whole; a local file is written aside, then renamed.
+    Uploads to object stores are atomic. A local file is written under a temporary name, then renamed.
 
     Args:
-        uri: of the object.
-        content: its bytes.
-        check: raises where the object must not be written any more; called right before it appears.
+        uri: URI of the object.
+        content: Bytes of the object.
+        check: Callable that raises if the object may no longer be written. Called right before the object appears.
     """
     filesystem, path = open_filesystem(uri, is_written=True)
     if not uris.is_local(uri):
@@ -118,26 +124,26 @@ def write_bytes(uri: str, content: bytes, check: Callable[[], None] | None = Non
 
 
 def remove(uri: str) -> None:
-    """Remove one object; if there is none, nothing happens."""
+    """Remove an object. Do nothing if it does not exist."""
     filesystem, path = open_filesystem(uri, is_written=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm_file(path)
 
 
 def remove_folder(uri: str) -> None:
-    """Remove a folder and all that is below it; where there is none, nothing happens."""
+    """Remove a folder and everything below it. Do nothing if it does not exist."""
     filesystem, path = open_filesystem(uri, is_written=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of what lies directly below `uri`, folders included, in order; none where nothing does."""
+    """Return the sorted names of the objects and folders directly below `uri`, or an empty list if there are none."""
     return sorted(list_with_sizes(uri))
 
 
 def list_with_sizes(uri: str) -> dict[str, int]:
-    """The same names, each with its bytes; 0 for folders."""
+    """Return the size in bytes of each object directly below `uri`, by name. Folders have size 0."""
     filesystem, path = open_filesystem(uri)
     try:
         found = filesystem.ls(path, detail=True)
@@ -147,10 +153,10 @@ def list_with_sizes(uri: str) -> dict[str, int]:
 
 
 def download(uri: str, folder: str) -> str:
-    """A local path with the object's content: the path itself where `uri` is local, else a copy in `folder`.
+    """Return a local path with an object's content: the path itself if `uri` is local, else a copy in `folder`.
 
     Raises:
-        FileNotFoundError: there is no such object.
+        FileNotFoundError: The object does not exist.
     """
     if uris.is_local(uri):
         os.stat(uri)
@@ -163,10 +169,15 @@ def download(uri: str, folder: str) -> str:
 
 @contextlib.contextmanager
 def translate_storage_errors(what: str, uri: str, kind: type[RequestError | RunError] = RequestError) -> Iterator[None]:
-    """Turn the storage errors of a `with` block into one line: `what` failed on `uri`, because.
+    """Translate storage errors raised in a `with` block into one line: "cannot `what` `uri`: reason".
+
+    Args:
+        what: Verb phrase for the message, such as "write to".
+        uri: URI that the block works on.
+        kind: Exception class to raise.
 
     Raises:
-        RequestError: or what `kind` says, in place of any error of the operating system or of a store's client.
+        RequestError: The operating system or a storage client raised an error. `RunError` if `kind` says so.
     """
     try:
         yield
@@ -186,7 +197,7 @@ def _reason(error: Exception) -> str:
     if not type(error).__module__.startswith("obstore"):
         return " ".join(str(error).split())
     host = re.search(r"https?://[^\s/?]+", str(error))
-    return f"{in_words(error)} ({host.group()})" if host else in_words(error)
+    return f"{describe_error(error)} ({host.group()})" if host else describe_error(error)
 
 
 def _advice(uri: str, error: str) -> str:
@@ -197,10 +208,10 @@ def _advice(uri: str, error: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Return whether there is an object, folder or prefix of that name, found within a few seconds.
+    """Return whether an object, folder or prefix exists. Takes a few seconds at most.
 
     Raises:
-        RequestError: the store does not answer, or refuses our credentials.
+        RequestError: The store does not respond or rejects the credentials.
     """
     if uris.is_local(uri):
         return os.path.exists(uri)
@@ -210,5 +221,5 @@ def exists(uri: str) -> bool:
             return bool(filesystem.exists(path))
         bucket, key = uris.split_bucket(uri)
         if not bucket:
-            raise RequestError(f"{uri} names no bucket")
+            raise RequestError(f"{uri} does not name a bucket: write s3://BUCKET/PREFIX")
         return s3.has_any(bucket, key)

@@ -1,4 +1,4 @@
-"""Parquet files that ecaray wrote itself: a damaged one is one clear line."""
+"""Reads of Parquet files that ecaray wrote. A damaged file is a one-line error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ def read_own_table(uri: str, columns: list[str] | None, advice: str) -> pa.Table
     """Read columns of a Parquet file.
 
     Args:
-        uri: of the file.
-        columns: names; the file has to hold all of them. None for all that it holds.
-        advice: what to do where the file is damaged, as the end of a sentence.
+        uri: URI of the file.
+        columns: Names of columns, all of which the file must have. None reads every column.
+        advice: What to do if the file is damaged, as the last clause of the error message.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedFileError: the file is damaged.
+        FileNotFoundError: The file does not exist.
+        DamagedFileError: The file is damaged.
     """
-    with _damage_in_one_line(uri, advice):
+    with _translate_damage(uri, advice):
         table = read_columns(uri, columns)
         if missing := set(columns or []) - set(table.column_names):
             raise ValueError(f"no column {min(missing)!r}")
@@ -29,17 +29,17 @@ def read_own_table(uri: str, columns: list[str] | None, advice: str) -> pa.Table
 
 
 def read_own_schema(uri: str, advice: str) -> pa.Schema:
-    """Read the schema of a Parquet file; arguments and errors as for `read_own_table`."""
-    with _damage_in_one_line(uri, advice):
+    """Read the schema of a Parquet file. See `read_own_table` for arguments and errors."""
+    with _translate_damage(uri, advice):
         return read_schema(uri)
 
 
 @contextlib.contextmanager
-def _damage_in_one_line(uri: str, advice: str) -> Iterator[None]:
+def _translate_damage(uri: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        # Arrow reports damage as OSError too, but without the number that the operating system's errors have.
+        # Arrow also reports damage as OSError, but without the errno that errors of the operating system carry.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Multipart uploads that dead runs left unfinished: invisible in listings, and billed until they are aborted."""
+"""Cleanup of unfinished multipart uploads of dead runs, which listings hide and which are billed until aborted."""
 
 import logging
 
@@ -9,13 +9,13 @@ log = logging.getLogger(__name__)
 
 
 def abort_unfinished_uploads(folder_uri: str) -> int:
-    """Abort the multipart uploads below a folder on S3; elsewhere there are none.
+    """Abort the unfinished multipart uploads below a folder on S3. Do nothing for other stores.
 
-    An upload of a process that still lives fails when it ends: call this only with the lease on the folder. A store
-    that refuses (`s3:ListBucketMultipartUploads`, `s3:AbortMultipartUpload`) costs one log line, and stops nothing.
+    Call this only while holding the lease on the folder: the uploads of a live process would fail. A store that denies
+    the calls (`s3:ListBucketMultipartUploads`, `s3:AbortMultipartUpload`) causes a warning, not an error.
 
     Returns:
-        How many were aborted.
+        Number of uploads aborted.
     """
     if uris.protocol_of(folder_uri) != "s3":
         return 0
@@ -34,8 +34,8 @@ def abort_unfinished_uploads(folder_uri: str) -> int:
             if not page.get("IsTruncated"):
                 break
             marks = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-    except Exception as error:  # whatever a store without this call answers
-        log.warning("unfinished uploads below %s could not be aborted: %s", folder_uri, error)
+    except Exception as error:  # stores without this API fail in unpredictable ways
+        log.warning("unfinished multipart uploads below %s could not be aborted: %s", folder_uri, error)
     if num_aborted:
-        log.info("aborted %d unfinished uploads of earlier runs below %s", num_aborted, folder_uri)
+        log.info("aborted %d unfinished multipart uploads of earlier runs below %s", num_aborted, folder_uri)
     return num_aborted

@@ -1,6 +1,6 @@
-"""URIs as users write them: a local path, `file://`, `s3://bucket/key`, or any protocol of fsspec.
+"""URIs as users write them: a local path, `file://`, `s3://bucket/key`, or any fsspec protocol.
 
-Keys are taken as they are, never percent-encoded, as s3fs and the AWS command line do. Only `.` and `..` are resolved,
+Keys are used literally, without percent-decoding, as in s3fs and the AWS CLI. Only `.` and `..` segments are resolved,
 as in a path.
 """
 
@@ -17,15 +17,15 @@ _FILE_SCHEME = re.compile(r"(?:file|local):(?://(?P<authority>[^/]*))?(?P<path>/
 
 
 def is_local(uri: str) -> bool:
-    """Return whether the URI names a path of this machine."""
+    """Return whether a URI names a path on this machine."""
     return protocol_of(uri) == "file"
 
 
 def normalize(uri: str) -> str:
-    """Return the one spelling of a place: local paths absolute and without `file://`, no slash at the end.
+    """Return the canonical form of a URI: local paths absolute and without `file://`, no trailing slash.
 
     Raises:
-        RequestError: a `file://` URI names another machine, a home directory is not known, or `..` leads out of the
+        RequestError: A `file://` URI names another machine, a home directory is unknown, or `..` leads out of the
             bucket.
     """
     if is_local(uri):
@@ -45,13 +45,13 @@ def _local_path(uri: str) -> str:
     authority, path = found["authority"] or "", found["path"] or ""
     if authority.lower() in ("", "localhost"):
         return path
-    if authority.startswith(("~", ".")):  # `file://~/images`, which is no URI, but clear
+    if authority.startswith(("~", ".")):  # `file://~/images` is not a valid URI, but its meaning is clear
         return authority + path
     raise RequestError(f"{escape_control(uri)} names the machine {authority!r}: write file:///PATH, or the path alone")
 
 
 def _without_dots(uri: str) -> str:
-    """Return what follows `://` with the segments `.` and `..` resolved."""
+    """Return the part of a URI after `://`, with `.` and `..` segments resolved."""
     rest = uri.partition("://")[2]
     if "/." not in rest:
         return rest
@@ -86,54 +86,54 @@ def is_escaped(path: str) -> bool:
 
 
 def join(uri: str, name: str) -> str:
-    """Return the place called `name` below `uri`."""
+    """Return the URI of `name` below `uri`."""
     return f"{uri.rstrip('/')}/{name}"
 
 
 def split_bucket(uri: str) -> tuple[str, str]:
-    """Return `("bucket", "a/b.jpg")` of `s3://bucket/a/b.jpg`; the key is empty for a whole bucket."""
+    """Split `s3://bucket/a/b.jpg` into `("bucket", "a/b.jpg")`. The key of a whole bucket is empty."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     return bucket, key
 
 
 def contains(outer: str, inner: str) -> bool:
-    """Return whether `inner` is `outer` or lies below it; links of this machine are followed."""
+    """Return whether `inner` is `outer` or lies below it, after resolving local symbolic links."""
     outer, inner = _real(outer), _real(inner)
     return inner == outer or inner.startswith(outer.rstrip("/") + "/")
 
 
 def refuse_overlap(output_uri: str, inputs: Mapping[str, str]) -> None:
-    """Refuse an output that lies inside an input, where the next run would take it for input.
+    """Refuse an output inside an input, because the next run would list the output as input.
 
     Args:
-        output_uri: of `output.uri`.
-        inputs: the URIs of what is read, by their keys, such as `input.uri`.
+        output_uri: Value of `output.uri`.
+        inputs: URIs of the inputs by their config keys, such as `input.uri`.
 
     Raises:
-        RequestError: names both.
+        RequestError: The output lies inside an input.
     """
     for key, uri in inputs.items():
         if contains(uri, output_uri):
             raise RequestError(
                 f"output.uri {output_uri} lies inside {key} {uri}: the output would be listed as input; choose a "
-                "place outside it"
+                "location outside it"
             )
 
 
 def refuse_linked_overlap(output_uri: str, key: str, linked: Mapping[str, str]) -> None:
-    """Refuse an output that a link inside an input leads to.
+    """Refuse an output that a symbolic link inside an input points to.
 
     Args:
-        output_uri: of `output.uri`.
-        key: the input's, such as `input.uri`.
-        linked: real paths of folders that lie elsewhere, by the links in the input that lead to them.
+        output_uri: Value of `output.uri`.
+        key: Config key of the input, such as `input.uri`.
+        linked: Real paths of folders outside the input, by the links in the input that point to them.
 
     Raises:
-        RequestError: names the link.
+        RequestError: A link points to the output or to a folder above it.
     """
     refuse_overlap(output_uri, {f"{key}, by the link {link} to": target for link, target in linked.items()})
 
 
 def _real(uri: str) -> str:
-    place = normalize(uri)
-    return os.path.realpath(place) if is_local(place) else place
+    normalized = normalize(uri)
+    return os.path.realpath(normalized) if is_local(normalized) else normalized

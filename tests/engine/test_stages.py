@@ -199,7 +199,7 @@ def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tm
     writer = PartWriter(str(tmp_path), parts_schema(5, 2022), {"fingerprint": "f", "label_names": "[]"})
     write_result = writer(predictions).to_pylist()
     (written,) = write_result
-    assert (written["num_ok"], written["failures"]) == (11, ["not_found: it was listed, but is gone"])
+    assert (written["num_ok"], written["failures"]) == (11, ["not_found: the object was listed but no longer exists"])
     digests = dict(zip(written["files"], written["digests"]))
     assert digests == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()}
     again = writer(predictions).to_pylist()

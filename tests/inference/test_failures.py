@@ -20,7 +20,7 @@ def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
     limit = FailureLimit(0.05, 1_000_000, 0, Counter())
     limit.add(0, ["empty: the object holds no bytes"] * 50)
     limit.check()
-    limit.add(0, ["not_found: it was listed, but is gone"])
+    limit.add(0, ["not_found: the object was listed but no longer exists"])
     with pytest.raises(RunError, match=r"51 of 51 images failed.*: 50 x empty: .*; 1 x not_found: "):
         limit.check()
 

@@ -1,4 +1,4 @@
-"""Limits on what a fetch holds: one object by `input.max_bytes`, the objects of a task by their budget."""
+"""Memory limits of a fetch: `input.max_bytes` for one object, a byte budget for the objects of a task."""
 
 import contextlib
 import gc
@@ -43,14 +43,14 @@ def kind_of(content: bytes | ItemError) -> str:
 
 
 class _Server(BaseHTTPRequestHandler):
-    """Answers by path: with or without a length, compressed, without end, or with a status."""
+    """HTTP server that responds by path: with or without a length, compressed, endless, or with a status."""
 
     protocol_version = "HTTP/1.1"
     num_sent = 0
     methods: list[str] = []
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self.methods.append(self.command)
@@ -83,7 +83,7 @@ class _Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """URL of a web server."""
+    """Start a web server and return its URL."""
     _Server.num_sent, _Server.methods = 0, []
     web = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     thread = threading.Thread(target=web.serve_forever)
@@ -96,7 +96,7 @@ def server() -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", ["fifo", "link to /dev/zero", "folder", "socket", "link to a fifo"])
 @pytest.mark.timeout(20)
-def test_what_is_no_regular_file_becomes_a_failed_row(kind: str, tmp_path: Path) -> None:
+def test_special_file_becomes_a_failed_row(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     with contextlib.ExitStack() as stack:
         if kind == "fifo":
@@ -113,7 +113,7 @@ def test_what_is_no_regular_file_becomes_a_failed_row(kind: str, tmp_path: Path)
         assert kind_of(fetch_one(str(path), 1 << 40)) == "not_an_image"
 
 
-def test_files_are_bounded_by_what_they_hold_not_by_what_they_say(tmp_path: Path) -> None:
+def test_local_files_are_bounded_by_content_not_by_reported_size(tmp_path: Path) -> None:
     (tmp_path / "exact").write_bytes(b"x" * MAX_BYTES)
     (tmp_path / "large").write_bytes(b"x" * (MAX_BYTES + 1))
     assert fetch_one(str(tmp_path / "exact")) == b"x" * MAX_BYTES
@@ -124,7 +124,7 @@ def test_files_are_bounded_by_what_they_hold_not_by_what_they_say(tmp_path: Path
 
 
 @pytest.mark.timeout(30)
-def test_http_answers_are_bounded_in_decoded_bytes(server: str) -> None:
+def test_http_responses_are_bounded_in_decoded_bytes(server: str) -> None:
     assert fetch_one(f"{server}/small") == b"x" * MAX_BYTES
     assert fetch_one(f"{server}/short.gz") == b"y" * MAX_BYTES
     assert _Server.methods == ["GET", "GET"]
@@ -136,14 +136,14 @@ def test_http_answers_are_bounded_in_decoded_bytes(server: str) -> None:
     assert _resident_bytes() - before < 100 * MIB
 
 
-def test_http_errors_are_told_apart(server: str) -> None:
+def test_http_statuses_map_to_error_kinds(server: str) -> None:
     kinds = [kind_of(fetch_one(f"{server}/{status}")) for status in (404, 403, 401, 418)]
     assert kinds == ["not_found", "access_denied", "access_denied", "storage_error"]
     equal = [fetch_one(f"{server}/418?{index}") for index in range(2)]
     assert str(equal[0]) == str(equal[1])
 
 
-def test_other_stores_are_bounded() -> None:
+def test_reads_from_other_fsspec_stores_are_bounded() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/bounded/large", b"x" * (MAX_BYTES + 1))
     assert kind_of(fetch_one("memory://bounded/large")) == "too_many_bytes"
@@ -151,7 +151,7 @@ def test_other_stores_are_bounded() -> None:
     assert kind_of(fetch_one("memory://bounded")) == "not_an_image"
 
 
-def test_stores_without_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_from_stores_without_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/bounded/large", b"x" * (MAX_BYTES + 1))
     monkeypatch.setattr(type(memory), "info", lambda self, path, **_: {"name": path, "type": "file", "size": None})
@@ -159,45 +159,45 @@ def test_stores_without_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert fetch_one("memory://bounded/large", MAX_BYTES + 1) == b"x" * (MAX_BYTES + 1)
 
 
-def test_a_fetch_holds_no_more_than_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_stays_within_its_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 100 * MIB)
-    # So large that glibc returns their memory when they are freed.
+    # Objects this large are returned to the operating system by glibc when they are freed.
     names = [str(tmp_path / f"{index}") for index in range(16)]
     for name in names:
         with open(name, "wb") as file:
             file.truncate(40 * MIB)
     gc.collect()
-    gc.disable()  # what is released must not wait for the garbage collector
+    gc.disable()  # released objects must not have to wait for the garbage collector
     before = most = _resident_bytes()
     try:
         for fetched in bulk.fetch_many(names, max_bytes=1 << 30):
             assert isinstance(fetched.content, bytes)
-            time.sleep(0.01)  # all that may be fetched meanwhile is
+            time.sleep(0.01)  # lets the fetch run as far ahead as the budget allows
             most = max(most, _resident_bytes())
     finally:
         gc.enable()
     assert most - before < (100 + 2 * 40) * MIB
 
 
-def test_objects_of_a_store_wait_for_room(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_objects_wait_for_room_in_the_budget(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [bytes([index]) * 300_000 for index in range(12)]
     names = [f"s3://scratch/room/{index}" for index in range(12)]
     for name, content in zip(names, contents):
         bulk.store_object(name, content)
     held: list[int] = []
-    take_room, wait_for_room = ByteBudget.try_take, ByteBudget.take
+    original_try_acquire, original_acquire = ByteBudget.try_acquire, ByteBudget.acquire
 
-    def try_take(budget: ByteBudget, num_bytes: int, own_bytes: int = 0) -> bool:
-        is_taken = take_room(budget, num_bytes, own_bytes)
+    def try_acquire(budget: ByteBudget, num_bytes: int, own_bytes: int = 0) -> bool:
+        is_acquired = original_try_acquire(budget, num_bytes, own_bytes)
         held.append(budget._held_bytes)
-        return is_taken
+        return is_acquired
 
-    def take(budget: ByteBudget, num_bytes: int) -> None:
-        wait_for_room(budget, num_bytes)
+    def acquire(budget: ByteBudget, num_bytes: int) -> None:
+        original_acquire(budget, num_bytes)
         held.append(budget._held_bytes)
 
-    monkeypatch.setattr(ByteBudget, "try_take", try_take)
-    monkeypatch.setattr(ByteBudget, "take", take)
+    monkeypatch.setattr(ByteBudget, "try_acquire", try_acquire)
+    monkeypatch.setattr(ByteBudget, "acquire", acquire)
     monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 700_000)
     assert [one.content for one in sorted(bulk.fetch_many(names, MIB))] == contents
     assert max(held) == 600_000
@@ -206,7 +206,7 @@ def test_objects_of_a_store_wait_for_room(store: ObjectStore, monkeypatch: pytes
 
 
 @pytest.mark.timeout(20)
-def test_a_fetch_that_is_left_early_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_fetch_early_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "MAX_HELD_BYTES", 1500)
     names = [str(tmp_path / f"{index}") for index in range(100)]
     for name in names:
@@ -216,7 +216,7 @@ def test_a_fetch_that_is_left_early_ends(tmp_path: Path, monkeypatch: pytest.Mon
     fetching.close()  # type: ignore[attr-defined]
 
 
-def test_budget_lets_one_object_exceed_it_alone() -> None:
+def test_budget_admits_an_oversized_object_once_nothing_else_is_held() -> None:
     budget = ByteBudget(100)
     small, large = Reservation(budget), Reservation(budget)
     small.grow(60)
@@ -228,25 +228,25 @@ def test_budget_lets_one_object_exceed_it_alone() -> None:
     assert waiting.is_alive()
     small.shrink(0)
     waiting.join(5)
-    assert (large.num_bytes, budget.try_take(1)) == (500, False)
+    assert (large.num_bytes, budget.try_acquire(1)) == (500, False)
     large.grow(600)
     budget.close()
     with pytest.raises(NoRoomError):
-        budget.take(1)
+        budget.acquire(1)
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("place", ["local", "s3", "s3 by s3fs"])
-def test_an_object_that_changed_since_it_was_listed_is_an_error_of_its_own(
-    place: str, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize("location", ["local", "s3", "s3 through s3fs"])
+def test_object_that_changed_since_listing_fails_as_changed(
+    location: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    if place != "local":
+    if location != "local":
         request.getfixturevalue("store")
-    folder = str(tmp_path) if place == "local" else f"s3://scratch/{tmp_path.name}"
-    names = ["a%41.jpg" if place == "s3 by s3fs" else "a.jpg", "b.jpg"]  # obstore's paths hold no percent sign
+    folder = str(tmp_path) if location == "local" else f"s3://scratch/{tmp_path.name}"
+    names = ["a%41.jpg" if location == "s3 through s3fs" else "a.jpg", "b.jpg"]  # obstore paths cannot hold "%"
     for name in names:
         write_bytes(uris.join(folder, name), b"before")
     listed = list_objects(folder, []).table

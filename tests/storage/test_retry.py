@@ -1,4 +1,4 @@
-"""A store on its bad days, by a proxy in front of it: what is asked again, how often, and what is given up."""
+"""Retries against a faulty store, simulated by a proxy: which requests are retried, how often, and when they fail."""
 
 import os
 import re
@@ -28,7 +28,7 @@ URIS = [f"s3://scratch/retry/{index}" for index in range(NUM_OBJECTS)]
 
 @pytest.fixture(scope="module")
 def contents(store: ObjectStore) -> list[bytes]:
-    """Objects of some kilobytes, so that an answer can break off."""
+    """Store objects of 20 kB, large enough for a response to be cut off, and return their contents."""
     contents = [bytes([index]) * 20_000 for index in range(NUM_OBJECTS)]
     for uri, content in zip(URIS, contents):
         bulk.store_object(uri, content)
@@ -37,19 +37,19 @@ def contents(store: ObjectStore) -> list[bytes]:
 
 @pytest.fixture
 def behind(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Faults], Proxy]]:
-    """Puts a proxy between this process and the store."""
-    monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.5)
+    """Return a function that puts a faulty proxy between this process and the store."""
+    monkeypatch.setattr(retry, "MAX_WAIT_S", 0.5)
     with ExitStack() as stack:
 
         def put(faults: Faults) -> Proxy:
             proxy = stack.enter_context(faulty_proxy(store.endpoint, faults))
             for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
                 monkeypatch.setitem(os.environ, name, proxy.endpoint)
-            s3.forget()
+            s3.reset()
             return proxy
 
         yield put
-        s3.forget()
+        s3.reset()
 
 
 def fetch(uris: list[str]) -> tuple[list[bytes | ItemError], int]:
@@ -58,7 +58,7 @@ def fetch(uris: list[str]) -> tuple[list[bytes | ItemError], int]:
 
 
 @pytest.mark.parametrize("faults", [Faults(unavailable=0.4), Faults(reset=0.4), Faults(unavailable=0.2, reset=0.2)])
-def test_what_the_store_did_not_answer_is_asked_again_and_counted(
+def test_failed_requests_are_retried_and_counted(
     faults: Faults, behind: Callable[[Faults], Proxy], contents: list[bytes]
 ) -> None:
     proxy = behind(faults)
@@ -67,7 +67,7 @@ def test_what_the_store_did_not_answer_is_asked_again_and_counted(
     assert num_retries == proxy.counts.total() - proxy.counts["none"] > 10
 
 
-def test_a_stall_is_cut_off(
+def test_stalled_response_is_cut_off_and_retried(
     behind: Callable[[Faults], Proxy], contents: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "READ_TIMEOUT", timedelta(seconds=1))
@@ -79,7 +79,7 @@ def test_a_stall_is_cut_off(
     assert time.monotonic() - started < 25
 
 
-def test_an_endpoint_that_comes_back_costs_nothing(behind: Callable[[Faults], Proxy], contents: list[bytes]) -> None:
+def test_short_outage_fails_no_request(behind: Callable[[Faults], Proxy], contents: list[bytes]) -> None:
     proxy = behind(Faults())
     proxy.is_gone = True
     threading.Timer(3, lambda: setattr(proxy, "is_gone", False)).start()
@@ -88,7 +88,7 @@ def test_an_endpoint_that_comes_back_costs_nothing(behind: Callable[[Faults], Pr
     assert num_retries >= 8
 
 
-def test_what_stays_wrong_is_asked_once(behind: Callable[[Faults], Proxy], contents: list[bytes]) -> None:
+def test_permanent_errors_are_not_retried(behind: Callable[[Faults], Proxy], contents: list[bytes]) -> None:
     proxy = behind(Faults())
     found, num_retries = fetch(["s3://scratch/retry/absent", "s3://absent/x"])
     assert [one.kind for one in found if isinstance(one, ItemError)] == ["not_found", "not_found"]
@@ -98,12 +98,16 @@ def test_what_stays_wrong_is_asked_once(behind: Callable[[Faults], Proxy], conte
 @pytest.mark.parametrize(
     ("faults", "kind", "words"),
     [
-        (Faults(unavailable=1), "storage_error", "the store asks for fewer requests, for 3 s"),
-        (Faults(reset=1), "storage_error", "(the connection broke off|no connection to the store), for 3 s"),
-        (Faults(stalled=1, stall_s=9), "timeout", "no answer in time, for 3 s"),
+        (Faults(unavailable=1), "storage_error", "the store throttled the request; gave up after 3 s of retries"),
+        (
+            Faults(reset=1),
+            "storage_error",
+            "(the connection was lost|could not connect to the store); gave up after 3 s of retries",
+        ),
+        (Faults(stalled=1, stall_s=9), "timeout", "the request timed out; gave up after 3 s of retries"),
     ],
 )
-def test_what_is_given_up_is_said_in_our_words(
+def test_exhausted_retries_describe_the_error(
     faults: Faults, kind: str, words: str, behind: Callable[[Faults], Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 3.0)
@@ -116,7 +120,7 @@ def test_what_is_given_up_is_said_in_our_words(
     assert num_retries > 0
 
 
-def test_writing_and_reading_columns_survive_too(behind: Callable[[Faults], Proxy], store: ObjectStore) -> None:
+def test_writes_and_column_reads_are_retried(behind: Callable[[Faults], Proxy], store: ObjectStore) -> None:
     behind(Faults(unavailable=0.3, reset=0.3))
     table = pa.table({"id": [1, 2], "uri": ["a", "b"]})
     written = [write_table("s3://scratch/retried", f"part-{index}.parquet", table, table.schema) for index in range(8)]
@@ -127,27 +131,27 @@ def test_writing_and_reading_columns_survive_too(behind: Callable[[Faults], Prox
         assert len(bulk.read_object(f"s3://scratch/retried/{file.name}")) > 100
 
 
-def test_requests_get_fewer_when_the_store_asks_for_it_and_slowly_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "SLOW_DOWN_EVERY_S", 0.0)
+def test_request_limit_halves_when_throttled_and_recovers_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "THROTTLE_COOLDOWN_S", 0.0)
     limit = RequestLimit(32)
     for _ in range(3):
-        limit.slow_down()
+        limit.decrease()
     assert limit.limit == 4
     for _ in range(4):
-        limit.speed_up()
+        limit.increase()
     assert 4.5 < limit.limit <= 5
     for _ in range(9):
-        limit.slow_down()
+        limit.decrease()
     assert limit.limit == 1
     for _ in range(2000):
-        limit.speed_up()
+        limit.increase()
     assert limit.limit == 32
 
 
-def test_waiting_for_a_slot_is_not_held_against_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_spent_waiting_for_a_slot_does_not_count_toward_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "REQUESTS", RequestLimit(1))
     monkeypatch.setattr(retry, "GIVE_UP_AFTER_S", 0.3)
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(retry, "MIN_WAIT_S", 0.001)
     attempts = [0] * 4
 
     def send(index: int) -> None:
@@ -164,14 +168,14 @@ def test_waiting_for_a_slot_is_not_held_against_the_store(monkeypatch: pytest.Mo
     assert attempts == [2] * 4
 
 
-def test_one_wave_of_refusals_halves_once() -> None:
+def test_simultaneous_throttled_requests_halve_the_limit_once() -> None:
     limit = RequestLimit(32)
     for _ in range(32):
-        limit.slow_down()
+        limit.decrease()
     assert limit.limit == 16
 
 
-def test_no_more_requests_than_the_limit_are_in_flight() -> None:
+def test_requests_in_flight_never_exceed_the_limit() -> None:
     limit, lock, most, now = RequestLimit(3), threading.Lock(), [0], [0]
 
     def hold() -> None:
@@ -211,22 +215,22 @@ def test_no_more_requests_than_the_limit_are_in_flight() -> None:
         (
             "no luck with https://host/a?b=c after 12.5 seconds, request id: 4f2a-9",
             "no luck with https://host/d after 0.3 seconds, request id: 77aa-1",
-            "GenericError: no luck with URL after some time, request id",
+            "GenericError: no luck with URL after DURATION, request id",
         ),
     ],
 )
 def test_failures_that_differ_in_url_request_id_or_duration_read_alike(first: str, second: str, words: str) -> None:
-    assert retry.in_words(GenericError(first)) == retry.in_words(GenericError(second)) == words
+    assert retry.describe_error(GenericError(first)) == retry.describe_error(GenericError(second)) == words
 
 
-def test_errors_of_files_are_told_without_their_names(tmp_path: Path) -> None:
+def test_description_of_a_file_error_omits_the_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a\.jpg") as error:
         os.open(tmp_path / "folder" / "a.jpg" / ("x" * 300), os.O_RDONLY)
-    assert str(tmp_path) not in retry.in_words(error.value)
+    assert str(tmp_path) not in retry.describe_error(error.value)
 
 
-def test_panic_of_obstore_is_an_error_like_others(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    # obstore's builder panics on an endpoint that is no URL, which `s3_store` refuses before.
+def test_obstore_panic_fails_only_the_image(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    # obstore's builder panics on an endpoint that is not a URL. `s3_store` refuses such endpoints earlier.
     def panic(bucket: str, **_: object) -> object:
         S3Store(bucket, endpoint="127.0.0.1:8333").get("x")
         raise AssertionError

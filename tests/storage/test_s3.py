@@ -1,4 +1,4 @@
-"""S3 as AWS has it: regions, endpoints, certificates, public buckets and paying requesters, for each client of ours."""
+"""AWS features of S3 with each client: regions, endpoints, certificates, public and requester-pays buckets."""
 
 import logging
 import os
@@ -35,13 +35,13 @@ from tests.support.infer import read_kind, run_command, summary_of
 from tests.support.regional_s3 import RegionalS3
 
 CONFIGURED_REGION = "us-west-2"
-# obstore's paths hold the first, but not the second.
+# obstore paths can represent the first key, but not the second.
 KEYS = ("in/plain.jpg", "in/100%.jpg")
 
 
 @pytest.fixture
 def setenv(images: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """Sets variables of AWS, of which there are none at first; the settings are asked for anew."""
+    """Return a function that sets AWS variables and resets the cached settings. At first, none are set."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name in ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
@@ -51,16 +51,16 @@ def setenv(images: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     def setenv(**variables: str) -> None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        s3.forget()
+        s3.reset()
 
     setenv(AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=str(tmp_path / "config"))
     yield setenv
-    s3.forget()
+    s3.reset()
 
 
 @pytest.fixture
 def started(store: ObjectStore) -> Iterator[Callable[..., RegionalS3]]:
-    """Starts stand-ins."""
+    """Return a function that starts a stand-in for S3 in front of the store."""
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(RegionalS3(store, **options).running())
 
@@ -71,8 +71,8 @@ def keys_of(store: ObjectStore) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def images(store: ObjectStore) -> str:
-    """A prefix of the bucket `images` with an object for each of `KEYS`."""
-    s3.forget()
+    """Store an object for each of `KEYS` under a prefix of the bucket `images`, and return the prefix."""
+    s3.reset()
     root = "s3://images/regions"
     for key in KEYS:
         write_bytes(uris.join(root, key), key.encode())
@@ -115,7 +115,7 @@ def write_with_each_client(root: str) -> None:
 
 
 def write_with_arrow(root: str) -> None:
-    """As Ray Train does, in workers that unpickle the file system."""
+    """Write as Ray Train does, through a file system that was unpickled in a worker."""
     content = pickle.dumps(PyFileSystem(ArrowHandler(root)))
     if keys := os.environ.get("AWS_SECRET_ACCESS_KEY"):
         assert keys.encode() not in content
@@ -136,7 +136,7 @@ def use_all(root: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("region", "is_malformed"), [("us-west-2", False), ("us-east-1", False), ("eu-west-1", True), ("cn-north-1", True)]
 )
-def test_bucket_in_another_region_is_read_and_written(
+def test_bucket_in_another_region_can_be_read_and_written(
     region: str,
     is_malformed: bool,
     store: ObjectStore,
@@ -150,13 +150,13 @@ def test_bucket_in_another_region_is_read_and_written(
     setenv(**keys_of(store), AWS_REGION=CONFIGURED_REGION, AWS_ENDPOINT_URL=stand_in.endpoint)
     with caplog.at_level(logging.INFO, "pipelines"):
         use_all(images, tmp_path)
-    said = [record.getMessage() for record in caplog.records if "region" in record.getMessage()]
-    assert len(said) == (region != CONFIGURED_REGION)
-    assert all(f"bucket images is in region {region}" in line for line in said)
+    messages = [record.getMessage() for record in caplog.records if "region" in record.getMessage()]
+    assert len(messages) == (region != CONFIGURED_REGION)
+    assert all(f"bucket images is in region {region}" in message for message in messages)
 
 
 @pytest.mark.parametrize("first", ["put", "create", "head", "get_many", "list"])
-def test_first_request_of_a_process_follows_the_region(
+def test_first_request_of_a_process_follows_the_redirect(
     first: str,
     store: ObjectStore,
     images: str,
@@ -179,7 +179,7 @@ def test_first_request_of_a_process_follows_the_region(
         assert {(one.content, one.num_retries) for one in fetched} == {(KEYS[0].encode(), 0)}
     else:
         assert list_objects(images, []).table.num_rows == len(KEYS)
-    # The redirect is followed once, however many requests meet it, and not met again.
+    # However many requests are redirected, the region is looked up once, and later requests are not redirected.
     assert sum(method == "HEAD" and path == "/images" for method, path, _, _ in stand_in.requests) <= 2
     before = len(stand_in.requests)
     bulk.read_object(f"{images}/{KEYS[0]}")
@@ -187,7 +187,7 @@ def test_first_request_of_a_process_follows_the_region(
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION", "profile"])
-def test_configured_region_is_used_by_each_client(
+def test_every_client_uses_the_configured_region(
     name: str,
     store: ObjectStore,
     images: str,
@@ -213,7 +213,7 @@ PROFILES = {
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_profile_gives_endpoint_region_and_credentials(
+def test_profile_provides_endpoint_region_and_credentials(
     profile: str,
     store: ObjectStore,
     images: str,
@@ -230,7 +230,7 @@ def test_profile_gives_endpoint_region_and_credentials(
 
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "profile"])
-def test_private_ca_is_trusted_by_each_client(
+def test_every_client_trusts_a_private_ca(
     name: str,
     store: ObjectStore,
     images: str,
@@ -248,7 +248,7 @@ def test_private_ca_is_trusted_by_each_client(
     use_all(images, tmp_path)
 
 
-def test_untrusted_certificate_is_said_without_retries(
+def test_untrusted_certificate_fails_without_retries(
     store: ObjectStore,
     images: str,
     setenv: Callable[..., None],
@@ -269,7 +269,7 @@ def test_untrusted_certificate_is_said_without_retries(
         list_objects(images, [])
 
 
-def test_public_bucket_is_read_without_credentials(
+def test_public_bucket_is_readable_without_credentials(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
 ) -> None:
     stand_in = started(public=("images",))
@@ -278,7 +278,7 @@ def test_public_bucket_is_read_without_credentials(
     assert {region for _, _, region, _ in stand_in.requests} == {""}
 
 
-def test_private_bucket_without_credentials_is_refused_in_one_line(
+def test_private_bucket_without_credentials_fails_with_one_line(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3]
 ) -> None:
     setenv(AWS_ENDPOINT_URL=started().endpoint)
@@ -288,11 +288,11 @@ def test_private_bucket_without_credentials_is_refused_in_one_line(
     assert isinstance(fetched.content, ItemError)
     assert (fetched.content.kind, fetched.content.message) == (
         "access_denied",
-        "the store refuses to hand it out, and no AWS credentials are set",
+        "the store denied access; no AWS credentials were found",
     )
 
 
-def test_credentials_that_come_late_are_found(
+def test_credentials_that_appear_late_are_used(
     store: ObjectStore,
     images: str,
     setenv: Callable[..., None],
@@ -300,8 +300,8 @@ def test_credentials_that_come_late_are_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As those of an instance's role, whose service does not always answer at once.
-    monkeypatch.setattr(s3, "ASK_FOR_CREDENTIALS_EVERY_S", 0.0)
+    # The credentials of an instance role may appear late, because its service does not always respond at once.
+    monkeypatch.setattr(s3, "CREDENTIALS_RETRY_S", 0.0)
     keys = tmp_path / "credentials"
     setenv(AWS_SHARED_CREDENTIALS_FILE=str(keys), AWS_ENDPOINT_URL=started().endpoint)
     (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
@@ -313,7 +313,7 @@ def test_credentials_that_come_late_are_found(
     assert fetched.content == KEYS[0].encode()
 
 
-def test_images_of_a_public_bucket_and_results_in_a_private_one(
+def test_skip_signature_reads_public_bucket_and_writes_private_one(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
 ) -> None:
     stand_in = started(public=("images",))
@@ -324,7 +324,7 @@ def test_images_of_a_public_bucket_and_results_in_a_private_one(
     read_bytes(f"s3://results/{tmp_path.name}/large")
 
 
-def test_signed_requests_are_the_default_for_public_buckets(
+def test_requests_to_public_buckets_are_signed_by_default(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
 ) -> None:
     stand_in = started(public=("images",))
@@ -333,7 +333,7 @@ def test_signed_requests_are_the_default_for_public_buckets(
     assert {region for _, _, region, _ in stand_in.requests} == {"us-east-1"}
 
 
-def test_requester_pays_only_when_asked_to(
+def test_requester_pays_only_when_configured(
     store: ObjectStore, images: str, setenv: Callable[..., None], started: Callable[..., RegionalS3], tmp_path: Path
 ) -> None:
     setenv(**keys_of(store), AWS_ENDPOINT_URL=started(paid=("images",)).endpoint)
@@ -351,13 +351,13 @@ def test_requester_pays_only_when_asked_to(
         ({"AWS_ENDPOINT_URL": "ftp://host"}, r"'ftp://host' is not a URL"),
         ({"AWS_ENDPOINT_URL": "http://host:99999"}, r"'http://host:99999' is not a URL"),
         ({"AWS_ENDPOINT_URL": "http://[::1"}, r"endpoint is not a URL"),
-        ({"AWS_ENDPOINT_URL": "http://user:secret@host"}, r"holds a user or password"),
+        ({"AWS_ENDPOINT_URL": "http://user:secret@host"}, r"contains a user or password"),
         ({"AWS_PROFILE": "absent"}, r"profile \(absent\) could not be found"),
         ({"AWS_CA_BUNDLE": "/absent/ca.pem"}, r"cannot read the CA bundle /absent/ca.pem"),
         ({"AWS_REGION": "not a region"}, r"'not a region'"),
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_in_one_line(
+def test_invalid_settings_are_refused_with_one_line(
     variables: dict[str, str], message: str, setenv: Callable[..., None]
 ) -> None:
     setenv(**variables)
@@ -396,7 +396,7 @@ def test_settings_that_cannot_be_right_are_refused_in_one_line(
         ({"AWS_ENDPOINT_URL": ""}, "with.dots", "https://s3.amazonaws.com"),
     ],
 )
-def test_endpoint_is_that_of_botocore(
+def test_obstore_endpoint_equals_botocore_endpoint(
     variables: dict[str, str], bucket: str, endpoint: str, setenv: Callable[..., None]
 ) -> None:
     setenv(**variables)
@@ -405,14 +405,14 @@ def test_endpoint_is_that_of_botocore(
     assert config["virtual_hosted_style_request"] == str(f"//{bucket}." in endpoint).lower()
 
 
-def test_virtual_hosted_style_is_taken_from_the_profile(setenv: Callable[..., None], tmp_path: Path) -> None:
+def test_profile_selects_virtual_hosted_style(setenv: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
     setenv(AWS_ENDPOINT_URL="https://store.example")
     assert s3.s3_store("bucket").config["endpoint"] == "https://bucket.store.example"
 
 
 @pytest.mark.slow
-def test_job_labels_a_public_bucket_into_a_private_one_of_another_region(
+def test_infer_reads_public_bucket_and_writes_private_bucket_in_another_region(
     store: ObjectStore,
     setenv: Callable[..., None],
     started: Callable[..., RegionalS3],

@@ -1,3 +1,5 @@
+"""File systems, bulk reads, listings and the manifest, on local disk and in an object store."""
+
 import io
 import os
 import pickle
@@ -37,7 +39,7 @@ ODD_KEYS = (
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place of either kind."""
+    """Return an empty folder on local disk or in the object store."""
     if request.param == "local":
         return str(tmp_path)
     request.getfixturevalue("store")
@@ -54,17 +56,17 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         ("x", os.path.abspath("x")),
     ],
 )
-def test_uris_have_one_spelling(uri: str, normalized: str) -> None:
+def test_uris_are_normalized(uri: str, normalized: str) -> None:
     assert uris.normalize(uri) == normalized
 
 
-def test_a_sibling_with_the_same_beginning_is_not_inside() -> None:
+def test_contains_ignores_siblings_with_a_common_prefix() -> None:
     assert uris.contains("s3://b/in", "s3://b/in/out")
     assert uris.contains("/a", "/a/")
     assert not uris.contains("s3://b/in", "s3://b/in-2")
 
 
-def test_what_is_written_is_read_and_listed(root: str) -> None:
+def test_written_objects_are_listed_and_read_back(root: str) -> None:
     for key in ODD_KEYS:
         write_bytes(uris.join(root, key), key.encode())
     table = list_objects(root, []).table
@@ -77,7 +79,7 @@ def test_what_is_written_is_read_and_listed(root: str) -> None:
     assert list_names(root) == sorted({key.partition("/")[0] for key in ODD_KEYS})
 
 
-def test_bulk_reads_return_each_object_once_and_say_what_failed(root: str) -> None:
+def test_fetch_many_returns_each_object_once_with_its_error(root: str) -> None:
     for key in ODD_KEYS:
         write_bytes(uris.join(root, key), key.encode())
     write_bytes(uris.join(root, "empty"), b"")
@@ -91,7 +93,7 @@ def test_bulk_reads_return_each_object_once_and_say_what_failed(root: str) -> No
     assert kinds == ["empty", "too_many_bytes", "not_found"]
 
 
-def test_keys_that_no_file_system_has(store: ObjectStore) -> None:
+def test_keys_that_no_file_system_allows_are_listed_and_read(store: ObjectStore) -> None:
     import s3fs
 
     client = s3fs.S3FileSystem()
@@ -106,7 +108,7 @@ def test_keys_that_no_file_system_has(store: ObjectStore) -> None:
     assert len(listed) == len(keys)
 
 
-def test_exclude_counts_what_it_leaves_out(root: str) -> None:
+def test_excluded_objects_are_counted(root: str) -> None:
     for key in ("a.jpg", "b.json", "thumbs/c.jpg"):
         write_bytes(uris.join(root, key), b"x")
     found = list_objects(root, ["*.json", "thumbs/*"])
@@ -116,13 +118,13 @@ def test_exclude_counts_what_it_leaves_out(root: str) -> None:
         list_objects(root, ["*"])
 
 
-def test_one_object_is_an_input_too(root: str) -> None:
+def test_uri_of_one_object_lists_that_object_only(root: str) -> None:
     write_bytes(uris.join(root, "only.jpg"), b"x")
     write_bytes(uris.join(root, "only.jpg.txt"), b"x")
     assert list_objects(uris.join(root, "only.jpg"), []).table["uri"].to_pylist() == [uris.join(root, "only.jpg")]
 
 
-def test_many_prefixes_are_listed_whole(root: str) -> None:
+def test_listing_of_many_prefixes_is_complete(root: str) -> None:
     keys = [f"{outer:02d}/{inner:02d}/{index}" for outer in range(4) for inner in range(30) for index in range(3)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda key: write_bytes(uris.join(root, key), b"x"), [*keys, "top"]))
@@ -130,12 +132,13 @@ def test_many_prefixes_are_listed_whole(root: str) -> None:
 
 
 @pytest.mark.parametrize("enough_prefixes", [1, 64])
-def test_a_prefix_listed_whole_holds_what_its_levels_hold(
+def test_recursive_listing_equals_listing_by_level(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough_prefixes: int
 ) -> None:
     import s3fs
 
-    # The root is opened, what is below it listed whole: plainly, with the mark of a folder, and with an odd key.
+    # The root is listed by level, each prefix below it recursively: one with plain keys, one with a folder marker, and
+    # one with a key that obstore cannot represent.
     monkeypatch.setattr(listing, "ENOUGH_PREFIXES", enough_prefixes)
     client, folder = s3fs.S3FileSystem(), tmp_path.name
     plain = [f"plain/{key}" for key in (*ODD_KEYS, "%41", "z")]
@@ -153,7 +156,7 @@ def test_a_prefix_listed_whole_holds_what_its_levels_hold(
     assert all(len(etag) == 32 for etag in found.table["etag"].to_pylist())
 
 
-def test_thousands_side_by_side_are_listed_whole(store: ObjectStore, tmp_path: Path) -> None:
+def test_flat_prefix_of_several_pages_is_listed_completely(store: ObjectStore, tmp_path: Path) -> None:
     root = f"s3://scratch/{tmp_path.name}"
     names = [f"{root}/{index:04d}" for index in range(1100)]
     with ThreadPoolExecutor(16) as pool:
@@ -162,13 +165,13 @@ def test_thousands_side_by_side_are_listed_whole(store: ObjectStore, tmp_path: P
     assert list_objects(root, ["00*", "*9"]).num_excluded == 100 + 100
 
 
-def test_nothing_there_is_said(root: str) -> None:
+def test_listing_an_absent_folder_is_refused(root: str) -> None:
     assert not exists(uris.join(root, "absent"))
     with pytest.raises(RequestError, match=r"no input|does not exist"):
         list_objects(uris.join(root, "absent"), [])
 
 
-def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+def test_circular_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a").write_bytes(b"x")
     (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
@@ -177,7 +180,7 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
     assert [Path(uri).name for uri in listed] == ["a", "gone"]
 
 
-def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
@@ -187,7 +190,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_manifest_is_pinned(root: str) -> None:
+def test_manifest_pins_the_inputs(root: str) -> None:
     for key in ("b", "a", "c"):
         write_bytes(uris.join(root, f"in/{key}"), key.encode())
     folder = uris.join(root, "out/_manifest")
@@ -203,8 +206,8 @@ def test_manifest_is_pinned(root: str) -> None:
     assert written.info.num_excluded == 1
 
 
-def test_no_credential_is_pickled(store: ObjectStore) -> None:
-    # What the stages ship to the workers, after this process itself has used the store.
+def test_pickled_stages_contain_no_credentials(store: ObjectStore) -> None:
+    # Use the store first, so that this process has credentials in memory.
     write_bytes("s3://scratch/pickled", b"x")
     assert list(bulk.fetch_many(["s3://scratch/pickled"], 10)) == [(0, b"x", 0)]
     stages = [
@@ -218,13 +221,13 @@ def test_no_credential_is_pickled(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/key", "github://a", "hdfs://host/x", "memory2://x"])
-def test_protocols_that_cannot_be_used_are_refused(uri: str) -> None:
+def test_unsupported_protocols_are_refused(uri: str) -> None:
     with pytest.raises(RequestError, match=f"no file system for {uri}") as caught:
         filesystem.open_filesystem(uri)
     assert "\n" not in str(caught.value)
 
 
-def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: Path) -> None:
+def test_fetched_images_keep_manifest_order(root: str, photographs: Path) -> None:
     paths = sorted(photographs.iterdir())[:5]
     for path in paths:
         write_bytes(uris.join(root, path.name), path.read_bytes())
@@ -237,7 +240,7 @@ def test_fetched_images_keep_the_order_of_the_manifest(root: str, photographs: P
 
 
 @pytest.mark.parametrize("name", ["part-000000000000.parquet", "a b/ü.bin", "100%.bin", "large.bin"])
-def test_what_is_stored_is_read_back(store: ObjectStore, tmp_path: Path, name: str) -> None:
+def test_stored_object_is_overwritten_and_read_back(store: ObjectStore, tmp_path: Path, name: str) -> None:
     content = os.urandom(12 * 1024**2 if name == "large.bin" else 1000)
     for folder in ("s3://scratch/stored", str(tmp_path)):
         bulk.store_object(uris.join(folder, name), content)
@@ -246,20 +249,20 @@ def test_what_is_stored_is_read_back(store: ObjectStore, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["table.parquet", "100%.parquet"])
-def test_columns_are_read_without_the_others(root: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_column_reads_fetch_only_those_columns(root: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [str(index) for index in range(5000)]
     table = pa.table({"id": range(5000), "uri": names, "embedding": [[0.5] * 64] * 5000})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, use_dictionary=False, compression=None)
     write_bytes(uris.join(root, name), buffer.getvalue())
-    asked: list[int] = []
+    requested: list[int] = []
     get_range = obstore.get_range
 
-    def counted(store: Any, path: str, *, start: int, end: int) -> Any:
-        asked.append(end - start)
+    def count_bytes(store: Any, path: str, *, start: int, end: int) -> Any:
+        requested.append(end - start)
         return get_range(store, path, start=start, end=end)
 
-    monkeypatch.setattr(obstore, "get_range", counted)
+    monkeypatch.setattr(obstore, "get_range", count_bytes)
     assert read_columns(uris.join(root, name), ["id", "uri"]).equals(table.select(["id", "uri"]))
-    assert sum(asked) < len(buffer.getvalue()) / 3
-    assert (len(asked) > 0) == (root.startswith("s3://") and name == "table.parquet")
+    assert sum(requested) < len(buffer.getvalue()) / 3
+    assert (len(requested) > 0) == (root.startswith("s3://") and name == "table.parquet")

@@ -1,4 +1,4 @@
-"""Unfinished multipart uploads."""
+"""Cleanup of unfinished multipart uploads."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipelines.storage.uploads import abort_unfinished_uploads
 
 @pytest.fixture
 def keys(store: ObjectStore, tmp_path: Path) -> dict[str, str]:
-    """Begin uploads in and beside an output; returns the key of each."""
+    """Begin uploads inside and beside an output, and return their keys."""
     filesystem, _ = open_filesystem("s3://scratch")
     name = tmp_path.name
     keys = {
@@ -32,16 +32,16 @@ def unfinished(prefix: str) -> set[str]:
     return {upload["Key"] for upload in found.get("Uploads", [])}
 
 
-def test_uploads_below_the_output_are_aborted_and_no_others(keys: dict[str, str], tmp_path: Path) -> None:
+def test_only_uploads_below_the_output_are_aborted(keys: dict[str, str], tmp_path: Path) -> None:
     assert unfinished(tmp_path.name) == set(keys.values())
     assert abort_unfinished_uploads(f"s3://scratch/{tmp_path.name}/out") == 2
     assert unfinished(tmp_path.name) == {keys["beside"]}
 
 
-def test_a_store_that_refuses_stops_nothing(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_store_that_denies_the_calls_causes_a_warning(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
     assert abort_unfinished_uploads("s3://no-such-bucket/out") == 0
     assert "could not be aborted" in caplog.text
 
 
-def test_a_local_folder_has_none(tmp_path: Path) -> None:
+def test_local_folder_has_no_uploads_to_abort(tmp_path: Path) -> None:
     assert abort_unfinished_uploads(str(tmp_path)) == 0

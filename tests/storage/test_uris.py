@@ -1,3 +1,5 @@
+"""Normalization of URIs, and refusal of outputs inside inputs."""
+
 import os
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from pipelines.training.request import normalize
         ("http://h/a/../b?q=x/../y", "http://h/b?q=x/../y"),
     ],
 )
-def test_every_spelling_of_a_place_is_normalized(uri: str, normalized: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equivalent_spellings_normalize_to_one_uri(uri: str, normalized: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert uris.normalize(uri) == normalized
 
@@ -41,12 +43,12 @@ def test_every_spelling_of_a_place_is_normalized(uri: str, normalized: str, monk
     ("uri", "message"),
     [("file://nas/share/x", "names the machine 'nas'"), ("s3://bucket/../x", "leads above bucket")],
 )
-def test_places_that_cannot_be_meant_are_refused(uri: str, message: str) -> None:
+def test_uris_outside_this_machine_or_bucket_are_refused(uri: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         uris.normalize(uri)
 
 
-def test_an_output_inside_an_input_is_refused_through_links_too(tmp_path: Path) -> None:
+def test_output_inside_input_is_refused_also_through_links(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "in")
     (tmp_path / "to-out").symlink_to(tmp_path / "in" / "out")
@@ -61,7 +63,7 @@ def test_an_output_inside_an_input_is_refused_through_links_too(tmp_path: Path) 
         uris.refuse_overlap("s3://b/x/../in/out", {"input.uri": "s3a://b/in"})
 
 
-def test_labelling_refuses_an_output_inside_its_input(tmp_path: Path) -> None:
+def test_infer_refuses_an_output_inside_its_input(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "in")
     config = {"input": {"uri": f"file://{tmp_path}/in"}, "output": {"uri": f"{tmp_path}/link/out"}}
@@ -69,7 +71,7 @@ def test_labelling_refuses_an_output_inside_its_input(tmp_path: Path) -> None:
         find_output_state(InferConfig.model_validate(config))
 
 
-def test_an_output_that_a_link_in_the_input_leads_to_is_refused() -> None:
+def test_output_that_a_link_in_the_input_points_to_is_refused() -> None:
     with pytest.raises(RequestError, match=r"lies inside input\.uri, by the link /in/a to /b"):
         uris.refuse_linked_overlap("/b/out", "input.uri", {"/in/a": "/b"})
     uris.refuse_linked_overlap("/c/out", "input.uri", {"/in/a": "/b"})
