@@ -1,63 +1,68 @@
-"""What can go wrong: with the request, with the run, and with a single image."""
+"""Errors: of the request, of the run, and of a single image."""
 
 import re
 from collections.abc import Iterator
 from typing import Literal
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# First line of a traceback, as Python and Ray print it.
+# First line of a traceback, as printed by Python and Ray.
 HEADER = re.compile(r"^.*(?:Traceback \(most recent call last\):|ray::.*\(pid=.*\))$", re.MULTILINE)
-# What stands between the tracebacks of a chain of errors.
+# Text between the tracebacks of chained exceptions.
 LINKS = re.compile(
     r"\n\n(?:The above exception was the direct cause of|During handling of the above exception, another)"
     r"[^\n]*exception[^\n]*:?\n"
 )
-# Errors by which Ray 2.60 hands on those of a task.
+# Exceptions in which Ray 2.60 wraps the exception of a task.
 WRAPPER = re.compile(r"(?:UserCodeException|RayDataUserCodeException|RayTaskError|SystemException)\b")
-OWN_ERRORS = ("RequestError", "RunError", "LeaseLostError")  # their messages are whole sentences
+OWN_ERRORS = ("RequestError", "RunError", "LeaseLostError")  # their messages need no type in front
 QUALIFIED = re.compile(r"[A-Za-z_][\w.]*")
-# In the name of Ray Data's operator: the function or class that a stage runs.
+# Name of a Ray Data operator, which contains the function or class that the stage runs.
 STAGE = re.compile(r"MapBatches\((\w+)\)")
-# Enough for the reason and a file's name; some libraries put pages into an error.
+# Length limit in characters: enough for a reason and a file name. Some libraries put pages of text into an error.
 MAX_CAUSE_LENGTH = 1000
 
 
 class RequestError(ValueError):
-    """What was asked for is wrong: bad config, missing input, weights not found. Exit status 2."""
+    """Error in the request: bad config, missing input, weights not found. Exit status 2."""
 
 
 class DamagedFileError(RequestError):
-    """A file of an output is not what a job wrote there."""
+    """Damaged file of an output: its content is not what a job wrote."""
 
 
 class RunError(RuntimeError):
-    """The request was right, but the run failed. Exit status 1."""
+    """Failure of a run whose request was valid. Exit status 1."""
 
 
 ErrorKind = Literal[
-    "not_found",  # listed, but gone when it was fetched
-    "changed",  # no longer the object that was listed: its etag is another one
-    "access_denied",  # the store or the file system refuses to hand it out
-    "timeout",  # the store did not answer in time, retries included
-    "storage_error",  # any other failure of the store, retries included
+    "not_found",  # the object was listed but no longer exists
+    "changed",  # the object's etag differs from the listed one
+    "access_denied",  # the store or the file system denies access
+    "timeout",  # the store timed out, even after retries
+    "storage_error",  # the store failed in any other way, even after retries
     "too_many_bytes",  # larger than input.max_bytes
-    "empty",  # an object of no bytes
-    "not_an_image",  # no decoder knows the bytes
-    "truncated",  # an image that ends too early
-    "corrupt",  # an image whose content contradicts itself
+    "empty",  # the object has no bytes
+    "not_an_image",  # no decoder recognizes the bytes
+    "truncated",  # the image data ends early
+    "corrupt",  # the image data is inconsistent
     "too_many_pixels",  # larger than preprocess.max_pixels
-    "too_slow",  # decoding would take, or has taken, far longer than the image's size lets expect
-    "unsupported",  # a known format that no decoder reads, or a variant that its decoder does not read
-    "not_finite",  # the model answers with infinities, as in float16, or with no numbers
+    "too_slow",  # decoding would take, or has taken, far longer than expected for the image's size
+    "unsupported",  # a known format without a decoder, or a variant that its decoder does not support
+    "not_finite",  # the model returned NaN or infinity, as can happen in float16
 ]
-"""The closed set of `error_kind` in `failed-*.parquet`."""
+"""Closed set of values of `error_kind` in `failed-*.parquet`."""
 
 TRANSIENT_KINDS: tuple[ErrorKind, ...] = ("timeout", "storage_error")
-"""Those that say nothing of the image: another day it may be had."""
+"""Error kinds that are independent of the image, so that another attempt may succeed."""
 
 
 class ItemError(Exception):
-    """One image failed; the run goes on. Becomes one row of `failed-*.parquet`."""
+    """Failure of a single image, which becomes a row of `failed-*.parquet`. The run continues.
+
+    Attributes:
+        kind: Value of `error_kind`.
+        message: Value of `error_message`.
+    """
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
         super().__init__(kind, message)
@@ -66,13 +71,13 @@ class ItemError(Exception):
 
 
 def root_cause(error: BaseException) -> str:
-    """Describe a failure in one line: the stage, what its code raised, and the innermost cause.
+    """Describe a failure in one line: the stage, the exception that its code raised, and the innermost cause.
 
-    Ray carries the errors of other processes as the text of their tracebacks, the innermost first, and wraps them in
-    errors of its own that say nothing of the reason.
+    Ray transports exceptions of other processes as the text of their tracebacks, innermost first, wrapped in its own
+    exceptions, which do not mention the reason.
 
     Args:
-        error: what was caught, such as `ray.exceptions.RayTaskError` or an entry of `TrainingFailedError`.
+        error: Exception that was caught, such as `ray.exceptions.RayTaskError` or an entry of `TrainingFailedError`.
 
     Returns:
         One line without control sequences, such as
@@ -93,23 +98,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = error
     while found is not None:
         yield found
-        found = found.__cause__ or getattr(found, "cause", None)  # the second is Ray's
+        found = found.__cause__ or getattr(found, "cause", None)  # Ray sets `cause`
 
 
 def _text_of(error: BaseException) -> str:
-    """The error with its type, or the traceback of another process that it carries."""
+    """Return an exception as `Type: message`, or the traceback of another process that its message contains."""
     text = ANSI.sub("", str(error)).strip()
     return text if HEADER.search(text) else f"{type(error).__name__}: {text}" if text else ""
 
 
 def _raised_by_user(text: str) -> list[str]:
-    """The errors in a text, the innermost first, without tracebacks and without Ray's wrappers."""
+    """Return the messages of the exceptions in a text, innermost first, without tracebacks and Ray's wrappers."""
     messages = (_message_of(section) for section in LINKS.split(text))
     return [message for message in messages if message and not WRAPPER.match(message)]
 
 
 def _message_of(section: str) -> str:
-    """The last error of a section: `Type: message` in one line, without its module."""
+    """Return the last exception of a section as a one-line `Type: message`, without the module of the type."""
     *_, frames = HEADER.split(section)
     lines = frames.strip("\n").splitlines()
     while lines and (lines[0].startswith("  ") or not lines[0].strip()):

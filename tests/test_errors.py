@@ -1,4 +1,4 @@
-"""One line about a failure, from the errors that Ray 2.60 hands on."""
+"""One-line descriptions of failures, made from the exceptions of Ray 2.60."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,16 @@ from pipelines.outputs.writer import write_table
 from pipelines.runtime.ray_session import ray_session
 
 DISK_FULL = "OSError: [Errno 28] No space left on device: '/out/part-000000000000.parquet'"
-RAYS_HINT = "To change retry attempts"
 
 
-def test_outer_error_and_innermost_cause_are_both_named() -> None:
+def test_root_cause_names_outermost_error_and_innermost_cause() -> None:
     innermost, outermost = KeyError("id"), RuntimeError("a row is damaged")
     outermost.__cause__ = innermost
     assert root_cause(outermost) == "RuntimeError: a row is damaged (KeyError: 'id')"
     assert root_cause(RuntimeError()) == "RuntimeError"
 
 
-def test_traceback_text_of_another_process_is_reduced_to_its_error() -> None:
+def test_root_cause_extracts_the_error_from_traceback_text() -> None:
     text = (
         "ray::Map() (pid=1)\n  File x\nKeyError: 'id'\n\n"
         "The above exception was the direct cause of the following exception:\n\n"
@@ -71,7 +70,9 @@ def failure_of(stage: Callable[..., Any], **options: Any) -> str:
     return root_cause(caught.value)
 
 
-def test_failure_of_a_stage_names_stage_cause_and_file(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_cause_of_a_failed_stage_names_stage_cause_and_file(
+    ray_server: RayHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_server.address)
     monkeypatch.setenv("HOME", str(ray_server.home))
     with ray_session():
@@ -84,7 +85,7 @@ def test_failure_of_a_stage_names_stage_cause_and_file(ray_server: RayHead, monk
         assert failure_of(BrokenReplica, concurrency=1) == expected
 
 
-def test_writer_names_the_file_that_it_cannot_write() -> None:
+def test_write_error_names_the_file() -> None:
     table = pa.table({"id": [3], "uri": ["a.jpg"]})
     with pytest.raises(RunError, match=r"cannot write /dev/null/out/part-3\.parquet: "):
         write_table("/dev/null/out", "part-3.parquet", table, table.schema)
