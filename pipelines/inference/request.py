@@ -113,7 +113,7 @@ def find_output_state(config: InferConfig) -> OutputState:
     found = output.find_run()
     manifest = output.find_manifest() if found else None
     if manifest is None and not exists(input_uri):
-        raise RequestError(f"no input: nothing lies under {input_uri}")
+        raise RequestError(f"no input: nothing found under {input_uri}")
     return OutputState(config, output, found, manifest, manifest is not None and output.is_complete())
 
 

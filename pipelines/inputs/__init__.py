@@ -1,1 +1,1 @@
-"""Inputs: listing them, the manifest that pins them, class folders and lists."""
+"""Inputs of a job: readers, listings, the manifest that pins them, class folders and lists."""

@@ -1,4 +1,4 @@
-"""Folders named for classes: which label each image has, and which folders cannot be meant as classes."""
+"""Class folders: label images by folder name, and refuse folder layouts that cannot be classes."""
 
 import fnmatch
 import logging
@@ -18,8 +18,8 @@ from pipelines.storage import uris
 
 log = logging.getLogger(__name__)
 
-# What desktops, notebooks, version control, NAS devices, archives and Hadoop leave beside images. Names that begin
-# with a dot are hidden everywhere; the others are spelled as their makers do, in any case.
+# Files and folders that desktops, notebooks, version control, NAS devices, archives and Hadoop leave next to images,
+# plus all names that begin with a dot. The match ignores case.
 SYSTEM_NAMES = (
     r"\.[^/]+",
     *("__MACOSX", "__pycache__", "Icon\r", "Network Trash Folder", "Temporary Items", "TheVolumeSettingsFolder"),
@@ -33,7 +33,7 @@ SPLITS = {
     *("train", "training", "trainset", "val", "valid", "validation", "valset"),
     *("test", "testing", "testset", "dev", "eval", "evaluation", "holdout"),
 }
-# Of files that are surely no images; whatever has another suffix, or none, may be one.
+# Suffixes of files that cannot be images. A file with any other suffix, or none, may be one.
 NO_IMAGE_SUFFIXES = {
     suffix
     for suffix, kind in mimetypes.MimeTypes().types_map[True].items()
@@ -58,7 +58,13 @@ MAX_NAMED = 3
 
 @dataclass
 class _Folder:
-    """One class folder: the names of the folders in it, whether files lie directly in it, and their suffixes."""
+    """Contents of one class folder.
+
+    Attributes:
+        folders: Names of the folders directly in it.
+        has_files: True if it directly contains files.
+        suffixes: Lower-case suffixes of all files below it.
+    """
 
     folders: set[str] = field(default_factory=set)
     has_files: bool = False
@@ -66,39 +72,40 @@ class _Folder:
 
 
 def label_by_folder(location: str, object_uris: pa.ChunkedArray) -> tuple[pa.ChunkedArray, list[str], int]:
-    """Label every object with the name of its folder directly below `location`.
+    """Label every object with the name of its top-level folder below `location`.
 
     Args:
-        location: normalized URI of the folder of classes.
-        object_uris: everything below it.
+        location: Normalized URI of the folder that contains the class folders.
+        object_uris: URIs of all objects below it.
 
     Returns:
-        Whether each object is kept, the label of each that is, and how many hidden and system files were left out.
+        A mask of the objects that are kept, the label of each kept object, and the number of hidden and system files
+        that were ignored.
 
     Raises:
-        RequestError: a file lies outside any folder, or the folders cannot be meant as classes.
+        RequestError: A file lies outside any class folder, or the folders cannot be classes.
     """
     start = len(location.rstrip("/")) + 1
     below = pc.utf8_slice_codeunits(object_uris, start)
     is_system = pc.match_substring_regex(below, SYSTEM_PATH)
-    num_left_out = pc.sum(is_system).as_py() or 0
-    if num_left_out:
+    num_ignored = pc.sum(is_system).as_py() or 0
+    if num_ignored:
         names = sorted({_system_name(path) for path in below.filter(is_system).slice(0, 10_000).to_pylist()})
-        log.warning("%s: hidden and system files left out: %d (%s)", location, num_left_out, named(names))
+        log.warning("%s: ignored hidden and system files: %d (%s)", location, num_ignored, quote_names(names))
     is_kept = pc.invert(is_system)
     paths = below.filter(is_kept).to_pylist()
     if not paths:
-        raise RequestError(f"no input: {location} holds nothing but hidden and system files")
+        raise RequestError(f"no input: {location} contains only hidden and system files")
     loose = next((path for path in paths if "/" not in path), None)
     if loose is not None:
-        raise RequestError(_loose_message(location, loose))
+        raise RequestError(_loose_file_message(location, loose))
     labels = [path.partition("/")[0] for path in paths]
     _check_classes(location, _folders_of(paths))
-    return is_kept, labels, num_left_out
+    return is_kept, labels, num_ignored
 
 
 def log_empty_folders(location: str, exclude: list[str], class_names: Collection[str]) -> None:
-    """Log the folders directly below a local `location` that hold no image, and so are no classes."""
+    """Log the folders directly below a local `location` that do not become classes because they contain no image."""
     with os.scandir(location) as children:
         folders = [child.name for child in children if child.is_dir(follow_symlinks=False)]
     system = pc.match_substring_regex(pa.array(folders, pa.string()), SYSTEM_PATH).to_pylist()
@@ -110,30 +117,35 @@ def log_empty_folders(location: str, exclude: list[str], class_names: Collection
         and not any(fnmatch.fnmatch(f"{name}/", pattern) for pattern in exclude)
     ]
     if empty:
-        log.warning("%s: empty folders, which are no classes: %d (%s)", location, len(empty), named(sorted(empty)))
+        log.warning(
+            "%s: ignored folders without images, which do not become classes: %d (%s)",
+            location,
+            len(empty),
+            quote_names(sorted(empty)),
+        )
 
 
-def named(names: list[str]) -> str:
-    """Return the first names, quoted, for a message."""
+def quote_names(names: list[str]) -> str:
+    """Return the first few names, quoted, and the number of the others, for use in a message."""
     return ", ".join(map(repr, names[:MAX_NAMED])) + (
         f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else ""
     )
 
 
 def _system_name(path: str) -> str:
-    """Return the part of a path for which it counts as a system file."""
+    """Return the part of a path that makes it a hidden or system file."""
     found = re.search(SYSTEM_PATH, path)
     assert found is not None
     return found[2]
 
 
-def _loose_message(location: str, name: str) -> str:
+def _loose_file_message(location: str, name: str) -> str:
     path = uris.join(location, name)
     if uris.is_local(path) and os.path.isdir(path):
-        return f"the folder {path} cannot be read: change its permissions, or leave it out with exclude '{name}/*'"
+        return f"cannot read the folder {path}: change its permissions, or leave it out with exclude '{name}/*'"
     return (
-        f"{location} holds {name} outside any folder: folders are named for their class; move it, or leave it out with "
-        f"exclude {name!r}"
+        f"{location} contains {name} outside any class folder: move it into the folder of its class, or leave it out "
+        f"with exclude {name!r}"
     )
 
 
@@ -151,29 +163,29 @@ def _folders_of(paths: Iterable[str]) -> dict[str, _Folder]:
 
 
 def _check_classes(location: str, classes: dict[str, _Folder]) -> None:
-    """Refuse folders that cannot be meant as classes, and say of those that may not be what their labels are.
+    """Refuse folders that cannot be classes, and warn about folders that may not be meant as classes.
 
     Raises:
-        RequestError: they are the splits of a set, or one of them holds no images.
+        RequestError: The folders are the splits of a dataset, or one of them contains no images.
     """
     splits = sorted(name for name in classes if name.lower() in SPLITS)
     have_folders = all(classes[name].folders for name in splits)
     if splits and (len(splits) == len(classes) or (len(splits) > 1 and have_folders)):
         raise RequestError(
-            f"{location} holds splits of a set ({named(splits)}), not classes: name one of them, such as "
+            f"{location} contains dataset splits ({quote_names(splits)}), not classes: use one of them, such as "
             f"{uris.join(location, splits[-1])}"
         )
     for name, folder in sorted(classes.items()):
         if folder.suffixes <= NO_IMAGE_SUFFIXES:
             raise RequestError(
-                f"the folder {uris.join(location, name)} holds no images, only files that end in "
+                f"the folder {uris.join(location, name)} contains no images, only files that end in "
                 f"{', '.join(sorted(folder.suffixes))}: leave it out with exclude '{name}/*'"
             )
     if len(classes) > 1 and not any(folder.has_files for folder in classes.values()):
         deeper = sorted(set().union(*(folder.folders for folder in classes.values())))
         log.warning(
-            "%s: every class folder holds folders (%s) and no files; the classes are the folders above these: %s",
+            "%s: every class folder contains only folders (%s); the top-level folders are used as classes: %s",
             location,
-            named(deeper),
-            named(sorted(classes)),
+            quote_names(deeper),
+            quote_names(sorted(classes)),
         )

@@ -1,4 +1,4 @@
-"""Reader of loose objects: everything under a folder or prefix, or one object."""
+"""Reader of individual objects: everything under a folder or prefix, or one object."""
 
 from collections.abc import Iterator
 
@@ -14,26 +14,26 @@ from pipelines.storage.bulk import Fetched
 
 
 class FilesReader:
-    """Each object is an input, whatever its name; labels are the names of the folders directly below the URI."""
+    """Reader for which every object is an input, whatever its name. Labels are the names of the top-level folders."""
 
     name = "files"
     locators = ()
 
     def matches(self, uri: str) -> bool:
-        """Return True: the form of whatever no other reader takes."""
+        """Return True: this reader takes every URI that no other reader takes."""
         return True
 
     def list(self, request: ListRequest) -> Listing:
         """List every object, sorted by URI.
 
         Raises:
-            RequestError: there is nothing to read, the store refuses, or the folders cannot be meant as classes.
+            RequestError: There is nothing to read, the store fails, or the folders cannot be classes.
         """
         listing = list_objects(request.uri, request.exclude)
         return _with_labels(listing, request) if request.with_labels else listing
 
     def read(self, rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
-        """Read each row's object."""
+        """Read the object of each row."""
         return read_objects(rows, max_bytes)
 
 
@@ -41,11 +41,11 @@ def _with_labels(listing: Listing, request: ListRequest) -> Listing:
     uri = request.uri
     if listing.table.num_rows == 1 and listing.table["uri"][0].as_py() == uri:
         raise RequestError(
-            f"{uri} is one file, neither a folder of classes nor a list: a list ends in {', '.join(PARSERS)} "
-            "(unpacked, and in any case)"
+            f"{uri} is a single file, neither a folder of classes nor a list: a list ends in {', '.join(PARSERS)} "
+            "(uncompressed, in upper or lower case)"
         )
-    is_kept, labels, num_left_out = label_by_folder(uri, listing.table["uri"])
+    is_kept, labels, num_ignored = label_by_folder(uri, listing.table["uri"])
     table = listing.table.filter(is_kept).append_column("label", pa.array(labels, pa.string()))
     if uris.is_local(uri):
         log_empty_folders(uri, request.exclude, set(labels))
-    return Listing(table, listing.num_excluded + num_left_out, listing.linked)
+    return Listing(table, listing.num_excluded + num_ignored, listing.linked)

@@ -1,21 +1,21 @@
-"""Which host names lead into a private network, for URIs that came from somebody else."""
+"""Detection of host names in private networks, for URIs from untrusted lists."""
 
 import ipaddress
 import socket
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, wait
 
-# Names that no public DNS answers for (RFC 6761, RFC 6762, RFC 8375, and ICANN's `.internal`).
+# Suffixes that the public DNS does not resolve (RFC 6761, RFC 6762, RFC 8375, and ICANN's `.internal`).
 PRIVATE_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".intranet", ".corp", ".home")
 NUM_LOOKUPS = 32
 LOOKUP_TIMEOUT_S = 60.0
 
 
 def private_hosts(hosts: Collection[str]) -> set[str]:
-    """Return those of `hosts` that are, or that resolve to, addresses which are not public.
+    """Return the hosts that are, or resolve to, addresses that are not public.
 
-    Loopback, link-local (a cloud's metadata service), private and multicast addresses are not public. A host that is
-    not resolved within `LOOKUP_TIMEOUT_S` counts as private; one that does not exist does not, since nothing can be
+    Loopback, link-local (a cloud's metadata service), private and multicast addresses are not public. A host that does
+    not resolve within `LOOKUP_TIMEOUT_S` counts as private. A host that does not exist does not, because nothing can be
     fetched from it.
     """
     pool = ThreadPoolExecutor(NUM_LOOKUPS)
@@ -31,7 +31,7 @@ def _is_private(host: str) -> bool:
     if not is_address and ("." not in name or name.endswith(PRIVATE_SUFFIXES)):
         return True
     try:
-        # Also reads the other spellings of IPv4 addresses, such as 127.1 and 0x7f.0.0.1.
+        # This also parses alternative spellings of IPv4 addresses, such as 127.1 and 0x7f.0.0.1.
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False

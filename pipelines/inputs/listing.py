@@ -1,7 +1,7 @@
-"""All objects under a URI, listed in parallel.
+"""Parallel listing of all objects under a URI.
 
-A store's listing is sequential within a prefix (each page names the next), so the tree is opened breadth first until
-there are enough prefixes to keep the workers busy; each of those is then listed whole.
+A store lists a prefix sequentially (each page holds the token of the next). The prefix tree is therefore expanded
+breadth first until there are enough prefixes to keep the workers busy, and each of those is then listed recursively.
 """
 
 import fnmatch
@@ -28,9 +28,9 @@ from pipelines.storage.filesystem import etag_of_entry, open_filesystem, transla
 log = logging.getLogger(__name__)
 
 NUM_WORKERS = 16
-# Four prefixes a worker even out prefixes of different size.
+# Four prefixes per worker balance prefixes of different sizes.
 ENOUGH_PREFIXES = 4 * NUM_WORKERS
-# A page of a listing is sent again by its client, or a million keys would begin anew.
+# obstore itself retries single pages. A retry by `Retries` would start a listing of a million keys over.
 NUM_RETRIES = 10
 ROWS_PER_CHUNK = 10_000
 
@@ -38,15 +38,15 @@ LISTING_SCHEMA = pa.schema([("uri", pa.string()), ("size_bytes", pa.int64()), ("
 
 
 def list_objects(uri: str, exclude: list[str]) -> Listing:
-    """List every object under `uri`, or `uri` itself where it is one object.
+    """List every object under `uri`, or `uri` itself if it is a single object.
 
     Args:
-        uri: normalized folder, prefix or object.
-        exclude: shell patterns on the path below `uri`; objects that match one are counted, not listed. A pattern that
-            matches nothing is logged.
+        uri: Normalized URI of a folder, prefix or object.
+        exclude: Shell patterns on the path below `uri`. Objects that match one are counted, not listed. A pattern that
+            matches nothing causes a warning.
 
     Raises:
-        RequestError: there is nothing to read, or the store refuses.
+        RequestError: There is nothing to read, or the store fails.
     """
     exclusion = _Exclusion(exclude)
     folder = LocalLister(uri, exclusion.matches) if uris.is_local(uri) and os.path.isdir(uri) else None
@@ -54,17 +54,17 @@ def list_objects(uri: str, exclude: list[str]) -> Listing:
         found = list(_in_tables(folder.entries()) if folder else _tables(uri))
     num_found = sum(table.num_rows for table in found)
     if not num_found:
-        raise RequestError(f"no input: nothing lies under {uri}")
+        raise RequestError(f"no input: nothing found under {uri}")
     kept = pa.concat_tables([_without_excluded(found.pop(0), uri, exclusion) for _ in range(len(found))])
     for pattern in exclusion.unused():
         log.warning("exclude: the pattern %r matches nothing under %s", pattern, uri)
     if not kept.num_rows:
-        raise RequestError(f"no input: input.exclude leaves none of the {num_found} objects under {uri}")
+        raise RequestError(f"no input: input.exclude matches all {num_found} objects under {uri}")
     return Listing(_sorted(kept), num_found - kept.num_rows, folder.followed if folder else {})
 
 
 class _Exclusion:
-    """Shell patterns on paths below the input, and which of them matched anything."""
+    """Shell patterns on paths below the input. It records which patterns have matched."""
 
     def __init__(self, patterns: list[str]) -> None:
         self._compiled = {pattern: re.compile(fnmatch.translate(pattern)) for pattern in patterns}
@@ -74,18 +74,18 @@ class _Exclusion:
         return bool(self._compiled)
 
     def matches(self, below: str) -> bool:
-        """Return whether a pattern matches the path `below` the input."""
+        """Return whether any pattern matches the path `below` the input."""
         matching = [pattern for pattern, compiled in self._compiled.items() if compiled.match(below)]
         self._used.update(matching)
         return bool(matching)
 
     def unused(self) -> list[str]:
-        """Return the patterns that matched nothing so far."""
+        """Return the patterns that have matched nothing so far."""
         return [pattern for pattern in self._compiled if pattern not in self._used]
 
 
 def _sorted(table: pa.Table) -> pa.Table:
-    """By URI. What comes in order, as from most stores, is not copied."""
+    """Sort a table by URI. A table that is already sorted, as from most stores, is returned without a copy."""
     names = table["uri"]
     if pc.all(pc.less_equal(names.slice(0, len(names) - 1), names.slice(1))).as_py() is not False:
         return table
@@ -93,9 +93,9 @@ def _sorted(table: pa.Table) -> pa.Table:
 
 
 def _without_excluded(table: pa.Table, root: str, exclusion: _Exclusion) -> pa.Table:
-    # What object-store consoles write to show an empty folder.
-    is_mark = pc.and_(pc.ends_with(table["uri"], "/"), pc.equal(table["size_bytes"], 0))
-    table = table.filter(pc.invert(is_mark))
+    # Object-store consoles create an empty object with a trailing slash to show an empty folder.
+    is_folder_marker = pc.and_(pc.ends_with(table["uri"], "/"), pc.equal(table["size_bytes"], 0))
+    table = table.filter(pc.invert(is_folder_marker))
     if not exclusion:
         return table
     kept = [not exclusion.matches(_below(uri, root)) for uri in table["uri"].to_pylist()]
@@ -141,10 +141,11 @@ def _s3_tables(uri: str) -> Iterator[pa.Table]:
 
 
 class _S3Lister:
-    """Lists one bucket: level by level with the client that s3fs holds, whole prefixes with obstore.
+    """Lister of one bucket. It lists single levels with the botocore client of s3fs, and whole prefixes with obstore.
 
-    obstore reads a page in a tenth of the time, but its paths are no keys: what they cannot hold, and what may be the
-    mark of a folder (an empty object, shown without the slash that its key ends in), is listed by the other client.
+    obstore reads a page in a tenth of the time, but its paths are not keys: it cannot represent some keys, and shows
+    a folder marker (an empty object whose key ends in a slash) without the slash. Prefixes that may contain either are
+    listed with botocore.
     """
 
     def __init__(self, bucket: str) -> None:
@@ -152,25 +153,25 @@ class _S3Lister:
         self.filesystem, _ = open_filesystem(f"s3://{bucket}")
 
     def tables(self, prefix: str) -> Iterator[pa.Table]:
-        """Every object under `prefix`; in order, where all lie equally deep."""
+        """Yield every object under `prefix`, in order if all are equally deep."""
         with ThreadPoolExecutor(NUM_WORKERS) as pool:
             level = [prefix]
             while level and len(level) < ENOUGH_PREFIXES:
-                opened = list(pool.map(self._open_level, level))
-                yield from (table for tables, _ in opened for table in tables)
-                level = [prefix for _, prefixes in opened for prefix in prefixes]
-            for tables in pool.map(self._list_whole, level):
+                listed = list(pool.map(self._list_level, level))
+                yield from (table for tables, _ in listed for table in tables)
+                level = [prefix for _, prefixes in listed for prefix in prefixes]
+            for tables in pool.map(self._list_recursively, level):
                 yield from tables
 
     def one_object(self, key: str) -> list[Entry]:
-        """The object called `key` itself, if there is one."""
+        """Return the object with exactly this key, or an empty list if there is none."""
         page = self._list_page(key, MaxKeys=1)
         return [entry for entry in page.objects if key and entry[0] == f"s3://{self.bucket}/{key}"]
 
-    def _open_level(self, prefix: str) -> tuple[list[pa.Table], list[str]]:
+    def _list_level(self, prefix: str) -> tuple[list[pa.Table], list[str]]:
         page = self._list_page(prefix, Delimiter="/")
         if page.next_page and not page.prefixes:
-            return self._list_whole(prefix), []  # objects by the thousand side by side: no tree to open
+            return self._list_recursively(prefix), []  # a flat prefix of thousands of objects has no tree to expand
         objects, prefixes = page.objects, page.prefixes
         while page.next_page:
             page = self._list_page(prefix, Delimiter="/", **page.next_page)
@@ -178,7 +179,7 @@ class _S3Lister:
             prefixes += page.prefixes
         return list(_in_tables(objects)), prefixes
 
-    def _list_whole(self, prefix: str) -> list[pa.Table]:
+    def _list_recursively(self, prefix: str) -> list[pa.Table]:
         folder = prefix.removesuffix("/")
         found = self._list_with_obstore(folder) if not prefix or is_obstore_path(folder) else None
         return list(_in_tables(self._list_pages(prefix))) if found is None else found
@@ -225,12 +226,12 @@ class _S3Lister:
 
 
 class _Page(NamedTuple):
-    """A page of a listing.
+    """Page of a listing.
 
     Attributes:
-        objects: on it.
-        prefixes: of a listing by level.
-        next_page: options that ask for the next one; empty on the last.
+        objects: Objects on the page.
+        prefixes: Common prefixes on the page, if one level was listed.
+        next_page: Options that request the next page; empty on the last page.
     """
 
     objects: list[Entry]

@@ -1,4 +1,4 @@
-"""Reader of lists: CSV, TSV, JSON lines and Parquet files with the columns `uri` and, where it is needed, `label`."""
+"""Reader of lists: CSV, TSV, JSON lines and Parquet files with a column `uri` and, for labelled sets, `label`."""
 
 import logging
 import posixpath
@@ -21,34 +21,34 @@ from pipelines.storage.filesystem import read_bytes, translate_storage_errors
 
 log = logging.getLogger(__name__)
 
-# A line of a list is read whole. Arrow's default is 1 MiB.
+# Arrow requires each line to fit into a block. Its default of 1 MiB is too small for lists with long lines.
 BLOCK_BYTES = 16 * 1024**2
-# Protocols whose URIs name a bucket of a public service, not a host to connect to.
+# Protocols whose URIs name a bucket of a public service rather than a host.
 OBJECT_STORES = ("abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "wasb", "wasbs")
 
 
 def list_suffix(location: str) -> str | None:
-    """Return the suffix, in lower case, by which a location names a list; None for all others."""
+    """Return the lower-case suffix of a location if it is the suffix of a list, else None."""
     path = re.split(r"[?#]", location, maxsplit=1)[0] if uris.protocol_of(location) in ("http", "https") else location
     suffix = posixpath.splitext(path)[1].lower()
     return suffix if suffix in PARSERS else None
 
 
 class ListReader:
-    """Each row of a list names an object; rows keep the order of the list."""
+    """Reader of lists whose rows name objects. The rows keep the order of the list."""
 
     name = "list"
     locators = ()
 
     def matches(self, uri: str) -> bool:
-        """Return whether a URI ends as a list does."""
+        """Return whether a URI has the suffix of a list."""
         return list_suffix(uri) is not None
 
     def list(self, request: ListRequest) -> Listing:
         """Read the list.
 
         Raises:
-            RequestError: the file is no list, or one of its rows cannot be used.
+            RequestError: The file is not a list, or one of its rows is invalid.
         """
         if request.exclude:
             log.warning("exclude has no effect on a list: %s", request.uri)
@@ -58,7 +58,7 @@ class ListReader:
         return Listing(table.add_column(1, "size_bytes", sizes).add_column(2, "etag", etags), 0)
 
     def read(self, rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
-        """Read each row's object."""
+        """Read the object of each row."""
         return read_objects(rows, max_bytes)
 
 
@@ -66,16 +66,16 @@ def read_list(location: str, columns: list[str], *, trust_list: bool) -> pa.Tabl
     """Read columns of a list.
 
     Args:
-        location: normalized URI for which `list_suffix` is not None. Entries that are neither absolute nor of a
-            protocol are relative to its folder.
-        columns: names, `uri` first.
-        trust_list: whether a list that is not on this machine may name files of this machine and hosts of its network.
+        location: Normalized URI for which `list_suffix` is not None. Entries without a protocol or a leading slash are
+            relative to its folder.
+        columns: Names of the columns, `uri` first.
+        trust_list: True to let a list from elsewhere name files on this machine and hosts in its network.
 
     Returns:
-        The columns as strings, every URI normalized.
+        The columns as strings, with every URI normalized.
 
     Raises:
-        RequestError: the file is no list, or one of its rows cannot be used.
+        RequestError: The file is not a list, or one of its rows is invalid.
     """
     suffix = list_suffix(location)
     assert suffix is not None
@@ -87,23 +87,23 @@ def read_list(location: str, columns: list[str], *, trust_list: bool) -> pa.Tabl
         raise RequestError(f"{location} cannot be read: {' '.join(str(error).split())}") from None
     repeated = next((name for name in columns if table.column_names.count(name) > 1), None)
     if repeated:
-        raise RequestError(f"{location} has more than one column {repeated!r}: keep one of them")
+        raise RequestError(f"{location} has more than one column {repeated!r}: remove all but one")
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise RequestError(f"{location} has no column {' or '.join(missing)}; it has: {', '.join(table.column_names)}")
     try:
         table = table.select(columns).cast(pa.schema([(name, pa.string()) for name in columns]))
     except pa.ArrowException as error:
-        raise RequestError(f"{location}: {' and '.join(columns)} have to be text or numbers: {error}") from None
+        raise RequestError(f"{location}: {' and '.join(columns)} must be text or numbers: {error}") from None
     if not table.num_rows:
-        raise RequestError(f"no input: {location} lists no image")
+        raise RequestError(f"no input: the list {location} has no rows")
     _refuse_empty(location, table)
     resolved = _resolve(location, table["uri"].to_pylist(), trust_list)
     return table.set_column(0, "uri", pa.array(resolved, pa.string()))
 
 
 def _read_csv(content: bytes, columns: list[str], delimiter: str = ",") -> pa.Table:
-    # Only an empty field is empty. Arrow takes NA, null and nan for empty too, which are names of classes.
+    # By default, Arrow also reads NA, null and nan as nulls, but they can be class names. Only an empty field is null.
     options = pa.csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.string()),
         null_values=[""],
@@ -123,7 +123,7 @@ def _read_tsv(content: bytes, columns: list[str]) -> pa.Table:
 
 
 def _read_jsonl(content: bytes, columns: list[str]) -> pa.Table:
-    """Read JSON lines, whose labels are all text or all whole numbers.
+    """Read JSON lines, whose labels are either all strings or all integers.
 
     A key that no line has becomes a column of nulls, which the caller refuses.
     """
@@ -149,7 +149,7 @@ def _read_json_as(content: bytes, columns: list[str], label_type: pa.DataType) -
 def _read_parquet(content: bytes, columns: list[str]) -> pa.Table:
     file = pq.ParquetFile(pa.BufferReader(content))
     names = file.schema_arrow.names
-    # Other columns may hold the images themselves; one name twice is refused by the caller.
+    # Do not read other columns, which may hold the images themselves. The caller refuses duplicate names.
     wanted = [name for name in columns if names.count(name) == 1]
     return file.read(wanted) if len(wanted) == len(columns) else file.schema_arrow.empty_table()
 
@@ -163,12 +163,11 @@ PARSERS: dict[str, Callable[[bytes, list[str]], pa.Table]] = {
 
 
 def _refuse_empty(location: str, table: pa.Table) -> None:
-    what = " or ".join(table.column_names)
     for name in table.column_names:
         empty = [row for row, value in enumerate(table[name].to_pylist(), 1) if not value]
         if empty:
             raise RequestError(
-                f"{location} has rows without {what}: row {empty[0]} has no {name} (rows like it: {len(empty)})"
+                f"{location}: row {empty[0]} has no {name} (rows without one: {len(empty)}); add it, or remove the rows"
             )
 
 
@@ -192,10 +191,10 @@ def _resolve(location: str, entries: list[str], trust_list: bool) -> list[str]:
 
 
 def _resolve_entry(folder: str, entry: str) -> str:
-    """Return the normalized URI of an entry; relative ones lie in `folder`.
+    """Return the normalized URI of an entry. Relative entries are resolved against `folder`.
 
     Raises:
-        ValueError: the entry holds a secret or cannot be a place.
+        ValueError: The entry contains a secret or is not a valid URI.
     """
     if "://" in entry:
         return uris.normalize(check_uri(entry))
@@ -209,7 +208,7 @@ def _resolve_entry(folder: str, entry: str) -> str:
 
 
 def _host_of(uri: str) -> str | None:
-    """Return the host that fetching a URI connects to; None for object stores and `""` for files of this machine."""
+    """Return the host that serves a URI, None for object stores, or `""` for files on this machine."""
     if uris.is_local(uri):
         return ""
     if uris.protocol_of(uri) in OBJECT_STORES:
@@ -218,13 +217,13 @@ def _host_of(uri: str) -> str | None:
 
 
 def _refuse_private(location: str, first_row_of: dict[str, int]) -> None:
-    """Refuse hosts of a private network, other than the one that the list itself came from."""
+    """Refuse local files and hosts in a private network, except the host that the list itself came from."""
     own = None if uris.protocol_of(location) in OBJECT_STORES else urlsplit(location).hostname
     private = private_hosts({host for host in first_row_of if host not in ("", own)})
     for host, row in first_row_of.items():
         if host == "" or host in private:
-            what = f"the host {host!r} of a private network" if host else "a file of this machine"
+            what = f"the host {host!r} in a private network" if host else "a file on this machine"
             raise RequestError(
-                f"row {row} of {location} names {what}, but the list lies elsewhere; if you trust it, set trust_list "
-                "beside its uri"
+                f"row {row} of {location} names {what}, but the list comes from elsewhere: if you trust the list, set "
+                "trust_list next to its uri"
             )

@@ -1,4 +1,4 @@
-"""Everything below a folder of this machine: each file once, under the name that is its own, also while it changes."""
+"""Listing of a local folder that lists each file once and tolerates changes while it runs."""
 
 import logging
 import os
@@ -13,26 +13,26 @@ log = logging.getLogger(__name__)
 Entry = tuple[str, int, str]
 """URI, size in bytes, etag."""
 
-# Of a note, in names; the rest is counted.
+# Number of names that a warning spells out.
 MAX_NAMED = 3
 
 
 class LocalLister:
-    """Lists one folder.
+    """Recursive lister of one local folder.
 
     Real folders are listed first. A link to a folder is followed only if its target is not listed anyway, so that no
-    link displaces a folder or lists a file twice. What vanishes during the listing is left out.
+    link displaces a folder or lists a file twice. Files that vanish during the listing are left out.
 
-    What cannot be read is listed too, without size and etag, so that its failure is counted when it is fetched: folders
-    without permission, dangling and circular links, FIFOs, sockets and devices (none of which is opened). Names that
-    are not UTF-8 are listed escaped, because no table can hold them, and fail likewise.
+    Entries that cannot be read are listed too, with size 0 and no etag, so that they are counted as failed when they
+    are fetched: folders without permission, dangling and circular links, FIFOs, sockets and devices (none of which is
+    opened). Names that are not UTF-8 are listed escaped, because Arrow strings cannot hold them, and fail likewise.
 
     Args:
-        root: absolute path of a folder.
-        is_excluded: whether a path below `root` is left out by a pattern.
+        root: Absolute path of the folder.
+        is_excluded: Callable that returns True if a path below `root` matches an exclude pattern.
 
     Attributes:
-        followed: real path of each folder that lies elsewhere, by the link that led to it.
+        followed: Real paths of folders outside `root`, by the link that leads to each.
     """
 
     def __init__(self, root: str, is_excluded: Callable[[str], bool]) -> None:
@@ -46,10 +46,10 @@ class LocalLister:
         self._escaped: list[str] = []
 
     def entries(self) -> Iterator[Entry]:
-        """Yield every file, then log what a user should know about the listing.
+        """Yield every file, then log warnings about skipped links and unreadable entries.
 
         Raises:
-            OSError: the root cannot be read.
+            OSError: The root cannot be read.
         """
         real_root = os.path.realpath(self._root)
         yield from self._walk(self._root, real_root)
@@ -57,16 +57,21 @@ class LocalLister:
             links, self._links = sorted(self._links), []
             for link in links:
                 target = os.path.realpath(link)
-                is_circle = f"{real_root}/".startswith(f"{target.rstrip('/')}/")
-                if is_circle or target in self._listed:
+                is_circular = f"{real_root}/".startswith(f"{target.rstrip('/')}/")
+                if is_circular or target in self._listed:
                     self._skipped_links.append(f"{self._below(link)} -> {os.path.relpath(target, real_root)}")
                 else:
                     self.followed[as_text(link)] = as_text(target)
                     yield from self._walk(link, target)
-        self._log_notes()
+        self._log_warnings()
 
     def _walk(self, path: str, real_path: str) -> Iterator[Entry]:
-        """Yield the files below a folder, given by the path that names them and by its real path."""
+        """Yield the files below a folder.
+
+        Args:
+            path: Path of the folder, from which the names of the files are made.
+            real_path: The same path with links resolved.
+        """
         pending = [(path, real_path)]
         while pending:
             folder, real_folder = pending.pop()
@@ -87,7 +92,7 @@ class LocalLister:
                     yield from self._unreadable_folder(folder)
 
     def _entry_of(self, child: "os.DirEntry[str]") -> Entry | None:
-        """Return the entry of a child that is no folder; None for a link to a folder and for what is gone."""
+        """Return the entry of a child that is not a folder, or None if it links to a folder or has vanished."""
         try:
             if child.is_symlink() and child.is_dir():
                 self._links.append(child.path)
@@ -97,7 +102,7 @@ class LocalLister:
             if not child.is_symlink():
                 return None
             found = None
-        except OSError:  # a circle of links, or a folder that may be listed but not entered
+        except OSError:  # a circular link, or a folder that may be listed but not entered
             found = None
         return self._entry(child.path, found)
 
@@ -115,19 +120,19 @@ class LocalLister:
     def _below(self, path: str) -> str:
         return as_text(path).removeprefix(as_text(self._root)).lstrip("/")
 
-    def _log_notes(self) -> None:
-        for names, note in (
-            (self._skipped_links, "links not followed, because they lead to folders that are listed anyway"),
+    def _log_warnings(self) -> None:
+        for names, warning in (
+            (self._skipped_links, "links not followed, because they point to folders that are listed anyway"),
             (self._unreadable, "folders that cannot be read, each counted as one failed input"),
-            (self._escaped, "file names that are not UTF-8, each one failed input until it is renamed"),
+            (self._escaped, "file names that are not UTF-8, each counted as one failed input until it is renamed"),
         ):
             if names:
-                named = ", ".join(map(repr, sorted(names)[:MAX_NAMED])) + (", ..." if len(names) > MAX_NAMED else "")
-                log.warning("%s: %s: %d (%s)", self._root, note, len(names), named)
+                quoted = ", ".join(map(repr, sorted(names)[:MAX_NAMED])) + (", ..." if len(names) > MAX_NAMED else "")
+                log.warning("%s: %s: %d (%s)", self._root, warning, len(names), quoted)
 
 
 def entry_of(path: str, found: os.stat_result | None) -> Entry:
-    """Return the entry of a path; size 0 and no etag unless it is known to be a regular file."""
+    """Return the entry of a path, with size 0 and no etag unless it is known to be a regular file."""
     if found is None or not stat.S_ISREG(found.st_mode):
         return path, 0, ""
     return path, found.st_size, etag_of_file(found)

@@ -1,7 +1,7 @@
-"""The manifest: the inputs of one output, listed once and pinned under it, so that a rerun never lists again.
+"""Manifest: the inputs of an output, listed once and pinned under it, so that a rerun does not list again.
 
-`_manifest/inputs-*.parquet` hold the rows. `_manifest/manifest.json` is created last, by a conditional write: of two
-runs that list at the same time, the manifest of one counts.
+The rows are in `_manifest/inputs-*.parquet`. `_manifest/manifest.json` is created last, by a conditional write: if two
+runs list at the same time, only one manifest takes effect.
 """
 
 import functools
@@ -29,25 +29,25 @@ from pipelines.storage.tables import read_own_schema, read_own_table
 MANIFEST_SCHEMA = pa.schema(
     [("id", pa.int64()), ("uri", pa.string()), ("size_bytes", pa.int64()), ("etag", pa.string())]
 )
-# A task reads a whole file of them for its few rows, and keeps it for the next task of its process.
+# A task reads a whole file to get its few rows, and caches it for the next task in its process.
 ROWS_PER_FILE = 250_000
 NUM_READERS = 8
 Result = TypeVar("Result")
-ADVICE = "restore it from a copy, or write to a new output; the rows of this one cannot be told apart without it"
+ADVICE = "restore it from a backup, or write to a new output; without it, the ids in this output mean nothing"
 
 
 class ManifestInfo(Document):
     """Content of `_manifest/manifest.json`.
 
     Attributes:
-        input_uri: what was listed.
-        exclude: the shell patterns that it was listed with.
-        num_inputs: rows of the manifest.
-        num_excluded: objects that the patterns left out.
-        num_files: files that hold the rows.
-        rows_per_file: rows of each, but of the last.
-        file_prefix: beginning of the files' names.
-        reader: name of the reader that listed the inputs.
+        input_uri: URI that was listed.
+        exclude: Shell patterns of objects that were excluded.
+        num_inputs: Number of rows in the manifest.
+        num_excluded: Number of objects that were excluded.
+        num_files: Number of files that hold the rows.
+        rows_per_file: Number of rows per file, except the last.
+        file_prefix: Prefix of the file names.
+        reader: Name of the reader that listed the inputs.
     """
 
     newest_format: ClassVar[int] = 3
@@ -64,17 +64,17 @@ class ManifestInfo(Document):
     @model_validator(mode="after")
     def _files_hold_the_rows(self) -> "ManifestInfo":
         if self.num_files != -(-self.num_inputs // self.rows_per_file):
-            raise ValueError("num_files does not follow from num_inputs and rows_per_file")
+            raise ValueError("num_files does not match num_inputs and rows_per_file")
         return self
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The pinned inputs of one output.
+    """Pinned inputs of an output.
 
     Attributes:
-        folder_uri: of its files.
-        info: what it says of itself.
+        folder_uri: URI of the folder that contains its files.
+        info: Content of `manifest.json`.
     """
 
     folder_uri: str
@@ -82,24 +82,24 @@ class Manifest:
 
     @property
     def num_inputs(self) -> int:
-        """Number of rows."""
+        """Number of inputs."""
         return self.info.num_inputs
 
     @property
     def reader(self) -> Reader:
-        """The reader that listed the inputs.
+        """Reader that listed the inputs.
 
         Raises:
-            RequestError: this version does not know it.
+            RequestError: This version of ecaray does not have that reader.
         """
         return reader_named(self.info.reader)
 
     @functools.cached_property
     def carried(self) -> pa.Schema:
-        """Columns that are carried to the output.
+        """Schema of the columns that are carried to the output.
 
         Raises:
-            DamagedFileError: a file is damaged or gone.
+            DamagedFileError: A file is damaged or missing.
         """
         if not self.info.num_files:
             return pa.schema([])
@@ -108,23 +108,23 @@ class Manifest:
         return pa.schema([field for field in schema if field.name not in others])
 
     def table(self) -> pa.Table:
-        """Read all rows, `MANIFEST_SCHEMA` and the further columns, in the order of their ids.
+        """Read all rows in order of id: the columns of `MANIFEST_SCHEMA`, the locators and the carried columns.
 
         Raises:
-            DamagedFileError: a file is damaged or gone.
+            DamagedFileError: A file is damaged or missing.
         """
         with ThreadPoolExecutor(NUM_READERS) as pool:
             files = [_file_uri(self.folder_uri, self.info, index) for index in range(self.info.num_files)]
             return pa.concat_tables(pool.map(_read_file, files))
 
     def rows(self, ids: NDArray[np.int64]) -> pa.Table:
-        """Read some rows: all columns but `size_bytes`.
+        """Read the rows of some ids, with all columns but `size_bytes`.
 
         Args:
-            ids: in order.
+            ids: Ids in ascending order, shape `(num_rows,)`.
 
         Raises:
-            DamagedFileError: a file is damaged or gone.
+            DamagedFileError: A file is damaged or missing.
         """
         files = ids // self.info.rows_per_file
         rows = [
@@ -137,10 +137,10 @@ class Manifest:
 
 
 def find_manifest(folder_uri: str) -> Manifest | None:
-    """Return the manifest that lies in a folder; None where none was finished.
+    """Return the manifest in a folder, or None if no run finished writing one.
 
     Raises:
-        DamagedFileError: it is damaged.
+        DamagedFileError: The manifest is damaged.
     """
     try:
         return Manifest(folder_uri, read_document(_info_uri(folder_uri), ManifestInfo, ADVICE))
@@ -156,18 +156,18 @@ def write_manifest(
     epoch: int = 0,
     reader: str = "files",
 ) -> Manifest:
-    """Pin the inputs: ids dense from 0, in the order of the listing.
+    """Pin the inputs, with consecutive ids from 0 in the order of the listing.
 
     Args:
-        folder_uri: where the files go.
-        input_uri: what was listed.
-        exclude: the shell patterns that it was listed with.
-        listing: what was found.
-        epoch: of the run's lease.
-        reader: name of the reader that listed them.
+        folder_uri: URI of the folder that receives the files.
+        input_uri: URI that was listed.
+        exclude: Shell patterns of objects that were excluded.
+        listing: Inputs that were found.
+        epoch: Epoch of the run's lease.
+        reader: Name of the reader that listed the inputs.
 
     Raises:
-        RequestError: another run pinned its inputs meanwhile.
+        RequestError: Another run pinned its inputs at the same time.
     """
     num_inputs = listing.table.num_rows
     table = listing.table.add_column(0, MANIFEST_SCHEMA.field("id"), pa.array(range(num_inputs), pa.int64()))
@@ -189,11 +189,11 @@ def write_manifest(
         write_bytes(_file_uri(folder_uri, info, index), buffer.getvalue())
     manifest = Manifest(folder_uri, info)
     if not create_object(_info_uri(folder_uri), to_json(info)) and find_manifest(folder_uri) != manifest:
-        raise RequestError(f"another run pinned its inputs in {folder_uri} meanwhile: run the same command again")
+        raise RequestError(f"another run pinned its inputs in {folder_uri} first: run the same command again")
     return manifest
 
 
-# Tasks come in the order of their ids: one file after the other is read, once in each process.
+# Tasks arrive in order of id, so each process reads one file after the other, once.
 @functools.lru_cache(maxsize=2)
 def _cached_file(uri: str) -> pa.Table:
     return _read_file(uri).drop_columns(["size_bytes"])
@@ -210,7 +210,7 @@ def _read(read: Callable[[str, str], Result], uri: str) -> Result:
     try:
         return read(uri, ADVICE)
     except FileNotFoundError:
-        raise DamagedFileError(f"{uri} is gone: {ADVICE}") from None
+        raise DamagedFileError(f"{uri} is missing: {ADVICE}") from None
 
 
 def _info_uri(folder_uri: str) -> str:

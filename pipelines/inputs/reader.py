@@ -1,7 +1,7 @@
-"""Readers: how the inputs of a job are listed, and how their bytes are read.
+"""Protocol for input readers, each of which lists and reads one form of input.
 
-A reader is one form of input. It has two duties: `list` returns a table that locates each input, which is pinned as the
-manifest; `read` returns the bytes of given rows, and a reason for each that cannot be read.
+`Reader.list` returns a table that locates each input and is pinned as the manifest. `Reader.read` returns the bytes of
+given rows, and an error for each row that cannot be read.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from pipelines.storage.bulk import Fetched, fetch_many
 
 @dataclass(frozen=True)
 class ListRequest:
-    """What to list.
+    """Request to list the inputs under a URI.
 
     Attributes:
-        uri: normalized; it exists.
-        exclude: shell patterns on the path below `uri`.
-        trust_list: whether a list that lies elsewhere may name files of this machine and hosts of its network.
-        with_labels: whether each row needs a column `label`.
+        uri: Normalized URI, which exists.
+        exclude: Shell patterns on the path below `uri`.
+        trust_list: True to let a list from elsewhere name files on this machine and hosts in its network.
+        with_labels: True if the listing needs a column `label`.
     """
 
     uri: str
@@ -32,14 +32,13 @@ class ListRequest:
 
 @dataclass(frozen=True)
 class Listing:
-    """Inputs that were found.
+    """Inputs found under a URI.
 
     Attributes:
-        table: a row for each input: `uri`, `size_bytes` (null where it is not known), `etag` (empty where it is not
-            known), then the reader's locators, `label` where it was asked for, and the columns that are carried to the
-            output.
-        num_excluded: objects left out by a pattern, or as hidden and system files.
-        linked: real paths of local folders that lie elsewhere, by the links that lead to them.
+        table: One row per input: `uri`, `size_bytes` (null if unknown), `etag` (empty if unknown), then the reader's
+            locators, `label` if requested, and the columns that are carried to the output.
+        num_excluded: Number of objects that matched an exclude pattern or are hidden or system files.
+        linked: Real paths of local folders outside the input, by the links that lead to them.
     """
 
     table: pa.Table
@@ -48,7 +47,7 @@ class Listing:
 
 
 class Reader(Protocol):
-    """One form of input. Instances are pickled into the workers, so they hold no connections."""
+    """Reader of one form of input. Instances are pickled and sent to workers, so they must not hold connections."""
 
     @property
     def name(self) -> str:
@@ -56,31 +55,31 @@ class Reader(Protocol):
 
     @property
     def locators(self) -> tuple[str, ...]:
-        """Columns of the manifest that only `read` uses, such as an offset; they are not carried to the output."""
+        """Manifest columns that only `read` uses, such as an offset. They are not carried to the output."""
 
     def matches(self, uri: str) -> bool:
-        """Return whether a normalized URI names this form of input, by its ending."""
+        """Return whether a normalized URI names this form of input, judged by its suffix."""
 
     def list(self, request: ListRequest) -> Listing:
         """List the inputs.
 
         Raises:
-            RequestError: there is nothing to read, the store refuses, or a label is missing.
+            RequestError: There is nothing to read, the store fails, or a label is missing.
         """
 
     def read(self, rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
         """Read the bytes of some inputs.
 
         Args:
-            rows: of the listing's table; `etag` may be missing, or empty where a change does not matter.
-            max_bytes: largest input read.
+            rows: Rows of the listing's table. `etag` may be missing, or empty where a change does not matter.
+            max_bytes: Size of the largest input read.
 
         Yields:
-            One for each row, in any order. An input that cannot be read has an `ItemError` in place of its bytes.
+            One result per row, in any order. An input that cannot be read has an `ItemError` in place of its bytes.
         """
 
 
 def read_objects(rows: pa.Table, max_bytes: int) -> Iterator[Fetched]:
-    """Read each row's whole object, named by `uri`: `Reader.read` of every form whose inputs are objects."""
+    """Read the whole object at each row's `uri`. Implements `Reader.read` for forms whose inputs are objects."""
     etags = rows["etag"].to_pylist() if "etag" in rows.column_names else None
     return fetch_many(rows["uri"].to_pylist(), max_bytes, etags)

@@ -1,19 +1,19 @@
-"""The readers that jobs know. A new form of input is a module with its reader, and a line here."""
+"""Registry of readers. To add a form of input, add a module with its reader, and a line here."""
 
 from pipelines.errors import RequestError
 from pipelines.inputs.files import FilesReader
 from pipelines.inputs.lists import ListReader
 from pipelines.inputs.reader import Reader
 
-# In the order in which they are asked; the last one takes everything.
+# In order of precedence. The last reader accepts every URI.
 _READERS: list[Reader] = [ListReader(), FilesReader()]
 
 
 def register(reader: Reader) -> None:
-    """Add a reader, to be asked before the others.
+    """Register a reader, with precedence over the others.
 
     Args:
-        reader: of a module that the workers can import too.
+        reader: Reader from a module that workers can import too.
     """
     _READERS.insert(0, reader)
 
@@ -24,13 +24,13 @@ def choose_reader(uri: str) -> Reader:
 
 
 def reader_named(name: str) -> Reader:
-    """Return the reader that a manifest refers to.
+    """Return the reader of that name, as recorded in a manifest.
 
     Raises:
-        RequestError: there is none of that name.
+        RequestError: There is no such reader.
     """
     for reader in _READERS:
         if reader.name == name:
             return reader
     known = ", ".join(sorted(reader.name for reader in _READERS))
-    raise RequestError(f"the inputs were listed by a reader called {name!r}, and this version has: {known}")
+    raise RequestError(f"the inputs were listed by the reader {name!r}, but this version of ecaray has only: {known}")

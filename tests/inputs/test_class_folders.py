@@ -1,3 +1,5 @@
+"""Class folders: labels, hidden and system files, and layouts that are refused."""
+
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +48,21 @@ def labels(root: str | Path, *exclude: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SYSTEM_FILES)
-def test_hidden_and_system_files_are_no_images_and_no_classes(name: str, tmp_path: Path, caplog: Any) -> None:
+def test_hidden_and_system_files_are_ignored(name: str, tmp_path: Path, caplog: Any) -> None:
     root = fill(tmp_path / ".set", "cat/1.jpg", "dog/2.jpg", name)
     images = read_labelled(root, [])
     assert [row["uri"].removeprefix(f"{root}/") for row in images.table.to_pylist()] == ["cat/1.jpg", "dog/2.jpg"]
     assert images.num_excluded == 1
-    assert "hidden and system files left out: 1 (" in caplog.text
+    assert "ignored hidden and system files: 1 (" in caplog.text
 
 
-def test_hidden_and_system_files_in_a_bucket_are_left_out(store: ObjectStore, tmp_path: Path) -> None:
+def test_hidden_and_system_files_in_a_bucket_are_ignored(store: ObjectStore, tmp_path: Path) -> None:
     root = fill(f"s3://scratch/{tmp_path.name}", "cat/1.jpg", "dog/2.jpg", *SYSTEM_FILES)
     images = read_labelled(root, [])
     assert (images.class_names(), images.num_excluded) == (["cat", "dog"], len(SYSTEM_FILES))
 
 
-def test_names_that_only_resemble_system_names_are_classes(tmp_path: Path) -> None:
+def test_names_that_resemble_system_names_are_classes(tmp_path: Path) -> None:
     names = ["a.b", "_background_noise_", "git", "thumbs", "@home", "tmp", "recycle"]
     assert labels(fill(tmp_path, *(f"{name}/1.jpg" for name in names))) == sorted(names)
 
@@ -75,48 +77,48 @@ def test_names_that_only_resemble_system_names_are_classes(tmp_path: Path) -> No
         ("train/cat/1.jpg",),
     ],
 )
-def test_the_folder_of_the_splits_is_no_folder_of_classes(names: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"holds splits of a set \(.*'[Tt]rain'.*\), not classes: name one of them"):
+def test_folder_of_dataset_splits_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"contains dataset splits \(.*'[Tt]rain'.*\), not classes: use one of them"):
         labels(fill(tmp_path, *names))
 
 
-def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+def test_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     assert labels(fill(tmp_path, "train/1.jpg", "bus/2.jpg", "test/3.jpg")) == ["bus", "test", "train"]
 
 
-def test_folders_of_folders_are_said(tmp_path: Path, caplog: Any) -> None:
+def test_class_folders_that_contain_only_folders_cause_a_warning(tmp_path: Path, caplog: Any) -> None:
     assert labels(fill(tmp_path / "a", "2023/cat/1.jpg", "2024/cat/1.jpg", "2024/dog/1.jpg")) == [
         "2023",
         "2024",
         "2024",
     ]
-    assert "the classes are the folders above these: '2023', '2024'" in caplog.text
+    assert "the top-level folders are used as classes: '2023', '2024'" in caplog.text
     caplog.clear()
     assert labels(fill(tmp_path / "b", "cat/1.jpg", "dog/deep/1.jpg")) == ["cat", "dog"]
     assert not caplog.text
 
 
-def test_a_folder_without_a_single_image_is_no_class(tmp_path: Path) -> None:
+def test_class_folder_without_images_is_refused(tmp_path: Path) -> None:
     root = fill(tmp_path, "cat/1.jpg", "cat/1.xml", "dog/no-suffix", "annotations/1.XML", "annotations/deep/list.txt")
     with pytest.raises(
-        RequestError, match=r"annotations holds no images, only files that end in \.txt, \.xml: leave it"
+        RequestError, match=r"annotations contains no images, only files that end in \.txt, \.xml: leave it"
     ):
         labels(root)
     assert labels(root, "annotations/*", "*.xml") == ["cat", "dog"]
 
 
-def test_empty_class_folders_are_said(tmp_path: Path, caplog: Any) -> None:
+def test_empty_class_folders_cause_a_warning(tmp_path: Path, caplog: Any) -> None:
     root = fill(tmp_path, "cat/1.jpg", "dog/2.jpg", "left-out/3.jpg")
     for name in ("bird/deep", ".hidden"):
         (tmp_path / name).mkdir(parents=True)
     assert labels(root, "left-out/*") == ["cat", "dog"]
-    assert f"{root}: empty folders, which are no classes: 1 ('bird')" in caplog.text
+    assert f"{root}: ignored folders without images, which do not become classes: 1 ('bird')" in caplog.text
 
 
-def test_one_class_is_refused_and_the_folder_below_it_named(tmp_path: Path) -> None:
+def test_single_class_is_refused_with_a_hint_to_its_folders(tmp_path: Path) -> None:
     flat = read_labelled(fill(tmp_path / "cat" / "flat", "cat/1.jpg", "cat/2.jpg"), [])
     with pytest.raises(
-        RequestError, match=r"all 2 images of data\.train\.uri are of one class, 'cat'; a classifier needs"
+        RequestError, match=r"all 2 images of data\.train\.uri belong to one class, 'cat'; a classifier needs"
     ):
         refuse_one_class(flat, "data.train.uri")
     deep = read_labelled(fill(tmp_path / "deep", "parent/cat/1.jpg", "parent/dog/2.jpg"), [])
@@ -139,20 +141,20 @@ def train(root: Path, data: str, validation: str | None = None) -> None:
     resolve_request(normalize(TrainConfig.model_validate(config)))
 
 
-def test_training_refuses_an_output_that_a_link_in_its_data_leads_to(tmp_path: Path) -> None:
+def test_training_refuses_an_output_that_a_link_in_its_data_points_to(tmp_path: Path) -> None:
     fill(tmp_path, "set/cat/1.jpg", "set/dog/2.jpg", "out/cat/1.jpg")
     (tmp_path / "set" / "cat" / "runs").symlink_to(tmp_path / "out")
     with pytest.raises(RequestError, match=r"lies inside data\.train\.uri, by the link .*/set/cat/runs to .*/out:"):
         train(tmp_path, "set")
 
 
-def test_training_refuses_one_class_before_it_reads_the_weights(tmp_path: Path) -> None:
+def test_training_refuses_a_single_class_before_it_reads_the_weights(tmp_path: Path) -> None:
     fill(tmp_path, "set/parent/cat/1.jpg", "set/parent/dog/2.jpg")
-    with pytest.raises(RequestError, match="are of one class"):
+    with pytest.raises(RequestError, match="belong to one class"):
         train(tmp_path, "set")
 
 
-def test_validation_images_that_are_trained_on_are_said(tmp_path: Path, caplog: Any) -> None:
+def test_overlap_of_training_and_validation_images_causes_a_warning(tmp_path: Path, caplog: Any) -> None:
     fill(tmp_path, "set/cat/1.jpg", "set/dog/2.jpg", "other/cat/1.jpg")
     train(tmp_path, "set", "set")
     assert "2 of the validation images are training images too" in caplog.text

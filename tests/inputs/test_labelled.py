@@ -1,3 +1,5 @@
+"""Labelled sets: class folders, lists, class indices, and pinning."""
+
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,9 +25,9 @@ def below(images: LabelledImages, root: str) -> list[tuple[str, str]]:
     return [(row["uri"].removeprefix(f"{root}/"), row["label"]) for row in images.table.to_pylist()]
 
 
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_folders_are_named_for_their_class(place: str, tmp_path: Path, store: ObjectStore) -> None:
-    root = in_folders(str(tmp_path / "set") if place == "local" else "s3://scratch/labelled")
+@pytest.mark.parametrize("location", ["local", "s3"])
+def test_labels_are_names_of_top_level_folders(location: str, tmp_path: Path, store: ObjectStore) -> None:
+    root = in_folders(str(tmp_path / "set") if location == "local" else "s3://scratch/labelled")
     images = read_labelled(root + "/", ["*.txt"])
     assert below(images, root) == [
         ("ant/4.png", "ant"),
@@ -38,7 +40,7 @@ def test_folders_are_named_for_their_class(place: str, tmp_path: Path, store: Ob
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_lists_name_uris_and_labels(suffix: str, tmp_path: Path) -> None:
+def test_lists_provide_uris_and_labels(suffix: str, tmp_path: Path) -> None:
     table = pa.table({"label": ["7", "1"], "score": [0.5, 0.1], "uri": ["a/1.jpg", "s3://b/2.jpg"]})
     path = tmp_path / f"list.{suffix}"
     pa.csv.write_csv(table, path) if suffix == "csv" else pq.write_table(table, path)
@@ -54,12 +56,12 @@ def test_classes_are_matched_by_name() -> None:
     assert images.targets(["cat", "dog"]).tolist() == [1, 0, 1]
     assert images.targets(["dog", "ant", "cat"]).tolist() == [0, 2, 0]
     with pytest.raises(
-        RequestError, match=r"1 of the images' classes are not among the model's 2: 'dog' \(did you mean"
+        RequestError, match=r"1 classes of the images are not among the model's 2 classes: 'dog' \(did you mean"
     ):
         images.targets(["cat", "dogs"])
 
 
-def test_a_pinned_set_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_pinned_set_is_read_back_unchanged(tmp_path: Path) -> None:
     root = in_folders(str(tmp_path / "set"))
     images = read_labelled(root, ["*.txt"])
     assert find_pinned(str(tmp_path / "out"), "train") is None
@@ -73,21 +75,21 @@ def test_a_pinned_set_comes_back_as_it_was(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("list.csv", b"path,label\na,b\n", "has no column uri; it has: path, label"),
-        ("list.csv", b"uri,label\n", "lists no image"),
-        ("list.csv", b"uri,label\na,\n", "rows without uri or label"),
+        ("list.csv", b"uri,label\n", "the list .* has no rows"),
+        ("list.csv", b"uri,label\na,\n", "row 1 has no label"),
         ("list.parquet", b"not parquet", "cannot be read"),
         ("list.parquet", b"PAR1....PAR1", "cannot be read"),
-        ("set/loose.jpg", b"bytes", "holds loose.jpg outside any folder: .* leave it out with exclude 'loose.jpg'"),
-        ("set/.DS_Store", b"bytes", "holds nothing but hidden and system files"),
+        ("set/loose.jpg", b"bytes", "contains loose.jpg outside any class folder: .* with exclude 'loose.jpg'"),
+        ("set/.DS_Store", b"bytes", "contains only hidden and system files"),
     ],
 )
-def test_what_is_not_labelled_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+def test_set_without_labels_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     write_bytes(str(tmp_path / name), content)
     location = tmp_path / name if name.startswith("list") else tmp_path / "set"
     with pytest.raises(RequestError, match=message):
         read_labelled(str(location), [])
 
 
-def test_nothing_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="nothing lies under"):
+def test_absent_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="nothing found under"):
         read_labelled(str(tmp_path / "absent"), [])

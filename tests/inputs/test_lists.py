@@ -1,3 +1,5 @@
+"""Lists: formats, labels, resolution of entries, and refusal of entries from untrusted lists."""
+
 import json
 import socket
 from pathlib import Path
@@ -40,12 +42,12 @@ def write_list(path: Path, *uris: str) -> Path:
         ("list.JSONL", '{"label":"cat","uri":"a.jpg"}'),
     ],
 )
-def test_lists_of_every_form_and_case_are_read(name: str, content: str, tmp_path: Path) -> None:
+def test_lists_of_every_format_and_suffix_case_are_read(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert rows(tmp_path / name) == [(f"{tmp_path}/a.jpg", "cat")]
 
 
-def test_a_parquet_list_in_upper_case_is_read(tmp_path: Path) -> None:
+def test_parquet_list_with_upper_case_suffix_is_read(tmp_path: Path) -> None:
     table = pa.table({"uri": ["a.jpg"], "label": pa.array(["cat"]).dictionary_encode(), "bytes": [b"x"]})
     pq.write_table(table, tmp_path / "list.PARQUET")
     assert rows(tmp_path / "list.PARQUET") == [(f"{tmp_path}/a.jpg", "cat")]
@@ -55,7 +57,7 @@ NAMES = ["NA", "null", "NULL", "nan", "NaN", "N/A", "None", "", "DE"]
 
 
 @pytest.mark.parametrize("form", ["plain", "quoted", "tsv", "jsonl"])
-def test_labels_that_look_like_nothing_are_text(form: str, tmp_path: Path) -> None:
+def test_labels_that_look_like_nulls_are_strings(form: str, tmp_path: Path) -> None:
     labels = [name for name in NAMES if name]
     path = tmp_path / f"list.{'csv' if form in ('plain', 'quoted') else form}"
     if form == "jsonl":
@@ -67,7 +69,7 @@ def test_labels_that_look_like_nothing_are_text(form: str, tmp_path: Path) -> No
     assert [label for _, label in rows(path)] == labels
 
 
-def test_numbers_are_labels_as_they_are_written(tmp_path: Path) -> None:
+def test_numeric_labels_keep_their_spelling(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("uri,label\na.jpg,007\n")
     (tmp_path / "a.jsonl").write_text('{"uri":"a.jpg","label":7}\n{"uri":"b.jpg","label":8}\n')
     (tmp_path / "date.jsonl").write_text('{"uri":"a.jpg","label":"2024-01-01"}')
@@ -81,7 +83,7 @@ def test_numbers_are_labels_as_they_are_written(tmp_path: Path) -> None:
         ("list.csv", "uri,label,uri\na.jpg,cat,b\n", "more than one column 'uri'"),
         ("list.tsv", "uri\turi\tlabel\na\ta\tb\n", "more than one column 'uri'"),
         ("list.jsonl", '{"uri":"a","label":"x","label":"y"}', "specified twice"),
-        ("list.csv", "uri,label\na,b\nc,\n", r"row 2 has no label \(rows like it: 1\)"),
+        ("list.csv", "uri,label\na,b\nc,\n", r"row 2 has no label \(rows without one: 1\)"),
         ("list.csv", 'uri,label\na,""\n', "row 1 has no label"),
         ("list.jsonl", '{"path":"a","label":"x"}', "row 1 has no uri"),
         ("list.jsonl", '{"uri":"a","label":null}', "row 1 has no label"),
@@ -89,26 +91,26 @@ def test_numbers_are_labels_as_they_are_written(tmp_path: Path) -> None:
         ("list.jsonl", "[1]", "cannot be read"),
         ("list.jsonl", "", "cannot be read"),
         ("list.csv", "", "cannot be read"),
-        ("list.txt", "a.jpg cat\n", r"is one file, .* a list ends in \.csv, \.tsv, \.jsonl, \.parquet"),
-        ("list.csv.gz", "x", "is one file"),
-        ("list.json", "[]", "is one file"),
-        ("one.jpg", "x", "is one file"),
+        ("list.txt", "a.jpg cat\n", r"is a single file, .* a list ends in \.csv, \.tsv, \.jsonl, \.parquet"),
+        ("list.csv.gz", "x", "is a single file"),
+        ("list.json", "[]", "is a single file"),
+        ("one.jpg", "x", "is a single file"),
     ],
 )
-def test_what_is_no_list_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_list_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(RequestError, match=message):
         rows(tmp_path / name)
 
 
-def test_duplicate_columns_of_parquet_are_refused(tmp_path: Path) -> None:
+def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["uri", "label", "label"])
     pq.write_table(table, tmp_path / "list.parquet")
     with pytest.raises(RequestError, match="more than one column 'label'"):
         rows(tmp_path / "list.parquet")
 
 
-def test_entries_of_a_local_list_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_of_a_local_list_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     entries = {
         "a/1.jpg": f"{tmp_path}/a/1.jpg",
@@ -142,7 +144,7 @@ def test_entries_of_a_local_list_are_places(tmp_path: Path, monkeypatch: pytest.
         ("zip://1.jpg::/data/x.zip", "chained file systems"),
     ],
 )
-def test_an_entry_that_cannot_be_used_is_refused_with_its_row(entry: str, message: str, tmp_path: Path) -> None:
+def test_invalid_entry_is_refused_with_its_row(entry: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         rows(write_list(tmp_path / "list.csv", "a.jpg", entry))
     assert str(caught.value).startswith(f"row 2 of {tmp_path}/list.csv: ")
@@ -151,10 +153,10 @@ def test_an_entry_that_cannot_be_used_is_refused_with_its_row(entry: str, messag
 
 @pytest.fixture
 def remote_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Entries to the URIs that a list in a bucket names; public names resolve to a public address."""
+    """Return a function that resolves one entry of a list in a bucket, with a fake DNS for the example hosts."""
     resolve = socket.getaddrinfo
 
-    def resolved(host: str, *arguments: Any, **options: Any) -> Any:
+    def resolve_example(host: str, *arguments: Any, **options: Any) -> Any:
         addresses = {"images.example.org": "93.184.215.14", "inside.example.org": "10.1.2.3"}
         return resolve(addresses.get(host, host), *arguments, **options)
 
@@ -164,7 +166,7 @@ def remote_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         found: list[str] = lists.read_list(location, ["uri", "label"], trust_list=trust_list)["uri"].to_pylist()
         return found
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_example)
     return read
 
 
@@ -192,7 +194,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("entry", FOREIGN)
-def test_a_list_from_elsewhere_reads_no_local_files_and_no_private_hosts(entry: str, remote_list: Any) -> None:
+def test_remote_list_may_not_name_local_files_or_private_hosts(entry: str, remote_list: Any) -> None:
     with pytest.raises(RequestError, match=r"^row 1 of s3://bucket/lists/list\.csv names .*set trust_list"):
         remote_list(entry)
     assert len(remote_list(entry, trust_list=True)) == 1
@@ -209,31 +211,31 @@ def test_a_list_from_elsewhere_reads_no_local_files_and_no_private_hosts(entry: 
         ("https://images.example.org/1.jpg?width=5", "https://images.example.org/1.jpg?width=5"),
     ],
 )
-def test_a_list_from_elsewhere_names_what_is_public(entry: str, uri: str, remote_list: Any) -> None:
+def test_remote_list_may_name_public_locations(entry: str, uri: str, remote_list: Any) -> None:
     assert remote_list(entry) == [uri]
 
 
-def test_a_list_of_a_private_host_names_images_beside_it(remote_list: Any) -> None:
+def test_list_on_a_private_host_may_name_images_on_that_host(remote_list: Any) -> None:
     location = "http://10.0.0.5/sets/list.csv"
     assert remote_list("1.jpg", location=location) == ["http://10.0.0.5/sets/1.jpg"]
     with pytest.raises(RequestError, match=r"the host '10\.0\.0\.6'"):
         remote_list("http://10.0.0.6/1.jpg", location=location)
 
 
-def test_hosts_that_do_not_exist_are_not_private() -> None:
+def test_nonexistent_hosts_are_not_private() -> None:
     assert private_hosts({"nosuch.invalid", "127.0.0.1"}) == {"127.0.0.1"}
 
 
-def test_trust_list_is_a_key_of_every_labelled_set() -> None:
+def test_evaluate_accepts_trust_list() -> None:
     config = parse_config(EvaluateConfig, ["--input.uri", "s3://b/list.csv", "--input.trust_list", "true"])
     assert config.input.trust_list
 
 
-def test_a_list_in_a_bucket_is_read_from_there(store: ObjectStore, tmp_path: Path) -> None:
+def test_entries_of_a_list_in_a_bucket_are_relative_to_the_bucket(store: ObjectStore, tmp_path: Path) -> None:
     location = f"s3://scratch/{tmp_path.name}/lists/list.CSV"
     write_bytes(location, b"uri,label\n../images/./1.jpg,NA\n")
     assert rows(location) == [(f"s3://scratch/{tmp_path.name}/images/1.jpg", "NA")]
     write_bytes(location, b"uri,label\n/etc/passwd,NA\n")
-    with pytest.raises(RequestError, match="a file of this machine"):
+    with pytest.raises(RequestError, match="a file on this machine"):
         rows(location)
     assert rows(location, trust_list=True) == [("/etc/passwd", "NA")]

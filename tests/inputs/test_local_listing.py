@@ -1,3 +1,5 @@
+"""Listing of local folders: links, special files, permissions, and changes during the listing."""
+
 import logging
 import os
 import shutil
@@ -31,7 +33,7 @@ def names_under(root: Path, exclude: list[str] | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize("link", ["latest", "1999", "a/b", "z"])
-def test_a_link_never_displaces_the_folder_it_leads_to(link: str, tmp_path: Path, caplog: Any) -> None:
+def test_link_never_displaces_the_folder_it_points_to(link: str, tmp_path: Path, caplog: Any) -> None:
     root = write(tmp_path / "in", "2024/1.jpg", "2024/deep/2.jpg", "a/3.jpg")
     (root / link).symlink_to(root / "2024")
     assert names_under(root) == ["2024/1.jpg", "2024/deep/2.jpg", "a/3.jpg"]
@@ -39,7 +41,7 @@ def test_a_link_never_displaces_the_folder_it_leads_to(link: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("alias", ["a_latest", "kitten"])
-def test_a_linked_class_folder_does_not_relabel_images(alias: str, tmp_path: Path) -> None:
+def test_link_to_a_class_folder_does_not_relabel_images(alias: str, tmp_path: Path) -> None:
     root = write(tmp_path / "cls", "cat/1.jpg", "cat/2.jpg", "dog/3.jpg")
     (root / alias).symlink_to("cat")
     table = read_labelled(str(root), []).table
@@ -47,7 +49,7 @@ def test_a_linked_class_folder_does_not_relabel_images(alias: str, tmp_path: Pat
     assert [Path(uri).parent.name for uri in table["uri"].to_pylist()] == ["cat", "cat", "dog"]
 
 
-def test_links_that_lead_out_of_the_folder_are_followed_once(tmp_path: Path, caplog: Any) -> None:
+def test_links_out_of_the_folder_are_followed_once(tmp_path: Path, caplog: Any) -> None:
     root = write(tmp_path / "in", "own.jpg")
     write(tmp_path / "store", "cat/1.jpg", "cat/deep/2.jpg")
     (tmp_path / "store" / "cat" / "back").symlink_to(root)
@@ -59,7 +61,7 @@ def test_links_that_lead_out_of_the_folder_are_followed_once(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "/"])
-def test_links_to_a_folder_above_are_circles(target: str, tmp_path: Path) -> None:
+def test_links_to_a_parent_folder_are_not_followed(target: str, tmp_path: Path) -> None:
     root = write(tmp_path / "in", "sub/1.jpg")
     write(tmp_path, "beside.jpg")
     (root / "up").symlink_to(target)
@@ -67,13 +69,13 @@ def test_links_to_a_folder_above_are_circles(target: str, tmp_path: Path) -> Non
     assert names_under(root) == ["sub/1.jpg"]
 
 
-def test_links_to_files_are_files_of_their_own(tmp_path: Path) -> None:
+def test_links_to_files_are_listed_as_files(tmp_path: Path) -> None:
     root = write(tmp_path / "in", "a.jpg")
     (root / "b.jpg").symlink_to("a.jpg")
     assert names_under(root) == ["a.jpg", "b.jpg"]
 
 
-def test_files_that_are_renamed_during_the_listing_do_not_refuse_the_folder(tmp_path: Path) -> None:
+def test_listing_tolerates_files_renamed_meanwhile(tmp_path: Path) -> None:
     root = write(tmp_path / "hot", *(f"{index:04d}.jpg" for index in range(1000)))
     with changing(lambda turn: rename_new_file(root, turn)):
         for _ in range(20):
@@ -81,7 +83,7 @@ def test_files_that_are_renamed_during_the_listing_do_not_refuse_the_folder(tmp_
             assert len([name for name in found if name[0].isdigit()]) == 1000
 
 
-def test_folders_that_vanish_during_the_listing_do_not_refuse_it(tmp_path: Path) -> None:
+def test_listing_tolerates_folders_removed_meanwhile(tmp_path: Path) -> None:
     root = write(tmp_path / "hot", *(f"{index:04d}.jpg" for index in range(300)))
     with changing(lambda turn: make_and_remove_folder(root, turn)):
         for _ in range(50):
@@ -89,7 +91,7 @@ def test_folders_that_vanish_during_the_listing_do_not_refuse_it(tmp_path: Path)
 
 
 class changing:
-    """Run `change` over and over in a thread."""
+    """Context manager that calls `change` repeatedly in a thread."""
 
     def __init__(self, change: Any) -> None:
         self.change, self.is_over = change, False
@@ -121,9 +123,7 @@ def make_and_remove_folder(root: Path, turn: int) -> None:
     shutil.rmtree(root / f"d{turn % 3}")
 
 
-def test_what_vanishes_between_its_listing_and_its_stat_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_vanishes_before_its_stat_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write(tmp_path / "in", "a.jpg", "gone.jpg", "folder/b.jpg")
     scandir = os.scandir
 
@@ -139,23 +139,21 @@ def test_what_vanishes_between_its_listing_and_its_stat_is_left_out(
     assert names_under(root) == ["a.jpg"]
 
 
-def test_a_missing_folder_is_still_refused(tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="it does not exist"):
         list_objects(str(tmp_path / "absent"), [])
 
 
 @pytest.fixture
 def without_root() -> Iterator[None]:
-    """Run as a user whom permissions hold back."""
+    """Run as a user who is subject to file permissions."""
     if os.geteuid() == 0:
         os.seteuid(NOBODY)
     yield
     os.seteuid(os.getuid())
 
 
-def test_a_folder_without_permission_is_one_failed_input(
-    tmp_path: Path, caplog: Any, request: pytest.FixtureRequest
-) -> None:
+def test_unreadable_folder_is_one_failed_input(tmp_path: Path, caplog: Any, request: pytest.FixtureRequest) -> None:
     root = write(tmp_path / "in", "a.jpg", "private/b.jpg", "unsearchable/c.jpg")
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
@@ -174,14 +172,16 @@ def test_a_folder_without_permission_is_one_failed_input(
     assert not caplog.text
 
 
-def test_special_files_and_broken_links_are_listed_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_files_and_broken_links_are_listed_without_opening_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write(tmp_path / "in", "a.jpg")
     os.mkfifo(root / "fifo")
     (root / "zero").symlink_to("/dev/zero")
     (root / "dangling").symlink_to("nowhere")
     (root / "loop").symlink_to("loop")
     with socket.socket(socket.AF_UNIX) as listening:
-        monkeypatch.chdir(root)  # a socket's whole path may have no more than 108 bytes
+        monkeypatch.chdir(root)  # the path of a socket is limited to 108 bytes
         listening.bind("socket")
     found = list_objects(str(root), [])
     rows = {Path(row["uri"]).name: (row["size_bytes"], row["etag"]) for row in found.table.to_pylist()}
@@ -189,29 +189,29 @@ def test_special_files_and_broken_links_are_listed_unopened(tmp_path: Path, monk
     assert {name for name, row in rows.items() if row == (0, "")} == rows.keys() - {"a.jpg"}
 
 
-def test_a_name_that_is_not_utf8_costs_itself_only(tmp_path: Path, caplog: Any) -> None:
+def test_name_that_is_not_utf8_is_listed_escaped(tmp_path: Path, caplog: Any) -> None:
     root = write(tmp_path / "in", "00.jpg", "01.jpg", "sub/02.jpg")
     os.rename(os.fsencode(root / "00.jpg"), os.fsencode(root) + b"/caf\xe9.jpg")
     os.rename(os.fsencode(root / "sub"), os.fsencode(root) + b"/\x83t")
     assert names_under(root) == ["01.jpg", r"\x83t/02.jpg", r"caf\xe9.jpg"]
-    assert "file names that are not UTF-8, each one failed input until it is renamed: 2 (" in caplog.text
+    assert "file names that are not UTF-8, each counted as one failed input until it is renamed: 2 (" in caplog.text
     caplog.clear()
     assert names_under(root, ["caf*", "*t/*"]) == ["01.jpg"]
     assert not caplog.text
 
 
-def test_a_failed_row_says_that_the_name_is_not_utf8(tmp_path: Path) -> None:
+def test_failed_row_says_that_the_file_name_is_not_utf8(tmp_path: Path) -> None:
     root = write(tmp_path / "in", "00.jpg", "01.jpg", r"caf\xe8.jpg")
     os.rename(os.fsencode(root / "00.jpg"), os.fsencode(root) + b"/caf\xe9.jpg")
     listed = [f"{root}/{name}" for name in names_under(root)]
     os.remove(root / "01.jpg")
     contents = {listed[found.position]: found.content for found in fetch_many(listed, max_bytes=1000)}
     assert contents[rf"{root}/caf\xe8.jpg"] == b"x"
-    assert str(contents[rf"{root}/caf\xe9.jpg"]) == "('not_found', 'its name is not UTF-8: rename the file')"
-    assert str(contents[f"{root}/01.jpg"]) == "('not_found', 'it was listed, but is gone')"
+    assert "the file name is not UTF-8: rename the file" in str(contents[rf"{root}/caf\xe9.jpg"])
+    assert "no longer exists" in str(contents[f"{root}/01.jpg"])
 
 
-def test_a_pattern_that_matches_nothing_is_said(tmp_path: Path, caplog: Any) -> None:
+def test_pattern_that_matches_nothing_causes_a_warning(tmp_path: Path, caplog: Any) -> None:
     root = write(tmp_path / "in", "a.jpg", "b.json")
     with caplog.at_level(logging.WARNING):
         assert names_under(root, ["*.json", "*.json,thumbs/*"]) == ["a.jpg"]

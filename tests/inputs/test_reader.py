@@ -1,4 +1,4 @@
-"""Readers: the forms of input that every job takes, and one that is added from outside."""
+"""Readers: the input forms that every job accepts, and one that is registered from outside."""
 
 import zipfile
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ NUM_IMAGES = 12
 
 
 def label(ray_server: RayHead, source: Path, output: Path) -> dict[str, Any]:
-    """Label all images, broken ones among them; returns the summary."""
+    """Label all images, including broken ones, and return the summary."""
     sections = {"input": {"uri": str(source)}, "output": {"uri": str(output)}, "failure": {"max_fraction": 1}}
     return infer(ray_server, model={"name": "test_resnet", "weights": "random"}, **sections)
 
 
 @pytest.fixture
 def zip_reader(monkeypatch: pytest.MonkeyPatch) -> ZipReader:
-    """The reader, registered for one test."""
+    """Register a `ZipReader` for one test and return it."""
     monkeypatch.setattr(registry, "_READERS", list(registry._READERS))
     reader = ZipReader()
     register(reader)
@@ -42,7 +42,7 @@ def zip_reader(monkeypatch: pytest.MonkeyPatch) -> ZipReader:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Photographs in two class folders, the fourth of which is broken."""
+    """Write photographs to two class folders, the fourth one broken, and return their parent folder."""
     for index, (name, image) in enumerate(crops(NUM_IMAGES, size=(64, 48))):
         path = tmp_path / "images" / ("odd" if index % 2 else "even") / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def archive(folder: Path, tmp_path: Path) -> Path:
-    """The same photographs in a zip file, each with a comment."""
+    """Write the same photographs to a zip file, each with a comment, and return its path."""
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
             member = zipfile.ZipInfo(path.relative_to(folder).as_posix())
@@ -61,7 +61,7 @@ def archive(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "images.zip"
 
 
-def test_a_reader_is_chosen_by_the_end_of_the_uri(zip_reader: ZipReader) -> None:
+def test_reader_is_chosen_by_suffix(zip_reader: ZipReader) -> None:
     kinds = {
         "s3://b/list.CSV": "list",
         "/a/list.parquet": "list",
@@ -73,11 +73,11 @@ def test_a_reader_is_chosen_by_the_end_of_the_uri(zip_reader: ZipReader) -> None
     assert reader_named("zip") is zip_reader
 
 
-def test_a_manifest_of_an_unknown_reader_is_refused(tmp_path: Path) -> None:
+def test_manifest_of_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     listing = FilesReader().list(ListRequest(str(Path(__file__)), []))
     manifest = write_manifest(str(tmp_path), "/in", [], listing, reader="tapes")
     assert find_manifest(str(tmp_path)) == manifest
-    with pytest.raises(RequestError, match="a reader called 'tapes', and this version has: files, list"):
+    with pytest.raises(RequestError, match="the reader 'tapes', but this version of ecaray has only: files, list"):
         _ = manifest.reader
 
 
@@ -91,10 +91,10 @@ def test_locators_stay_in_the_manifest_and_other_columns_are_carried(
     assert rows["member"].to_pylist() == [listing.table["member"][index].as_py() for index in (2, 5)]
 
 
-def test_infer_reads_a_form_that_was_registered(
+def test_infer_reads_through_a_registered_reader(
     zip_reader: ZipReader, archive: Path, folder: Path, tmp_path: Path, ray_server: RayHead
 ) -> None:
-    """The rows are those of the loose files, with the carried column in good and in failed rows."""
+    """The rows equal those of the loose files, plus the carried column in good and failed rows."""
     summary = label(ray_server, archive, tmp_path / "zip")
     assert (summary["num_ok"], summary["num_failed"]) == (NUM_IMAGES - 1, 1)
     label(ray_server, folder, tmp_path / "loose")
@@ -109,7 +109,7 @@ def test_infer_reads_a_form_that_was_registered(
     assert failed["error_kind"] == "not_an_image"
 
 
-def test_every_job_reads_the_list_that_evaluate_reads(folder: Path, tmp_path: Path, ray_server: RayHead) -> None:
+def test_infer_and_evaluate_read_the_same_list(folder: Path, tmp_path: Path, ray_server: RayHead) -> None:
     paths = sorted(folder.rglob("*.jpg"), reverse=True)
     lines = [f"{path.relative_to(tmp_path)},{path.parent.name}" for path in paths]
     (tmp_path / "list.csv").write_text("uri,label\n" + "\n".join(lines))
@@ -121,7 +121,7 @@ def test_every_job_reads_the_list_that_evaluate_reads(folder: Path, tmp_path: Pa
     assert labelled.table["uri"].to_pylist() == [str(path) for path in paths]
 
 
-def test_a_list_for_infer_needs_no_labels(tmp_path: Path) -> None:
+def test_list_for_infer_needs_no_labels(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri\na.jpg\n")
     listing = ListReader().list(ListRequest(str(tmp_path / "list.csv"), []))
     assert listing.table.to_pylist() == [{"uri": f"{tmp_path}/a.jpg", "size_bytes": None, "etag": ""}]
@@ -129,9 +129,7 @@ def test_a_list_for_infer_needs_no_labels(tmp_path: Path) -> None:
         ListReader().list(ListRequest(str(tmp_path / "list.csv"), [], with_labels=True))
 
 
-def test_labelled_images_of_any_form_are_pinned_with_their_reader(
-    zip_reader: ZipReader, archive: Path, tmp_path: Path
-) -> None:
+def test_labelled_images_are_pinned_with_their_reader(zip_reader: ZipReader, archive: Path, tmp_path: Path) -> None:
     images = read_labelled(str(archive), [])
     assert images.class_names() == ["even", "odd"]
     pin(str(tmp_path / "data"), "train", images)
@@ -144,16 +142,16 @@ def test_labelled_images_of_any_form_are_pinned_with_their_reader(
 
 
 class ClashingReader(ZipReader):
-    """Carries a column that the output has too."""
+    """Reader that carries a column whose name is reserved."""
 
     def list(self, request: ListRequest) -> Listing:
-        """List a column called `prob`."""
+        """List the inputs with a column called `prob`."""
         listing = super().list(request)
         names = ["prob" if name == "comment" else name for name in listing.table.column_names]
         return Listing(listing.table.rename_columns(names), 0)
 
 
-def test_a_column_with_a_name_of_ours_is_refused(
+def test_carried_column_with_a_reserved_name_is_refused(
     archive: Path, tmp_path: Path, ray_server: RayHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers: list[Reader] = [ClashingReader(), *registry._READERS]
@@ -163,7 +161,7 @@ def test_a_column_with_a_name_of_ours_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_iterator_of_results_holds_each_row_once(folder: Path) -> None:
+def test_read_yields_each_row_once(folder: Path) -> None:
     rows = FilesReader().list(ListRequest(str(folder), [])).table
     results: Iterator[int] = (fetched.position for fetched in FilesReader().read(rows, 10**8))
     assert sorted(results) == list(range(NUM_IMAGES))

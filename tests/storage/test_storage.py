@@ -114,7 +114,7 @@ def test_excluded_objects_are_counted(root: str) -> None:
     found = list_objects(root, ["*.json", "thumbs/*"])
     assert found.table["uri"].to_pylist() == [uris.join(root, "a.jpg")]
     assert found.num_excluded == 2
-    with pytest.raises(RequestError, match="leaves none of the 3"):
+    with pytest.raises(RequestError, match="matches all 3 objects"):
         list_objects(root, ["*"])
 
 

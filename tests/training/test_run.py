@@ -148,7 +148,7 @@ def test_wrong_request_exits_with_status_2_and_one_line(tmp_path: Path) -> None:
     done = run_command("jobs.train", *arguments("/absent", tmp_path / "out"), timeout_s=30)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("jobs.train: error: no input: nothing lies under /absent")
+    assert line.startswith("jobs.train: error: no input: nothing found under /absent")
     assert done.stdout == ""
 
 
