@@ -65,7 +65,7 @@ if folder := os.environ.get("LINE_UP"):
             time.sleep(0.001)
         acquire(self)
     lease.Lease.acquire = acquire_together
-lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {WATCH_S}, {GIVE_UP_S}
+lease.HEARTBEAT_INTERVAL_S, lease.HEARTBEAT_TIMEOUT_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {WATCH_S}, {GIVE_UP_S}
 import pipelines.outputs.compaction as compact
 compact.MIN_BYTES, compact.FULL_BYTES, compact.MIN_FAILED_FILES = 30_000, 60_000, 3
 from jobs.infer import InferConfig, label_and_embed, main

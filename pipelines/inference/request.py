@@ -152,7 +152,7 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
         manifest = output.write_manifest(config.input.uri, config.input.exclude, listing, epoch, reader.name)
     assert manifest is not None
     done = output.find_done(manifest.num_inputs, epoch, RETRIED_KINDS[config.failure.retry])
-    is_finished = state.is_complete and output.is_as_recorded(done)
+    is_finished = state.is_complete and output.matches_record(done)
     if state.is_complete and not is_finished and config.failure.retry == "none":
         log.info("%s is finished, but its files are not those of its record: mending it", output.uri)
     return Request(config, output, engine.facts, manifest, topk, identity, done, is_finished)

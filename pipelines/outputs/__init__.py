@@ -1,4 +1,4 @@
-"""Output directories: claim one, add rows, finish it, and read its rows with `open_output`."""
+"""Output directories: claim, add rows, finish, and read rows with `open_output`."""
 
 from pipelines.outputs.output import Output as Output
 from pipelines.outputs.output import open_output as open_output

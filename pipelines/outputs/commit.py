@@ -1,4 +1,4 @@
-"""Adding rows to an output under a lease: from the files that count at the start to `_SUCCESS`."""
+"""Commit of one run: adds rows to an output under a lease, from the first commit log entry to `_SUCCESS`."""
 
 import functools
 import logging
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class Commit:
-    """One run's additions to an output.
+    """Additions of one run to an output.
 
     Args:
-        output_uri: the output.
-        lease: acquired; every step asks it first.
-        done: what the output held when the run began.
+        output_uri: URI of the output.
+        lease: Acquired lease, which every step checks first.
+        done: Contents of the output when the run began.
     """
 
     def __init__(self, output_uri: str, lease: Lease, done: Done) -> None:
@@ -36,10 +36,10 @@ class Commit:
         self._digests: dict[str, str] = {}
 
     def begin(self) -> None:
-        """Publish which files count, and remove the others; from here on, workers may write.
+        """Publish the list of committed files and remove all others. After this, workers may write.
 
         Raises:
-            RequestError: the output cannot be written.
+            RequestError: The output is not writable.
         """
         with translate_storage_errors("write to", self._output_uri):
             self._lease.confirm()
@@ -51,36 +51,37 @@ class Commit:
     def writer(
         self, parts_schema: pa.Schema, metadata: Mapping[str, str], failed_schema: pa.Schema | None = None
     ) -> PartWriter:
-        """Return what writes files, in workers.
+        """Return the writer that workers use.
 
         Args:
-            parts_schema: of the good rows.
-            failed_schema: of the failed rows; without carried columns by default.
-            metadata: key-value metadata of each file.
+            parts_schema: Schema of the good rows.
+            metadata: Key-value metadata of each file.
+            failed_schema: Schema of the failed rows. By default it has no carried columns.
         """
         failed = schema.failed_schema() if failed_schema is None else failed_schema
         return PartWriter(self._output_uri, parts_schema, dict(metadata), self._lease.fence, failed)
 
     def add(self, write_result: Mapping[str, Any]) -> None:
-        """Count the files of one row of `WRITE_RESULTS`."""
+        """Add the files of one row of `WRITE_RESULTS` to the commit."""
         self._digests |= zip(write_result["files"], write_result["digests"])
 
     def tidy(self, wait_for_ray: Callable[[], None]) -> None:
-        """Leave each row in one file, and files of a good size.
+        """Remove files that are not committed, then compact small files.
 
         Args:
-            wait_for_ray: called before the first task, if there is one.
+            wait_for_ray: Callable that blocks until Ray is up. Called only if there is something to compact.
 
         Raises:
-            RunError: a file could not be made or is gone. The same command goes on from there.
+            RunError: A file is missing, or compaction failed. The same command resumes from there.
         """
         known = {*self._done.names, *self._digests}
         self._lease.wait_for_stragglers()
         self._lease.confirm()
         sizes = self._remove_strays(known)
-        if gone := known - sizes.keys():
+        if missing := known - sizes.keys():
             raise RunError(
-                f"{len(gone)} files of {self._output_uri} are gone, {min(gone)} among them; run the same command again"
+                f"{len(missing)} files of {self._output_uri} are missing, such as {min(missing)}: run the same command "
+                "again to recompute their rows"
             )
         groups = plan_compaction(sizes, self._lease.fence.epoch)
         if not groups:
@@ -92,14 +93,14 @@ class Commit:
         self._digests |= merged
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Write the checksums, `_run.json` and the end of the commit log, then `_SUCCESS`.
+        """Write the checksums, `_run.json` and the final commit log, then `_SUCCESS`.
 
         Args:
-            record: content of `_run.json`.
+            record: Content of `_run.json`.
 
         Raises:
-            RunError: the store refuses.
-            LeaseLostError: another run has taken over.
+            RunError: The store fails.
+            LeaseLostError: Another run has taken over.
         """
         output_uri = self._output_uri
         with translate_storage_errors("write to", output_uri, RunError):
@@ -115,15 +116,15 @@ class Commit:
                 step()
 
     def _remove_strays(self, known: Collection[str]) -> dict[str, int]:
-        """Remove files that do not count, of writes whose node or driver died before they were reported.
+        """Remove files that are not committed because their node or driver died before reporting them.
 
         Returns:
-            The bytes of the files that stay, by name.
+            Size in bytes of each remaining file, by name.
         """
         with translate_storage_errors("write to", self._output_uri, RunError):
             sizes = list_sizes(self._output_uri)
             strays = sizes.keys() - known
             for name in sorted(strays):
-                log.info("%s is left from an interrupted attempt: removing it", name)
+                log.info("removing %s, which an interrupted attempt left behind", name)
             self._log.remove(strays)
         return {name: size for name, size in sizes.items() if name not in strays}

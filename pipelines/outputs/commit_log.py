@@ -1,9 +1,9 @@
-"""The commit log of an epoch: which files a run keeps, removes and merges, written down before it acts.
+"""Commit log of an epoch: a write-ahead log of the files that a run keeps, removes and merges.
 
-`_lock/commits-000003.json` belongs to the run that holds epoch 3, which alone writes it. A run first writes what it is
-about to do, then makes sure that it still holds the lease, then acts. Its successor first takes the lease, then reads
-the log. So every deletion that a run may still carry out, however late it wakes, is one that its successor knows of and
-has counted on.
+`_lock/commits-000003.json` belongs to the run that holds epoch 3, and only that run writes it. A run first logs what it
+is about to do, then confirms that it still holds the lease, then acts. Its successor first takes the lease, then reads
+the log. So however late a suspended run resumes, its successor already knows of every deletion that it may still carry
+out.
 """
 
 import contextlib
@@ -29,31 +29,31 @@ from pipelines.storage.filesystem import remove
 log = logging.getLogger(__name__)
 
 LOG_NAME = re.compile(r"commits-(\d+)\.json")
-# Of compactions before there were epochs: a list of merges.
+# List of merges, written by versions before epochs existed.
 OLD_COMPACTION_FILE = "_compaction.json"
-ADVICE = "delete it if no run works on this output; the same command then keeps the files that it finds"
-# A successor publishes its log within seconds of taking the lease. Ray needs longer to end the workers of a run.
-WITHDRAW_WAIT_S, WITHDRAW_POLL_S = 60.0, 1.0
-# A store that was out of reach for longer may be out of reach for hours.
-WITHDRAW_LIMIT_S = 150.0
+ADVICE = "delete it if no run is using this output; the same command then keeps the files that it finds"
+# Time to wait for a successor's log. It appears within seconds of the takeover, sooner than Ray ends a run's workers.
+SUCCESSOR_WAIT_S, SUCCESSOR_POLL_S = 60.0, 1.0
+# A store that has been unreachable for longer than this may stay so for hours.
+REMOVE_LATE_TIMEOUT_S = 150.0
 
 
-def _only_our_files(name: str) -> str:
-    """Refuse a name that is not one of ours, such as a path to elsewhere: what is named here may be deleted."""
+def _check_file_name(name: str) -> str:
+    """Refuse any name that is not a part or failed file, such as a path, because files named here may be deleted."""
     if not is_file(name):
         raise ValueError(f"{name!r} is not the name of a part or failed file")
     return name
 
 
-FileName = Annotated[str, AfterValidator(_only_our_files)]
+FileName = Annotated[str, AfterValidator(_check_file_name)]
 
 
 class Merge(BaseModel):
-    """Files that become one.
+    """Merge of several files into one.
 
     Attributes:
-        target: name of the new file. Once it exists, the sources no longer count.
-        sources: names of the files whose rows it takes.
+        target: Name of the new file. Once it exists, the sources are no longer committed.
+        sources: Names of the files that are merged.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -66,10 +66,10 @@ class Commits(Document):
     """Content of a commit log.
 
     Attributes:
-        files: names of the files that counted when the run began or, once it has finished, when it ended.
-        removed: names of files that do not count any more.
-        merges: files that become one.
-        is_finished: whether the run wrote all of its files.
+        files: Names of the files that were committed when the run began or, if it is finished, when it ended.
+        removed: Names of files that are no longer committed.
+        merges: Merges of files.
+        is_finished: True if the run wrote all of its files.
     """
 
     files: list[FileName]
@@ -80,18 +80,18 @@ class Commits(Document):
 
 @dataclass
 class CommitLog:
-    """Writes the commit log of one lease.
+    """Writer of the commit log of one lease.
 
     Attributes:
-        fence: of the lease.
-        commits: what the log says.
+        fence: Fence of the lease.
+        commits: Current content of the log.
     """
 
     fence: Fence
     commits: Commits = field(default_factory=lambda: Commits(files=[]))
 
     def begin(self, files: Iterable[str], removed: Iterable[str]) -> None:
-        """Publish which files count, remove the others, and drop the logs of earlier epochs."""
+        """Publish the committed files, remove the others, and delete the logs of earlier epochs."""
         self._publish(files=sorted(files))
         self.remove(removed)
         for epoch, uri in list_logs(self.fence.output_uri).items():
@@ -100,7 +100,7 @@ class CommitLog:
         remove(uris.join(self.fence.output_uri, OLD_COMPACTION_FILE))
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files that do not count."""
+        """Remove files that are not committed, after logging their names."""
         names = sorted(names)
         if names:
             self._publish(removed=[*self.commits.removed, *names])
@@ -109,7 +109,7 @@ class CommitLog:
             remove(uris.join(self.fence.output_uri, name))
 
     def merge(self, merges: Sequence[Merge]) -> None:
-        """Announce that files become one."""
+        """Log merges before they are carried out."""
         self._publish(merges=list(merges))
 
     def finish(self, files: Iterable[str]) -> None:
@@ -124,25 +124,25 @@ class CommitLog:
 
 
 def list_logs(output_uri: str) -> dict[int, str]:
-    """Return the URI of each commit log by its epoch."""
+    """Return the URIs of the commit logs by epoch."""
     names = list_keys(uris.join(output_uri, LOCK_FOLDER))
     return {int(found[1]): lock_uri(output_uri, name) for name in names if (found := LOG_NAME.fullmatch(name))}
 
 
 @dataclass(frozen=True)
 class History:
-    """Decisions of earlier runs on an output.
+    """Commit history of an output.
 
     Attributes:
-        epoch: of the last commit log; -1 where there is none, so that every file may count.
-        commits: what it says.
+        epoch: Epoch of the last commit log, or -1 if there is none, so that every file is committed.
+        commits: Content of that log.
     """
 
     epoch: int
     commits: Commits
 
-    def may_count(self, name: str, epoch: int) -> bool:
-        """Return whether a file, written under `epoch`, counts unless a merge has replaced it."""
+    def is_committed(self, name: str, epoch: int) -> bool:
+        """Return whether a file written under `epoch` is committed. This ignores merges that have replaced it."""
         if epoch > self.epoch:
             return True
         if name in self.commits.removed:
@@ -154,7 +154,7 @@ def read_history(output_uri: str, before_epoch: int) -> History:
     """Read the last commit log before an epoch.
 
     Raises:
-        RequestError: it is damaged.
+        RequestError: The log is damaged.
     """
     logs = {epoch: uri for epoch, uri in list_logs(output_uri).items() if epoch < before_epoch}
     if logs:
@@ -168,11 +168,11 @@ def read_history(output_uri: str, before_epoch: int) -> History:
     return History(-1, Commits(files=[], merges=parse_json(old, content, list[Merge], ADVICE)))
 
 
-def withdraw_if_over(fence: Fence, names: Sequence[str]) -> None:
-    """After a write: where the lease is over, remove the files unless the run that has it now counts them.
+def remove_if_lease_lost(fence: Fence, names: Sequence[str]) -> None:
+    """Check the lease after a write. If it is lost, remove the files unless the successor has committed them.
 
     Raises:
-        LeaseLostError: the lease is over.
+        LeaseLostError: The lease is lost.
     """
     if current_epoch(fence.output_uri) == fence.epoch:
         return
@@ -184,42 +184,42 @@ def withdraw_if_over(fence: Fence, names: Sequence[str]) -> None:
     fence.check()
 
 
-def withdraw_late_files(fence: Fence, num_looks: int = 3, look_every_s: float = 2.0) -> None:
-    """Remove what workers of a run that lost its lease wrote too late.
+def remove_late_files(fence: Fence, num_passes: int = 3, interval_s: float = 2.0) -> None:
+    """Remove files that the workers of a run wrote after it had lost its lease.
 
-    Looks several times, as an upload may still be in flight, and gives up where the store does not answer.
+    This makes several passes, because uploads may still be in flight, and gives up if the store does not respond.
 
     Args:
-        fence: of the lost lease.
-        num_looks: how often to look.
-        look_every_s: seconds between two looks.
+        fence: Fence of the lost lease.
+        num_passes: Number of passes.
+        interval_s: Seconds between passes.
     """
-    log.info("the lease on %s is lost: removing files that this run wrote since", fence.output_uri)
+    log.info("the lease on %s is lost: removing files that this run wrote since then", fence.output_uri)
 
-    def look() -> None:
-        for number in range(num_looks):
-            time.sleep(look_every_s if number else 0)
+    def remove_all() -> None:
+        for number in range(num_passes):
+            time.sleep(interval_s if number else 0)
             with contextlib.suppress(LeaseLostError):
                 own = [name for name in list_files(fence.output_uri) if epoch_of(name) == fence.epoch]
-                withdraw_if_over(fence, own)
+                remove_if_lease_lost(fence, own)
 
-    looking = threading.Thread(target=_log_errors(look), daemon=True)
-    looking.start()
-    looking.join(WITHDRAW_LIMIT_S)
+    thread = threading.Thread(target=_log_errors(remove_all), daemon=True)
+    thread.start()
+    thread.join(REMOVE_LATE_TIMEOUT_S)
 
 
 def _log_errors(work: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             work()
-        except Exception as error:  # the run has ended by an error of its own, which counts
-            log.warning("files that were written too late could not be removed: %s", error)
+        except Exception as error:  # must not hide the error that ended the run
+            log.warning("files written after the lease was lost could not be removed: %s", error)
 
     return run
 
 
 def _commits_of_successor(fence: Fence) -> Commits | None:
-    """Wait for the commit log of the run that has the lease now; None where it publishes none in time."""
+    """Wait for the commit log of the run that holds the lease now. Return None if it does not appear in time."""
 
     def read() -> Commits | None:
         uri = lock_uri(fence.output_uri, f"commits-{current_epoch(fence.output_uri):06d}.json")
@@ -230,8 +230,8 @@ def _commits_of_successor(fence: Fence) -> Commits | None:
 
     waiting = tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda commits: commits is None),
-        wait=tenacity.wait_fixed(WITHDRAW_POLL_S),
-        stop=tenacity.stop_after_delay(WITHDRAW_WAIT_S),
+        wait=tenacity.wait_fixed(SUCCESSOR_POLL_S),
+        stop=tenacity.stop_after_delay(SUCCESSOR_WAIT_S),
         retry_error_callback=lambda state: None,
     )
     commits: Commits | None = waiting(read)

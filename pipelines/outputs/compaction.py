@@ -1,8 +1,7 @@
-"""Compaction: many small committed files become few that are large enough to be read well, before `_SUCCESS`.
+"""Compaction: merges small committed files into files that are large enough to read efficiently, before `_SUCCESS`.
 
-Wherever it is interrupted, nothing is lost and nothing stays doubled: the commit log names each new file and those
-whose rows it takes, a new file is written whole before the first of the others is removed, and from then on only the
-new one counts.
+An interruption at any point neither loses nor duplicates rows: the commit log names each new file and its sources, a
+new file is written atomically before the first source is removed, and from then on only the new file is committed.
 """
 
 import logging
@@ -24,25 +23,26 @@ from pipelines.storage.filesystem import remove
 
 log = logging.getLogger(__name__)
 
-# Larger files are left alone. A group of smaller ones is full at the second size, and so below 192 MiB; what is left
-# over, less than the first size, joins the last group, which stays below 256 MiB. An output that is small as a whole
-# stays as it is.
+# Files of at least MIN_BYTES are left alone. A group of smaller files is closed once it reaches FULL_BYTES, and so
+# stays below 192 MiB. A remainder of less than MIN_BYTES joins the last group, which stays below 256 MiB. An output
+# smaller than MIN_BYTES in total is not compacted.
 MIN_BYTES = 64 << 20
 FULL_BYTES = 128 << 20
-# Files of failed rows hold a few each, and never come near those sizes.
+# Files of failed rows are tiny, so they are grouped by number rather than by size.
 MIN_FAILED_FILES, MAX_FAILED_FILES = 64, 1024
-# The files as read, their table, and that table sorted: of labels alone, a table is several times its file.
+# Memory of a merge per byte of its sources: the files, their table, and the sorted table. A table of labels alone is
+# several times the size of its compressed file.
 MEMORY_PER_BYTE = 16
 REPORT_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Files that become one.
+    """Group of files to merge.
 
     Attributes:
-        merge: their names, and the name of the new file.
-        num_bytes: of the sources.
+        merge: Names of the sources and of the new file.
+        num_bytes: Total size of the sources.
     """
 
     merge: Merge
@@ -50,11 +50,11 @@ class Group:
 
 
 def plan_compaction(sizes: Mapping[str, int], epoch: int) -> list[Group]:
-    """Group small files, neighbours by id.
+    """Group small files that are adjacent by id.
 
     Args:
-        sizes: bytes of each Parquet file of an output, by name.
-        epoch: of the run's lease, so that no new file has the name of an old one.
+        sizes: Size in bytes of each Parquet file of an output, by name.
+        epoch: Epoch of the run's lease, which keeps the names of new files distinct from those of old ones.
     """
     names = sorted(sizes)
     parts = [name for name in names if name.startswith("part-") and sizes[name] < MIN_BYTES]
@@ -76,9 +76,9 @@ def _group_parts(names: list[str], sizes: Mapping[str, int]) -> list[list[str]]:
             groups.append([])
             num_bytes = 0
     if num_bytes < MIN_BYTES:
-        left = groups.pop()
+        remainder = groups.pop()
         if groups:
-            groups[-1] += left
+            groups[-1] += remainder
     return groups
 
 
@@ -90,19 +90,20 @@ def _group_failed(names: list[str]) -> Iterator[list[str]]:
 
 
 def compact(groups: list[Group], commit_log: CommitLog, lease: Lease) -> dict[str, str]:
-    """Make the groups' files, each in a Ray task; returns the SHA-256 of each, by its name.
+    """Merge each group in a Ray task, and return the SHA-256 of each new file by name.
 
     Raises:
-        RunError: one could not be made, or the lease was lost. The same command goes on from there.
+        RunError: A merge failed, or the lease was lost. The same command resumes from there.
     """
     num_sources = sum(len(group.merge.sources) for group in groups)
-    log.info("making %d files of %d small ones", len(groups), num_sources)
+    log.info("compacting %d small files into %d", num_sources, len(groups))
     commit_log.merge([group.merge for group in groups])
     task = ray.remote(num_cpus=1)(merge_files)
-    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) / 2
+    max_memory = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) / 2
     pending = [
         task.options(
-            memory=int(min(MEMORY_PER_BYTE * group.num_bytes, most)),  # what no node has would be waited for for ever
+            # Ray would wait forever for more memory than any node has.
+            memory=int(min(MEMORY_PER_BYTE * group.num_bytes, max_memory)),
             name=f"compact {group.merge.target}",
         ).remote(commit_log.fence, group.merge)
         for group in groups
@@ -114,16 +115,18 @@ def compact(groups: list[Group], commit_log: CommitLog, lease: Lease) -> dict[st
             lease.check()
             digests |= dict(ray.get(ready))
             if pending and not ready:
-                log.info("%d of %d files are made", len(digests), len(groups))
+                log.info("compaction has written %d of %d files", len(digests), len(groups))
     except ray.exceptions.RayError as error:
-        raise RunError(f"{root_cause(error)}; nothing is lost, and the same command goes on from there") from error
+        raise RunError(
+            f"compaction failed: {root_cause(error)}; no rows are lost, and the same command resumes from there"
+        ) from error
     return digests
 
 
 def merge_files(fence: Fence, merge: Merge) -> tuple[str, str]:
-    """Make one file of several, then remove these; returns its name and its SHA-256.
+    """Merge several files into one, remove the sources, and return the name and SHA-256 of the new file.
 
-    An earlier attempt of the same task may have come any part of the way.
+    The function is idempotent: an earlier attempt of the same task may have stopped at any point.
     """
     output_uri = fence.output_uri
     try:
@@ -132,7 +135,7 @@ def merge_files(fence: Fence, merge: Merge) -> tuple[str, str]:
         contents = [pa.BufferReader(read_object(uris.join(output_uri, name))) for name in merge.sources]
         tables = [pq.read_table(content) for content in contents]
         schema = tables[0].schema
-        table = pa.concat_tables([table.cast(_wide(schema)) for table in tables])
+        table = pa.concat_tables([table.cast(_with_large_strings(schema)) for table in tables])
         digest = write_table(output_uri, merge.target, table, schema, fence).digest
     for name in merge.sources:
         fence.check()
@@ -140,7 +143,7 @@ def merge_files(fence: Fence, merge: Merge) -> tuple[str, str]:
     return merge.target, digest
 
 
-def _wide(schema: pa.Schema) -> pa.Schema:
-    """With strings that may take more than 2 GiB together."""
-    wide = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.list_(pa.large_string())}
-    return pa.schema([field.with_type(wide.get(field.type, field.type)) for field in schema])
+def _with_large_strings(schema: pa.Schema) -> pa.Schema:
+    """Return a schema whose string columns may exceed 2 GiB in total."""
+    large = {pa.string(): pa.large_string(), pa.list_(pa.string()): pa.list_(pa.large_string())}
+    return pa.schema([field.with_type(large.get(field.type, field.type)) for field in schema])

@@ -1,6 +1,6 @@
-"""Commit: which of its inputs an output already holds.
+"""Contents of an output: its committed files, the ids in them, and their checksums.
 
-The ids in the files that count are the checkpoint: a rerun does what is missing.
+The ids in the committed files are the checkpoint: a rerun computes the ids that are missing.
 """
 
 import functools
@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 NUM_READERS = 8
 FILES_FILE = "_files.json"
-ADVICE = "the same command makes it again"
+ADVICE = "run the same command again to recreate it"
 
 
 @dataclass(frozen=True)
 class Done:
-    """What an output holds.
+    """Rows and files that an output already holds.
 
     Attributes:
-        ids: those with a row that stays.
-        names: of the Parquet files that stay.
-        removed: of those that go: files of failed rows that are retried, and files whose rows other files hold.
-        retried: ids of the rows that are retried.
-        failures: how often each reason was given in the failed rows that stay.
+        ids: Ids whose rows are kept.
+        names: Names of the Parquet files that are kept.
+        removed: Names of the files to remove: those with failed rows to retry, and those whose rows other files hold.
+        retried: Ids of the failed rows to retry.
+        failures: Number of kept failed rows by reason.
     """
 
     ids: IdSet
@@ -53,31 +53,31 @@ class Done:
 
 
 def find_done(output_uri: str, num_inputs: int, epoch: int, retried_kinds: Container[str] = ()) -> Done:
-    """Read the ids in the files that count. Changes nothing.
+    """Read the ids in the committed files, without changing the output.
 
     Args:
-        output_uri: the output.
-        num_inputs: rows of its manifest.
-        epoch: of this run's lease.
-        retried_kinds: a file of failed rows that holds one of these kinds is removed as a whole: whatever happens
-            next, no image has two rows.
+        output_uri: URI of the output.
+        num_inputs: Number of rows in its manifest.
+        epoch: Epoch of this run's lease.
+        retried_kinds: Error kinds to retry. A file of failed rows that contains one of them is removed as a whole, so
+            that no image can end up with two rows.
 
     Raises:
-        DamagedFileError: a file is damaged, or holds ids that the manifest does not have.
+        DamagedFileError: A file is damaged, or contains ids that are not in the manifest.
     """
     history = read_history(output_uri, before_epoch=epoch)
     tables = _read_all(output_uri, _in_order(list_files(output_uri), history))
-    uncounted = {name for name in tables if not history.may_count(name, epoch_of(name))}
-    uncounted |= _replaced_by_merges(output_uri, history, tables)
+    uncommitted = {name for name in tables if not history.is_committed(name, epoch_of(name))}
+    uncommitted |= _replaced_by_merges(output_uri, history, tables)
     ids, retried, names = IdSet(num_inputs), IdSet(num_inputs), set[str]()
     failures: Counter[str] = Counter()
     for name, table in tables.items():
         if isinstance(table, DamagedFileError):
-            if name in uncounted:
+            if name in uncommitted:
                 continue
             raise table
         _refuse_unknown_ids(table, num_inputs, uris.join(output_uri, name))
-        if name in uncounted:
+        if name in uncommitted:
             continue
         if is_failed(name) and any(kind in retried_kinds for kind in table["error_kind"].to_pylist()):
             retried.add(table["id"].to_numpy())
@@ -90,34 +90,34 @@ def find_done(output_uri: str, num_inputs: int, epoch: int, retried_kinds: Conta
     return Done(ids, frozenset(names), frozenset(tables.keys() - names), retried, failures)
 
 
-def is_as_recorded(output_uri: str, done: Done) -> bool:
-    """Compare what a finished output holds with its record, `_files.json`.
+def matches_record(output_uri: str, done: Done) -> bool:
+    """Return whether a finished output is complete and has exactly the files recorded in `_files.json`.
 
     Raises:
-        DamagedFileError: the record is damaged.
+        DamagedFileError: The record is damaged.
     """
     digests = read_digests(output_uri)
-    is_whole = not done.removed and len(done.ids) == done.ids.size
-    return is_whole and digests is not None and digests.keys() == done.names
+    is_complete_set = not done.removed and len(done.ids) == done.ids.size
+    return is_complete_set and digests is not None and digests.keys() == done.names
 
 
 def _in_order(listed: Iterable[str], history: History) -> list[str]:
-    """Return names with those first that the last run counted, so that they win over late doubles."""
-    counted = set(history.commits.files)
-    return sorted(listed, key=lambda name: (name not in counted, name))
+    """Sort names so that files committed by the last run come first and win over late duplicates."""
+    committed = set(history.commits.files)
+    return sorted(listed, key=lambda name: (name not in committed, name))
 
 
 def _replaced_by_merges(
     output_uri: str, history: History, tables: Mapping[str, "pa.Table | DamagedFileError"]
 ) -> set[str]:
-    """Names of the files whose rows a merged file holds, and of merged files that are not whole."""
+    """Return the names of files that a merged file replaces, and of merged files that are damaged."""
     replaced: set[str] = set()
     for merge in history.commits.merges:
         target = tables.get(merge.target)
         if isinstance(target, pa.Table):
             replaced.update(merge.sources)
         elif target is not None and all(name in tables for name in merge.sources):
-            log.info("%s is not whole; the files that it was made of count", uris.join(output_uri, merge.target))
+            log.info("%s is damaged: using the files that it was merged from", uris.join(output_uri, merge.target))
             replaced.add(merge.target)
     return replaced & tables.keys()
 
@@ -126,23 +126,23 @@ def _refuse_unknown_ids(table: pa.Table, num_inputs: int, uri: str) -> None:
     ids = table["id"].to_numpy()
     if len(ids) and not 0 <= ids.min() <= ids.max() < num_inputs:
         raise DamagedFileError(
-            f"{uri} holds ids from {ids.min()} to {ids.max()}, and the manifest has {num_inputs} inputs: it belongs "
-            "to another output, so move it there, or delete it"
+            f"{uri} contains ids from {ids.min()} to {ids.max()}, but the manifest has {num_inputs} inputs: the file "
+            "belongs to another output; move it there, or delete it"
         )
 
 
 def _add_ids(ids: IdSet, table: pa.Table, uri: str) -> bool:
-    """Add the ids of one file, unless another file holds one of them; returns whether they were added."""
+    """Add the ids of one file unless another file holds any of them, and return whether they were added."""
     found = table["id"].to_numpy()
     if ids.overlaps(found):
-        log.info("%s holds rows that other files hold: it does not count", uri)
+        log.info("%s duplicates rows of other files: ignoring it", uri)
         return False
     ids.add(found)
     return True
 
 
 def _read_all(output_uri: str, names: Iterable[str]) -> dict[str, "pa.Table | DamagedFileError"]:
-    """Read the ids of files, in order; a file that is damaged is its error, one that is gone is left out."""
+    """Read the ids of files, in order. A damaged file maps to its error, and a missing file is left out."""
     names = list(names)
     with ThreadPoolExecutor(NUM_READERS) as pool:
         tables = pool.map(functools.partial(_read_ids, output_uri), names)
@@ -153,7 +153,7 @@ def _read_ids(output_uri: str, name: str) -> "pa.Table | DamagedFileError | None
     columns = ["id", "error_kind", "error_message"] if is_failed(name) else ["id"]
     try:
         return read_own_table(
-            uris.join(output_uri, name), columns, "delete it, and the same command computes its rows again"
+            uris.join(output_uri, name), columns, "delete it and run the same command again to recompute its rows"
         )
     except FileNotFoundError:
         return None
@@ -164,10 +164,11 @@ def _read_ids(output_uri: str, name: str) -> "pa.Table | DamagedFileError | None
 def complete_digests(output_uri: str, written: Mapping[str, str]) -> dict[str, str]:
     """Return the SHA-256 of every Parquet file of an output, by name.
 
+    Digests of files from finished runs come from the record. Files from interrupted runs are read.
+
     Args:
-        output_uri: the output.
-        written: of the files of this run. Files of a run that finished keep what it recorded; those of a run that was
-            interrupted are read.
+        output_uri: URI of the output.
+        written: Digests of the files that this run wrote, by name.
     """
     names = list_files(output_uri)
     digests = (read_digests(output_uri) or {}) | dict(written)
@@ -181,38 +182,38 @@ def _digests_of(output_uri: str, names: list[str]) -> Iterator[tuple[str, str]]:
         yield from zip(names, pool.map(lambda name: digest_of(read_bytes(uris.join(output_uri, name))), names))
 
 
-def list_counted(output_uri: str) -> list[str]:
-    """Return the names of the Parquet files that count, in order; of an unfinished run, those written so far.
+def list_committed(output_uri: str) -> list[str]:
+    """Return the sorted names of the committed Parquet files. For an unfinished run, these are the files so far.
 
     Raises:
-        DamagedFileError: a record of the output is damaged or gone.
+        DamagedFileError: A record of the output is damaged or missing.
     """
     if is_complete(output_uri):
         digests = read_digests(output_uri)
         if digests is None:
-            raise DamagedFileError(f"{output_uri} is marked as finished, but {FILES_FILE} is gone: {ADVICE}")
+            raise DamagedFileError(f"{output_uri} is marked as finished, but {FILES_FILE} is missing: {ADVICE}")
         return sorted(digests)
     history = read_history(output_uri, before_epoch=current_epoch(output_uri) + 1)
-    names = [name for name in list_files(output_uri) if history.may_count(name, epoch_of(name))]
+    names = [name for name in list_files(output_uri) if history.is_committed(name, epoch_of(name))]
     replaced = {source for merge in history.commits.merges if merge.target in names for source in merge.sources}
     return [name for name in names if name not in replaced]
 
 
 def write_digests(output_uri: str, digests: Mapping[str, str]) -> None:
-    """Write `_files.json`, the record of which files count, for `verify` and for the same command.
+    """Write `_files.json`, the record of the committed files, for `verify` and for reruns.
 
     Args:
-        output_uri: the output.
+        output_uri: URI of the output.
         digests: SHA-256 of each Parquet file, by name.
     """
     write_bytes(uris.join(output_uri, FILES_FILE), json.dumps(digests, indent=2, sort_keys=True).encode())
 
 
 def read_digests(output_uri: str) -> dict[str, str] | None:
-    """Return the SHA-256 of every Parquet file by its name; None where no run ended here.
+    """Return the recorded SHA-256 of every Parquet file by name, or None if no run has finished.
 
     Raises:
-        DamagedFileError: the record is damaged.
+        DamagedFileError: The record is damaged.
     """
     uri = uris.join(output_uri, FILES_FILE)
     try:

@@ -1,13 +1,13 @@
-"""One run at a time on an output: an exclusive lease with heartbeats and a fencing epoch.
+"""Exclusive lease on an output directory, with heartbeats and a fencing epoch, so that one run at a time writes to it.
 
-`_lock/epoch-000007.json` under an output is the seventh lease on it. Each is created by a conditional write, so of
-several runs that start together one gets it; the highest epoch is the current one. Its holder rewrites the file every
-few seconds (the heartbeat) and marks it as released at the end. The file stays, so that epochs only ever grow.
+`_lock/epoch-000007.json` under an output is the seventh lease on it. It is created by a conditional write, so if
+several runs start together, exactly one gets the lease. The highest epoch is the current one. Its holder rewrites the
+file every few seconds (the heartbeat) and marks it as released at the end. The file stays, so that epochs only grow.
 
-A lease cannot stop a process that is frozen or cut off from the store. So whatever a run writes or deletes, on the
-driver or in a worker, asks its `Fence` first, and the names of its files carry the epoch: a run that lost its lease
-unawares neither overwrites nor deletes what its successor has. The method is that of fencing tokens (M. Kleppmann, "How
-to do distributed locking", 2016; C. Gray and D. Cheriton, "Leases", 1989).
+A lease cannot stop a process that is frozen or partitioned from the store. Therefore every write and delete, on the
+driver or in a worker, first checks the run's `Fence`, and file names contain the epoch. A run that lost its lease
+without noticing can neither overwrite nor delete files of its successor. The method is fencing tokens (M. Kleppmann,
+"How to do distributed locking", 2016; C. Gray and D. Cheriton, "Leases", 1989).
 """
 
 import contextlib
@@ -35,37 +35,37 @@ log = logging.getLogger(__name__)
 
 LOCK_FOLDER = "_lock"
 EPOCH_NAME = re.compile(r"epoch-(\d+)\.json")
-# The one lock of outputs that were written before leases had epochs.
+# Lock file written by versions before leases had epochs.
 OLD_LOCK_FILE = "_lock.json"
-BEAT_EVERY_S = 5.0
+HEARTBEAT_INTERVAL_S = 5.0
 # Three missed heartbeats mean that the run is dead.
-WATCH_S = 3 * BEAT_EVERY_S + 1
-# The holder stops a little before others may take over.
-GIVE_UP_S = WATCH_S - 1.5
-RELEASE_S = 5.0
-# Ray ends the workers of a killed driver within 3 to 5 s (measured on two cores); an upload of theirs that is in flight
-# then either arrives or breaks off within seconds.
+HEARTBEAT_TIMEOUT_S = 3 * HEARTBEAT_INTERVAL_S + 1
+# The holder stops shortly before other runs may take over.
+GIVE_UP_S = HEARTBEAT_TIMEOUT_S - 1.5
+RELEASE_TIMEOUT_S = 5.0
+# Ray ends the workers of a killed driver within 3 to 5 s (measured on two cores). Their uploads in flight then complete
+# or fail within seconds.
 STRAGGLERS_S = 10.0
-# A process asks the store for the current epoch at most once in this time.
+# A process asks the store for the current epoch at most once per this time.
 FENCE_AGE_S = 1.0
-ADVICE = "check that no other run works on this output, then delete the file"
+ADVICE = "check that no other run is using this output, then delete the file"
 
 
 class LeaseLostError(RunError):
-    """Another run has taken over the output, or may do so."""
+    """Loss of the lease: another run has taken over the output, or may do so."""
 
 
 class Holder(Document):
-    """Content of an epoch's file.
+    """Content of an epoch file.
 
     Attributes:
-        owner: random id of the lease.
-        beat: number of the last heartbeat.
-        host: name of the holder's machine.
-        machine: identity of the machine's boot and PID namespace; None where it is not known.
-        pid: the holder's process.
-        started: when that process started, in clock ticks since boot.
-        released: whether the holder ended its run.
+        owner: Random id of the lease.
+        beat: Number of the last heartbeat.
+        host: Host name of the holder.
+        machine: Identity of the holder's boot and PID namespace, or None if unknown.
+        pid: Process id of the holder.
+        started: Start time of that process, in clock ticks since boot.
+        released: True if the holder has released the lease.
     """
 
     owner: str
@@ -79,24 +79,24 @@ class Holder(Document):
 
 @dataclass(frozen=True)
 class Fence:
-    """The right of one lease to write to an output. Is pickled into the workers of a run.
+    """Fencing token of a lease, which is pickled and sent to the workers of a run.
 
     Attributes:
-        output_uri: the output.
-        epoch: of the lease.
+        output_uri: URI of the output.
+        epoch: Epoch of the lease.
     """
 
     output_uri: str
     epoch: int
 
     def check(self, max_age_s: float = FENCE_AGE_S) -> None:
-        """Refuse to go on where the lease is over.
+        """Raise an error if the lease is lost.
 
         Args:
-            max_age_s: age up to which this process's last look at the store counts, in seconds.
+            max_age_s: Maximum age in seconds of the cached epoch. 0 always asks the store.
 
         Raises:
-            LeaseLostError: another run has taken over.
+            LeaseLostError: Another run has taken over.
         """
         current = current_epoch(self.output_uri, max_age_s)
         if current != self.epoch:
@@ -105,28 +105,28 @@ class Fence:
             )
 
 
-class _Look(NamedTuple):
-    """A look at the store: when, in seconds since boot, and the current epoch then."""
+class _CachedEpoch(NamedTuple):
+    """Current epoch of an output, and the time of the request in seconds since boot."""
 
-    at_s: float
+    read_at_s: float
     epoch: int
 
 
-_looks: dict[str, _Look] = {}
+_cached_epochs: dict[str, _CachedEpoch] = {}
 
 
 def current_epoch(output_uri: str, max_age_s: float = 0.0) -> int:
-    """Return the highest epoch of an output; 0 where no run took a lease on it.
+    """Return the highest epoch of an output, or 0 if no run has taken a lease on it.
 
     Args:
-        output_uri: the output.
-        max_age_s: age up to which this process's last look at the store counts, in seconds.
+        output_uri: URI of the output.
+        max_age_s: Maximum age in seconds of a cached result. 0 always asks the store.
     """
     now_s = _seconds_since_boot()
-    look = _looks.get(output_uri)
-    if look is None or now_s - look.at_s > max_age_s:
-        look = _looks[output_uri] = _Look(now_s, max(_list_epochs(output_uri), default=0))
-    return look.epoch
+    cached = _cached_epochs.get(output_uri)
+    if cached is None or now_s - cached.read_at_s > max_age_s:
+        cached = _cached_epochs[output_uri] = _CachedEpoch(now_s, max(_list_epochs(output_uri), default=0))
+    return cached.epoch
 
 
 def lock_uri(output_uri: str, name: str) -> str:
@@ -135,10 +135,10 @@ def lock_uri(output_uri: str, name: str) -> str:
 
 
 class Lease:
-    """The right to write to one output, from `take` to the end of the `with` block.
+    """Exclusive right to write to an output, from `acquire` to the end of the `with` block.
 
     Attributes:
-        is_takeover: whether the lease before this one was not released: its workers may still be writing.
+        is_takeover: True if the previous lease was not released, so that its workers may still be writing.
     """
 
     def __init__(self, output_uri: str) -> None:
@@ -149,66 +149,67 @@ class Lease:
         self._loss: str | None = None
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._last_beat_s = self._taken_at_s = 0.0
-        self._taken_in_main_thread = False
+        self._last_beat_s = self._acquired_at_s = 0.0
+        self._acquired_in_main_thread = False
         self.is_takeover = False
 
     @property
     def fence(self) -> Fence:
-        """The right of this lease, for workers and for writes. Only once it is taken."""
-        assert self._epoch is not None, "the lease is not taken"
+        """Fencing token of this lease, for writes in the driver and in workers. Requires an acquired lease."""
+        assert self._epoch is not None, "the lease has not been acquired"
         return Fence(self._output_uri, self._epoch)
 
     @property
     def is_lost(self) -> bool:
-        """True once another run has taken over, or may have."""
+        """True once another run has taken over or may have done so."""
         return self._loss is not None
 
     def acquire(self) -> None:
-        """Take the lease, also from a run that is dead.
+        """Acquire the lease, taking it over if its holder is dead.
 
         Raises:
-            RequestError: another run holds it and is alive, or won a start at the same moment.
+            RequestError: Another live run holds the lease, or won a simultaneous start.
         """
         refuse_old_lock(self._output_uri)
         highest = max(_list_epochs(self._output_uri), default=0)
         predecessor = self._read(highest) if highest else None
         if predecessor and not predecessor.released and _is_alive(predecessor, lambda: self._read(highest)):
-            raise self._busy(predecessor)
+            raise self._busy_error(predecessor)
         self.is_takeover = bool(predecessor and not predecessor.released)
         self._create(highest + 1)
         with contextlib.suppress(FileNotFoundError):
             remove(uris.join(self._output_uri, OLD_LOCK_FILE))
-        self._taken_at_s = _seconds_since_boot()
-        self._taken_in_main_thread = threading.current_thread() is threading.main_thread()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._watch)]
+        self._acquired_at_s = _seconds_since_boot()
+        self._acquired_in_main_thread = threading.current_thread() is threading.main_thread()
+        loops = (self._send_heartbeats, self._watch_heartbeats)
+        self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
             thread.start()
 
     def check(self) -> None:
-        """Refuse to go on where the lease is lost.
+        """Raise an error if the lease is known to be lost. Does not ask the store.
 
         Raises:
-            LeaseLostError: another run has taken over, or may have.
+            LeaseLostError: Another run has taken over or may have done so.
         """
         if self._loss is not None:
             raise LeaseLostError(self._loss)
 
     def confirm(self) -> None:
-        """Ask the store whether the lease still stands, before a write that others would take for the current state.
+        """Confirm with the store that the lease is still held, before a write that publishes state to other runs.
 
         Raises:
-            LeaseLostError: another run has taken over, or may have.
+            LeaseLostError: Another run has taken over or may have done so.
         """
         self.check()
         self.fence.check(max_age_s=0)
 
     def wait_for_stragglers(self) -> None:
-        """After a takeover, wait until what the dead run's workers had in flight has arrived or failed."""
-        left_s = self._taken_at_s + STRAGGLERS_S - _seconds_since_boot()
-        if self.is_takeover and left_s > 0:
-            log.info("waiting %.0f s for uploads that the run before may have left in flight", left_s)
-            self._is_over.wait(left_s)
+        """After a takeover, wait until uploads that the dead run's workers had in flight have completed or failed."""
+        remaining_s = self._acquired_at_s + STRAGGLERS_S - _seconds_since_boot()
+        if self.is_takeover and remaining_s > 0:
+            log.info("waiting %.0f s for uploads of the previous run that may still be in flight", remaining_s)
+            self._is_over.wait(remaining_s)
 
     def __enter__(self) -> "Lease":
         return self
@@ -216,35 +217,35 @@ class Lease:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._threads:
             self._is_over.set()
-            # The store may be what ended the run. Without a release, others see that this process is gone, or that
-            # its heartbeats stop.
+            # Release in a thread with a timeout, because an unreachable store may be what ended the run. Without a
+            # release, other runs see that this process is gone or that its heartbeats have stopped.
             release = threading.Thread(target=self._release, daemon=True)
             release.start()
-            release.join(RELEASE_S)
+            release.join(RELEASE_TIMEOUT_S)
         if kind is KeyboardInterrupt:
-            self.check()  # the interrupt was our own
+            self.check()  # replaces the interrupt by a LeaseLostError if `_mark_lost` sent it
 
     def _create(self, epoch: int) -> None:
-        """Create the file of an epoch, and make sure that no later one exists."""
+        """Create the file of an epoch, and check that no later epoch exists."""
         uri, content = self._uri_of(epoch), self._content()
         self._last_beat_s = _seconds_since_boot()
         if not create_object(uri, content):
             winner = self._read(epoch)
-            if winner is None or winner.owner != self._owner:  # else an earlier attempt arrived without an answer
-                raise self._busy(winner)
+            if winner is None or winner.owner != self._owner:  # otherwise our own retried request created it
+                raise self._busy_error(winner)
         epochs = _list_epochs(self._output_uri)
-        if max(epochs) != epoch:  # others took and released it meanwhile, and removed the files before theirs
+        if max(epochs) != epoch:  # other runs held and released later epochs meanwhile, and removed the earlier files
             remove(uri)
-            raise self._busy(self._read(max(epochs)))
+            raise self._busy_error(self._read(max(epochs)))
         self._epoch = epoch
-        _looks[self._output_uri] = _Look(_seconds_since_boot(), epoch)
+        _cached_epochs[self._output_uri] = _CachedEpoch(_seconds_since_boot(), epoch)
         for old in epochs:
             if old < epoch:
                 remove(self._uri_of(old))
 
-    def _busy(self, holder: Holder | None) -> RequestError:
+    def _busy_error(self, holder: Holder | None) -> RequestError:
         who = f": process {holder.pid} on {holder.host}" if holder else ""
-        return RequestError(f"another run is at work on {self._output_uri}{who}")
+        return RequestError(f"another run is using {self._output_uri}{who}")
 
     def _release(self) -> None:
         for thread in self._threads:
@@ -253,25 +254,26 @@ class Lease:
             if self._loss is None and self._epoch == current_epoch(self._output_uri):
                 store_object(self._uri_of(self._epoch), self._content(released=True))
 
-    def _keep(self) -> None:
-        """Send heartbeats until the end."""
-        while not self._is_over.wait(BEAT_EVERY_S):
+    def _send_heartbeats(self) -> None:
+        """Send heartbeats until the lease ends."""
+        while not self._is_over.wait(HEARTBEAT_INTERVAL_S):
             sent_at_s = _seconds_since_boot()
             try:
                 if (current := current_epoch(self._output_uri)) != self._epoch:
-                    self._lose(f"another run (epoch {current}) has taken over {self._output_uri}")
+                    self._mark_lost(f"another run (epoch {current}) has taken over {self._output_uri}")
                     return
                 store_object(self._uri_of(current), self._content())
                 self._last_beat_s = sent_at_s
             except Exception as error:
-                log.warning("heartbeat to %s failed: %s", self._output_uri, error)
+                log.warning("heartbeat to %s failed, and will be retried: %s", self._output_uri, error)
 
-    def _watch(self) -> None:
-        """Give the lease up once heartbeats have failed for as long as others wait for them.
+    def _watch_heartbeats(self) -> None:
+        """Give the lease up before other runs may take over, if heartbeats keep failing.
 
-        Counts the time in which this process runs: one that was frozen first asks the store who has the lease now.
+        Only time in which this process runs counts, so that a process that was frozen first asks the store who holds
+        the lease now.
         """
-        tick_s = BEAT_EVERY_S / 10
+        tick_s = HEARTBEAT_INTERVAL_S / 10
         beat_at_s, silent_s, last_s = self._last_beat_s, 0.0, _seconds_since_boot()
         while self._loss is None and not self._is_over.wait(tick_s):
             now_s = _seconds_since_boot()
@@ -280,16 +282,16 @@ class Lease:
             if self._last_beat_s != beat_at_s:
                 beat_at_s, silent_s = self._last_beat_s, now_s - self._last_beat_s
             if silent_s > GIVE_UP_S:
-                self._lose(
+                self._mark_lost(
                     f"no heartbeat of this run has reached {self._output_uri} for {silent_s:.0f} s, so another run may "
-                    "take over; what is done stays, and the same command goes on from there"
+                    "take over; finished work is kept, and the same command resumes from there"
                 )
 
-    def _lose(self, reason: str) -> None:
+    def _mark_lost(self, reason: str) -> None:
         if self._loss is not None or self._is_over.is_set():
             return
         self._loss = reason
-        if self._taken_in_main_thread:  # it may be waiting for Ray, for minutes
+        if self._acquired_in_main_thread:  # interrupt the main thread, which may be waiting for Ray for minutes
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def _content(self, released: bool = False) -> bytes:
@@ -315,15 +317,15 @@ class Lease:
 
 
 def refuse_old_lock(output_uri: str) -> None:
-    """Refuse an output that a version of ecaray without epochs may be working on.
+    """Refuse an output that is in use by a version of ecaray without epochs.
 
     Raises:
-        RequestError: such a run is alive, or its lock is damaged.
+        RequestError: Such a run is alive, or its lock file is damaged.
     """
     uri = uris.join(output_uri, OLD_LOCK_FILE)
     holder = _read_holder(uri)
     if holder and _is_alive(holder, lambda: _read_holder(uri)):
-        raise RequestError(f"another run is at work on {output_uri}: process {holder.pid} on {holder.host}")
+        raise RequestError(f"another run is using {output_uri}: process {holder.pid} on {holder.host}")
 
 
 def _read_holder(uri: str) -> Holder | None:
@@ -339,25 +341,28 @@ def _list_epochs(output_uri: str) -> list[int]:
 
 
 def _is_alive(holder: Holder, read: Callable[[], Holder | None]) -> bool:
-    """Ask the operating system where it can tell, and else watch for heartbeats."""
+    """Return whether a holder is alive: by its process if it runs on this machine, otherwise by its heartbeats."""
     if holder.machine is not None and holder.machine == _this_machine():
         start = _process_start(holder.pid)
         if start.is_known:
             return start.ticks == holder.started
-    log.info("a run on %s may be at work on this output: watching for %.0f s", holder.host, WATCH_S)
+    log.info(
+        "a run on %s may still be using this output: waiting %.0f s for a heartbeat", holder.host, HEARTBEAT_TIMEOUT_S
+    )
     silence_s = 0.0
-    while silence_s < WATCH_S:
-        time.sleep(BEAT_EVERY_S / 5)
-        asked = time.monotonic()
+    while silence_s < HEARTBEAT_TIMEOUT_S:
+        time.sleep(HEARTBEAT_INTERVAL_S / 5)
+        requested_at = time.monotonic()
         if (now := read()) != holder:
             return now is not None and not now.released
-        # A store that answers late may have kept the other run waiting too.
-        silence_s = silence_s + BEAT_EVERY_S / 5 if time.monotonic() - asked < BEAT_EVERY_S else 0.0
+        # Start over after a slow response, because a slow store may have delayed the other run's heartbeats too.
+        is_slow = time.monotonic() - requested_at >= HEARTBEAT_INTERVAL_S
+        silence_s = 0.0 if is_slow else silence_s + HEARTBEAT_INTERVAL_S / 5
     return False
 
 
 def _this_machine() -> str | None:
-    """Identity that two processes share where they see each other's process ids: a boot and a PID namespace."""
+    """Return an identity shared by processes that see each other's process ids: boot id and PID namespace."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -365,11 +370,11 @@ def _this_machine() -> str | None:
 
 
 class _Start(NamedTuple):
-    """When a process started.
+    """Start time of a process, which tells apart processes that have had the same id.
 
     Attributes:
-        is_known: False where the process is hidden (`hidepid`), stopped or frozen, so that only heartbeats tell.
-        ticks: since boot, as process ids come again; None where no such process runs.
+        is_known: False if the process is hidden (`hidepid`), stopped or frozen, so that only heartbeats can tell.
+        ticks: Start time in clock ticks since boot, or None if no such process runs.
     """
 
     is_known: bool
@@ -378,11 +383,12 @@ class _Start(NamedTuple):
 
 def _process_start(pid: int) -> _Start:
     try:
-        # Behind the name, which may hold spaces: state is the first field, start time the twentieth (proc(5)).
+        # Split after the command name, which may contain spaces. State is then the first field, and the start time the
+        # twentieth (proc(5)).
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return _Start(not _is_hidden(pid), None)
-    if fields[0] in "ZX":  # ended, and not yet waited for
+    if fields[0] in "ZX":  # a zombie: ended, but not yet reaped
         return _Start(True, None)
     return _Start(fields[0] not in "Tt", fields[19])
 
@@ -398,5 +404,5 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _seconds_since_boot() -> float:
-    """Monotonic seconds that also pass while the machine is suspended."""
+    """Return a monotonic time in seconds that also advances while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,4 +1,4 @@
-"""Rows of an output: the one way in which the library reads them."""
+"""Reads of the rows of an output, shared by all jobs."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from pipelines.errors import RequestError
-from pipelines.outputs.contents import list_counted
+from pipelines.outputs.contents import list_committed
 from pipelines.outputs.file_names import is_failed
 from pipelines.storage import uris
 from pipelines.storage.tables import read_own_schema, read_own_table
 
-ADVICE = "run the same command again after deleting it, and its rows are computed again"
-# Files that are read ahead of the caller. A compacted file has 64 to 256 MB.
+ADVICE = "delete it and run the same command again to recompute its rows"
+# Number of files read ahead of the caller. A compacted file has 64 to 256 MB.
 NUM_READ_AHEAD = 2
 NUM_READERS = 8
 DEFAULT_BATCH_ROWS = 16_384
 
 
 def read_table(output_uri: str, columns: list[str] | None, failed: bool) -> pa.Table:
-    """Return the rows of an output; arguments and errors as for `Output.table`."""
+    """Return the rows of an output. See `Output.table` for arguments and errors."""
     names, wanted = _files_and_columns(output_uri, columns, failed)
     with_id = [*wanted, "id"] if "id" not in wanted else wanted
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -31,7 +31,7 @@ def read_table(output_uri: str, columns: list[str] | None, failed: bool) -> pa.T
 
 
 def read_batches(output_uri: str, columns: list[str] | None, batch_rows: int, failed: bool) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of an output; arguments and errors as for `Output.batches`."""
+    """Yield the rows of an output in batches. See `Output.batches` for arguments and errors."""
     names, wanted = _files_and_columns(output_uri, columns, failed)
     with ThreadPoolExecutor(NUM_READ_AHEAD) as pool:
         ahead: deque[Future[pa.Table]] = deque()
@@ -44,7 +44,7 @@ def read_batches(output_uri: str, columns: list[str] | None, batch_rows: int, fa
 
 
 def _files_and_columns(output_uri: str, columns: list[str] | None, failed: bool) -> tuple[list[str], list[str]]:
-    names = [name for name in list_counted(output_uri) if is_failed(name) == failed]
+    names = [name for name in list_committed(output_uri) if is_failed(name) == failed]
     if not names:
         return [], columns or []
     known = read_own_schema(uris.join(output_uri, names[0]), ADVICE).names

@@ -1,6 +1,6 @@
-"""What a run says of itself under its output: `_run.json` when it starts and again when it ends, then `_SUCCESS`.
+"""Records of a run under its output: `_run.json` at the start and at the end, then `_SUCCESS`.
 
-And `_progress.json` every few seconds, for programs that watch.
+`_progress.json` is rewritten every few seconds, for programs that monitor the run.
 """
 
 import datetime
@@ -23,22 +23,22 @@ RUN_FILE = "_run.json"
 SUCCESS_FILE = "_SUCCESS"
 PROGRESS_FILE = "_progress.json"
 PROGRESS_FORMAT = 1
-ADVICE = "restore it from a copy, or write to a new output"
-# Of the identity; the names themselves are in `label_names`.
+ADVICE = "restore it from a backup, or write to a new output"
+# Key of the identity. The names themselves are in the key `label_names` of the record.
 LABEL_NAMES_KEY = "label_names_sha256"
 # Keys of identities that earlier versions wrote, and their names today.
 RENAMED_KEYS = {"optim.precision": "model.dtype", "optim.compile": "model.compile"}
-# Of a value in a refusal, in characters: a fingerprint, but not hundreds of ids.
-MAX_SHOWN = 100
+# Length limit of a value in an error message, in characters: enough for a fingerprint, too little for hundreds of ids.
+MAX_VALUE_LENGTH = 100
 
 
 class RunRecord(Document):
     """Fields of `_run.json` that every job writes.
 
     Attributes:
-        identity: what another run must share to go on in the same output.
-        config: the resolved config.
-        summary: of a run that ended.
+        identity: Values that another run must share to resume in the same output.
+        config: Resolved config.
+        summary: Summary of the run, or None until it has ended.
     """
 
     identity: dict[str, Any]
@@ -47,10 +47,10 @@ class RunRecord(Document):
 
 
 def find_run(output_uri: str) -> dict[str, Any] | None:
-    """Return the `_run.json` of an output; None where no run began.
+    """Return the content of an output's `_run.json`, or None if no run has started there.
 
     Raises:
-        RequestError: there is something, but no job of ours wrote it, or it is damaged.
+        RequestError: The location contains files that no job wrote, or `_run.json` is damaged.
     """
     with translate_storage_errors("read", output_uri):
         names = list_names(output_uri)
@@ -58,7 +58,8 @@ def find_run(output_uri: str) -> dict[str, Any] | None:
             foreign = [name for name in names if not name.startswith((".", "_manifest", "_lock"))]
             if foreign:
                 raise RequestError(
-                    f"{output_uri} is not empty, and holds no {RUN_FILE} of an earlier run: found {foreign[0]}"
+                    f"{output_uri} is not empty but has no {RUN_FILE} of an earlier run (it contains {foreign[0]}): "
+                    "choose an empty location"
                 )
             return None
         content = read_bytes(uris.join(output_uri, RUN_FILE))
@@ -68,15 +69,15 @@ def find_run(output_uri: str) -> dict[str, Any] | None:
 
 
 def identity_of(config: BaseModel, free: Collection[str], resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two runs must share to work on one output.
+    """Return the values that two runs must share to write to the same output.
 
-    Every key of the config belongs to it, except for those that change neither a result nor its meaning, and those
-    whose meaning is resolved first: the path of the weights may change, their content may not.
+    The identity includes every config key except those that change neither a result nor its meaning, and those that
+    are resolved first: the path of the weights may change, their content may not.
 
     Args:
-        config: of the run.
-        free: keys (`model.weights`) and sections (`compute`) that may differ.
-        resolved: more keys, with their values.
+        config: Config of the run.
+        free: Keys (`model.weights`) and sections (`compute`) that may differ.
+        resolved: Additional keys and values.
     """
     flat = _flat(config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not _is_below(key, free)}
@@ -84,7 +85,7 @@ def identity_of(config: BaseModel, free: Collection[str], resolved: Mapping[str,
 
 
 def label_names_digest(label_names: Sequence[str]) -> str:
-    """Return the SHA-256 of label names, in their order."""
+    """Return the SHA-256 of the label names, in order."""
     return hashlib.sha256(json.dumps(list(label_names)).encode()).hexdigest()
 
 
@@ -100,18 +101,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse to mix results of two kinds in one output.
-
-    A table of what differs goes to the log.
+    """Refuse to mix results of different settings in one output, and log a table of the differences.
 
     Args:
-        output_uri: the output.
-        found: its `_run.json`. One that an earlier version wrote may lack keys of the identity: they are taken from its
-            config. Keys that only one of the versions knows are not compared.
-        identity: of this run.
+        output_uri: URI of the output.
+        found: Content of its `_run.json`. If an earlier version wrote it, keys missing from its identity are taken from
+            its config. Keys that only one of the versions knows are not compared.
+        identity: Identity of this run.
 
     Raises:
-        RequestError: names what differs, with both values.
+        RequestError: The identities differ. The message names each key with both values.
     """
     recorded = _flat(found.get("config", {}))
     if "label_names" in found:
@@ -119,30 +118,30 @@ def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mappin
     before = {key: recorded[key] for key in identity if key in recorded} | found["identity"]
     before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
     pairs = [(key, before[key], identity[key]) for key in sorted(before.keys() & identity.keys())]
-    differing = [(key, _brief(old), _brief(new)) for key, old, new in pairs if old != new]
+    differing = [(key, _shorten(old), _shorten(new)) for key, old, new in pairs if old != new]
     if differing:
         log.info("%s", _as_table([("", "was", "is"), *differing]))
         text = "; ".join(f"{key} was {old}, is {new}" for key, old, new in differing)
-        raise RequestError(f"{output_uri} holds the output of another run: {text}")
+        raise RequestError(f"{output_uri} holds the output of another run with different settings: {text}")
 
 
-def _brief(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= MAX_VALUE_LENGTH else f"{text[:MAX_VALUE_LENGTH]}..."
 
 
 def refuse_if_changed(output_uri: str, found: Mapping[str, Any] | None) -> None:
-    """Refuse to go on from what is no longer so.
+    """Refuse to continue if the output changed between its first inspection and the acquisition of its lease.
 
     Args:
-        output_uri: the output, which is ours by now.
-        found: what `find_run` said before it was.
+        output_uri: URI of the output, whose lease this run holds by now.
+        found: Result of `find_run` from before the lease was acquired.
 
     Raises:
-        RequestError: another run worked on it meanwhile.
+        RequestError: Another run wrote to the output meanwhile.
     """
     if find_run(output_uri) != found:
-        raise RequestError(f"another run worked on {output_uri} while this one began: run the same command again")
+        raise RequestError(f"another run changed {output_uri} while this one was starting: run the same command again")
 
 
 def _as_table(rows: list[tuple[str, str, str]]) -> str:
@@ -151,15 +150,15 @@ def _as_table(rows: list[tuple[str, str, str]]) -> str:
 
 
 def is_complete(output_uri: str) -> bool:
-    """Whether a run ended well."""
+    """Return whether a run has finished successfully."""
     return SUCCESS_FILE in list_names(output_uri)
 
 
 def write_run(output_uri: str, run: Mapping[str, Any]) -> None:
-    """Write `_run.json`; the first time, this is also the proof that the output can be written.
+    """Write `_run.json`. The first write also proves that the output is writable.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: The output is not writable.
     """
     with translate_storage_errors("write to", output_uri):
         write_bytes(
@@ -168,17 +167,17 @@ def write_run(output_uri: str, run: Mapping[str, Any]) -> None:
 
 
 def write_progress(output_uri: str, figures: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
-    """Write `_progress.json`: the figures, and `updated_at`. Where that fails, a warning: no run ends for it."""
+    """Write `_progress.json`: the figures and `updated_at`. A failure causes a warning and does not end the run."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
         content = json.dumps({"format": PROGRESS_FORMAT, "updated_at": now, **figures}).encode()
         write_bytes(uris.join(output_uri, PROGRESS_FILE), content, check)
-    except Exception as error:  # of whatever file system
+    except Exception as error:  # file systems raise unrelated exception types
         log.warning("%s could not be written: %s", PROGRESS_FILE, error)
 
 
 def mark_incomplete(output_uri: str) -> None:
-    """Take `_SUCCESS` away: rows are about to be done anew."""
+    """Remove `_SUCCESS`, because rows are about to change."""
     remove(uris.join(output_uri, SUCCESS_FILE))
 
 

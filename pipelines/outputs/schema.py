@@ -1,11 +1,11 @@
-"""Schemas of the rows that an output holds. Plain Arrow types only, so that any Parquet reader takes them."""
+"""Schemas of an output's rows. They use plain Arrow types only, so that any Parquet reader can read them."""
 
 from collections.abc import Iterable
 
 import pyarrow as pa
 
 ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
-"""Fields of a failed row; null in good rows until these are written."""
+"""Error fields of a row, which are null in good rows and not written for them."""
 
 SOURCE_FIELDS = [
     pa.field("id", pa.int64()),
@@ -13,7 +13,7 @@ SOURCE_FIELDS = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
 ]
-"""Fields that say which image a row is about."""
+"""Fields that identify the image of a row."""
 
 WRITE_RESULTS = pa.schema(
     [
@@ -25,15 +25,15 @@ WRITE_RESULTS = pa.schema(
         pa.field("num_clipped", pa.int64()),
     ]
 )
-"""Report of a write task to the driver: number of good rows, reason of each failed row, names and SHA-256 of the files,
-number of retried requests, number of grey images of more than 8 bits."""
+"""Result that a write task reports to the driver: number of good rows, reason of each failed row, names and SHA-256 of
+the files, number of retried requests, and number of grey images of more than 8 bits."""
 
 
 def failed_schema(carried: Iterable[pa.Field] = ()) -> pa.Schema:
     """Return the schema of `failed-*.parquet`.
 
     Args:
-        carried: fields from the input.
+        carried: Fields that are carried over from the input.
     """
     return pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS, *carried])
 
@@ -42,9 +42,9 @@ def parts_schema(topk: int, embedding_size: int, carried: Iterable[pa.Field] = (
     """Return the schema of `part-*.parquet`.
 
     Args:
-        topk: classes per row; 0 leaves `index`, `prob` and `label` out.
-        embedding_size: length of `embedding`; 0 leaves it out.
-        carried: fields from the input.
+        topk: Number of classes per row. 0 omits `index`, `prob` and `label`.
+        embedding_size: Length of `embedding`. 0 omits it.
+        carried: Fields that are carried over from the input.
     """
     fields = list(SOURCE_FIELDS)
     if topk:
@@ -67,4 +67,4 @@ RESERVED_NAMES = {
     "jpeg",
     "etag",
 }
-"""Names that a column carried from the input may not have."""
+"""Reserved names, which a column carried over from the input may not have."""

@@ -1,4 +1,4 @@
-"""Write: predictions to Parquet files, each whole or not there. Rows N:1, a write_result for each batch."""
+"""Write stage: predictions to Parquet files, written atomically. Cardinality N:1, one write result per batch."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import RunError
 from pipelines.outputs import schema as schemas
-from pipelines.outputs.commit_log import withdraw_if_over
+from pipelines.outputs.commit_log import remove_if_lease_lost
 from pipelines.outputs.file_names import Kind, file_name
 from pipelines.outputs.lease import Fence
 from pipelines.outputs.reasons import reasons_of
@@ -21,20 +21,20 @@ from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
 from pipelines.storage.filesystem import translate_storage_errors
 
-# With an embedding, 8 KB a row: what a reader that wants a few rows has to read.
+# Smallest unit that a reader of a few rows must read. A row with an embedding takes 8 KB.
 ROWS_PER_GROUP = 16_384
 
 
 @dataclass(frozen=True)
 class PartWriter:
-    """Writes batches of predictions under one output.
+    """Writer of batches of predictions to an output.
 
     Attributes:
-        output_uri: where the files go.
-        parts_schema: of the good rows.
-        failed_schema: of the failed rows.
-        metadata: key-value metadata of each file.
-        fence: of the run's lease; None for files that no lease protects.
+        output_uri: URI of the output.
+        parts_schema: Schema of the good rows.
+        metadata: Key-value metadata of each file.
+        fence: Fence of the run's lease, or None for files that no lease protects.
+        failed_schema: Schema of the failed rows.
     """
 
     output_uri: str
@@ -44,7 +44,14 @@ class PartWriter:
     failed_schema: pa.Schema = field(default_factory=schemas.failed_schema)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """One batch to `part-*.parquet` and, where images failed, `failed-*.parquet`; returns `WRITE_RESULTS`."""
+        """Write one batch to `part-*.parquet` and, if images failed, `failed-*.parquet`.
+
+        Args:
+            batch: Rows of predictions, good and failed.
+
+        Returns:
+            One row of `WRITE_RESULTS`.
+        """
         is_good = pc.is_null(batch["error_kind"])
         good = batch.filter(is_good).select(self.parts_schema.names).cast(self.parts_schema)
         failed = batch.filter(pc.invert(is_good)).select(self.failed_schema.names).cast(self.failed_schema)
@@ -56,42 +63,50 @@ class PartWriter:
         metrics.count("ecaray_images", failed.num_rows, status="failed")
         metrics.count("ecaray_requests_sent_again", num_retries)
         names, digests = [file.name for file in written], [file.digest for file in written]
-        # Rows that no decoder made, as a benchmark's, have no such column.
+        # Rows that did not come from a decoder, such as those of the benchmark, have no such column.
         num_clipped = batch["is_clipped"].to_pylist().count(True) if "is_clipped" in batch.column_names else 0
         columns = [[good.num_rows], [reasons_of(failed)], [names], [digests], [num_retries], [num_clipped]]
         return pa.table(columns, schema=WRITE_RESULTS)
 
-    def _write(self, kind: Kind, table: pa.Table) -> "Written":
+    def _write(self, kind: Kind, table: pa.Table) -> "WrittenFile":
         name = file_name(kind, pc.min(table["id"]).as_py(), self.fence.epoch if self.fence else 0)
         return write_table(self.output_uri, name, table, table.schema.with_metadata(self.metadata), self.fence)
 
 
-class Written(NamedTuple):
-    """A file, its SHA-256, and the attempts at storing it before the last one."""
+class WrittenFile(NamedTuple):
+    """File that was written.
+
+    Attributes:
+        name: Name of the file.
+        digest: SHA-256 of its content, in hexadecimal.
+        num_retries: Number of attempts to store it before the last one.
+    """
 
     name: str
     digest: str
     num_retries: int
 
 
-def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema, fence: Fence | None = None) -> Written:
+def write_table(
+    output_uri: str, name: str, table: pa.Table, schema: pa.Schema, fence: Fence | None = None
+) -> WrittenFile:
     """Write a Parquet file, sorted by id.
 
     Args:
-        output_uri: where it goes.
-        name: of the file.
-        table: its rows, of types that can be cast to those of the schema.
-        schema: of the file, with its metadata.
-        fence: of the run's lease; None for a file that no lease protects.
+        output_uri: URI of the output.
+        name: Name of the file.
+        table: Rows of the file, whose types can be cast to those of the schema.
+        schema: Schema of the file, with its metadata.
+        fence: Fence of the run's lease, or None for a file that no lease protects.
 
     Raises:
-        LeaseLostError: the lease is over. The file is not written, or is removed again unless the run that has the
-            lease now counts it.
-        RunError: the store refuses it or has no room; names the file.
+        LeaseLostError: The lease is lost. The file is not written, or is removed again unless the successor has
+            committed it.
+        RunError: The store fails or is full. The message names the file.
     """
     table = table.sort_by("id")
     buffer = io.BytesIO()
-    # Floats of an embedding hardly repeat: a dictionary would only cost time and space.
+    # The floats of an embedding rarely repeat, so a dictionary would only cost time and space.
     dictionary = [name for name in ("index", "label", "error_kind", "error_message") if name in table.column_names]
     with pq.ParquetWriter(buffer, schema, compression="zstd", use_dictionary=_leaf_paths(schema, dictionary)) as writer:
         for start in range(0, table.num_rows, ROWS_PER_GROUP):
@@ -101,12 +116,12 @@ def write_table(output_uri: str, name: str, table: pa.Table, schema: pa.Schema, 
     with translate_storage_errors("write", uri, RunError):
         num_retries = store_object(uri, content, check=fence.check if fence else None)
     if fence:
-        withdraw_if_over(fence, [name])
-    return Written(name, digest_of(content), num_retries)
+        remove_if_lease_lost(fence, [name])
+    return WrittenFile(name, digest_of(content), num_retries)
 
 
 def digest_of(content: bytes) -> str:
-    """SHA-256, in hexadecimal."""
+    """Return the SHA-256 of the content, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 

@@ -204,7 +204,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_torn_one_is_completed(
     assert (third["num_resumed"], third["num_ok"], third["num_files"]) == (12, 16, 4)
     assert read_kind(str(output), "part").equals(before)
     assert (output / "_SUCCESS").exists()
-    with pytest.raises(RequestError, match=r"another run: outputs\.topk was 5, is 3"):
+    with pytest.raises(RequestError, match=r"different settings: outputs\.topk was 5, is 3"):
         infer(ray_server, **request, outputs={"topk": 3})
 
 

@@ -1,4 +1,4 @@
-"""Compaction: rows stay as they are, wherever it is interrupted."""
+"""Compaction: it keeps every row exactly once, wherever it is interrupted."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -13,9 +13,8 @@ import pytest
 from cluster.local.object_store import ObjectStore
 from cluster.local.ray_head import RayHead
 from pipelines.errors import RequestError
-from pipelines.outputs import compaction as compact
-from pipelines.outputs import writer as write
-from pipelines.outputs.commit_log import OLD_COMPACTION_FILE, CommitLog, Merge, withdraw_late_files
+from pipelines.outputs import compaction, writer
+from pipelines.outputs.commit_log import OLD_COMPACTION_FILE, CommitLog, Merge, remove_late_files
 from pipelines.outputs.compaction import merge_files, plan_compaction
 from pipelines.outputs.contents import Done, find_done
 from pipelines.outputs.file_names import list_files, list_sizes
@@ -31,12 +30,12 @@ MIB = 1 << 20
 NUM_ROWS = 200
 
 
-def test_small_neighbours_are_grouped_to_files_of_a_good_size() -> None:
+def test_adjacent_small_files_are_grouped_to_target_size() -> None:
     sizes = {f"part-{index:012d}.parquet": 16 * MIB for index in range(0, 3000, 100)}
     sizes |= {"part-000000000950.parquet": 300 * MIB, "part-000000009999.parquet": 64 * MIB}
     groups = plan_compaction(sizes, epoch=3)
-    taken = [name for group in groups for name in group.merge.sources]
-    assert taken == sorted(name for name, size in sizes.items() if size < 64 * MIB)
+    sources = [name for group in groups for name in group.merge.sources]
+    assert sources == sorted(name for name, size in sizes.items() if size < 64 * MIB)
     assert [len(group.merge.sources) for group in groups] == [8, 8, 8, 6]
     assert all(64 * MIB <= group.num_bytes <= 512 * MIB for group in groups)
     assert all(group.num_bytes == sum(sizes[name] for name in group.merge.sources) for group in groups)
@@ -44,20 +43,20 @@ def test_small_neighbours_are_grouped_to_files_of_a_good_size() -> None:
 
 
 @pytest.mark.parametrize(("count", "num_groups"), [(3, 0), (4, 1), (8, 1), (12, 2), (11, 1)])
-def test_what_is_left_over_joins_the_last_or_stays(count: int, num_groups: int) -> None:
+def test_small_remainder_joins_the_last_group_if_there_is_one(count: int, num_groups: int) -> None:
     sizes = {f"part-{index:012d}.parquet": 16 * MIB for index in range(count)}
     groups = plan_compaction(sizes, epoch=3)
     assert (len(groups), sum(len(group.merge.sources) for group in groups)) == (num_groups, count if num_groups else 0)
 
 
-def test_many_files_of_failed_rows_become_few() -> None:
+def test_failed_files_are_grouped_by_number() -> None:
     assert plan_compaction({f"failed-{index:012d}.parquet": 900 for index in range(63)}, epoch=3) == []
     groups = plan_compaction({f"failed-{index:012d}.parquet": 900 for index in range(1100)}, epoch=3)
     assert [len(group.merge.sources) for group in groups] == [1024, 76]
     assert all(group.merge.target.startswith("failed-") for group in groups)
 
 
-def test_what_was_compacted_can_be_again() -> None:
+def test_compacted_files_can_be_compacted_again() -> None:
     names = ["part-000000000000-0123abcd.parquet", "part-000000000007.parquet"]
     names.append("part-000000000100-e000002-merged.parquet")
     (group,) = plan_compaction(dict.fromkeys(names, 40 * MIB), epoch=3)
@@ -67,9 +66,9 @@ def test_what_was_compacted_can_be_again() -> None:
 
 @pytest.fixture(params=["local", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(compact, "FULL_BYTES", 20_000)
-    monkeypatch.setattr(compact, "MIN_BYTES", 10_000)
-    monkeypatch.setattr(compact, "MIN_FAILED_FILES", 4)
+    monkeypatch.setattr(compaction, "FULL_BYTES", 20_000)
+    monkeypatch.setattr(compaction, "MIN_BYTES", 10_000)
+    monkeypatch.setattr(compaction, "MIN_FAILED_FILES", 4)
     if request.param == "s3":
         request.getfixturevalue("store")
     return str(tmp_path) if request.param == "local" else f"s3://scratch/{tmp_path.name}"
@@ -77,18 +76,18 @@ def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def fence(output: str) -> Iterator[Fence]:
-    """The lease of a run that wrote good and failed rows in files of a few rows each, which count as small ones."""
+    """Write small files of good and failed rows under a lease, and yield its fence."""
     with Lease(output) as lease:
         lease.acquire()
         CommitLog(lease.fence).begin([], [])
-        writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"}, lease.fence)
+        part_writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"}, lease.fence)
         for start in range(0, NUM_ROWS, 10):
-            writer(_rows(np.arange(start, start + 10), writer.parts_schema))
+            part_writer(_rows(np.arange(start, start + 10), part_writer.parts_schema))
         yield lease.fence
 
 
 def take_over(output: str) -> tuple[Fence, Done]:
-    """Do what the next run does first: take the lease, look at what there is, remove what does not count."""
+    """Start the next run: take the lease, read the committed files, and remove the others."""
     write_bytes(uris.join(output, "_lock/epoch-000002.json"), read_bytes(uris.join(output, "_lock/epoch-000001.json")))
     fence = Fence(output, 2)
     fence.check(max_age_s=0)
@@ -120,7 +119,7 @@ def merges_of(output: str, epoch: int) -> list[Merge]:
     return [group.merge for group in plan_compaction(list_sizes(output), epoch)]
 
 
-def _never(fence: Fence, merges: list[Merge]) -> None:
+def _no_interruption(fence: Fence, merges: list[Merge]) -> None:
     for merge in merges:
         merge_files(fence, merge)
 
@@ -131,7 +130,7 @@ def _before_the_first_file(fence: Fence, merges: list[Merge]) -> None:
 
 def _before_a_source_is_removed(fence: Fence, merges: list[Merge]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact, "remove", lambda uri: None)
+        patch.setattr(compaction, "remove", lambda uri: None)
         merge_files(fence, merges[0])
 
 
@@ -142,7 +141,7 @@ def _while_sources_are_removed(fence: Fence, merges: list[Merge]) -> None:
 
 
 def _in_the_middle_of_a_file(fence: Fence, merges: list[Merge]) -> None:
-    """Leave a file without its end, as a store that shows half-written files would."""
+    """Leave a truncated file, as a store whose writes are not atomic would."""
     source = read_bytes(uris.join(fence.output_uri, merges[0].sources[0]))
     write_bytes(uris.join(fence.output_uri, merges[0].target), source[:-100])
 
@@ -150,14 +149,14 @@ def _in_the_middle_of_a_file(fence: Fence, merges: list[Merge]) -> None:
 @pytest.mark.parametrize(
     "interrupt",
     [
-        _never,
+        _no_interruption,
         _before_the_first_file,
         _before_a_source_is_removed,
         _while_sources_are_removed,
         _in_the_middle_of_a_file,
     ],
 )
-def test_wherever_it_is_interrupted_the_next_run_finds_each_row_once(
+def test_next_run_finds_each_row_once_after_any_interruption(
     output: str, fence: Fence, interrupt: Callable[[Fence, list[Merge]], None]
 ) -> None:
     good, failed = read_kind(output, "part"), read_kind(output, "failed")
@@ -180,15 +179,13 @@ def test_wherever_it_is_interrupted_the_next_run_finds_each_row_once(
     assert len([name for name in list_files(output) if name.startswith("part-")]) <= len(merges)
 
 
-def test_a_task_that_runs_again_finds_its_file(output: str, fence: Fence) -> None:
+def test_merge_is_idempotent(output: str, fence: Fence) -> None:
     merge = merges_of(output, epoch=1)[0]
     assert merge_files(fence, merge) == merge_files(fence, merge)
 
 
-def test_a_write_that_lands_after_a_takeover_is_withdrawn(
-    output: str, fence: Fence, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process looks at its fence and is frozen; another run takes over; the process wakes and its write lands."""
+def test_file_written_after_a_takeover_is_removed(output: str, fence: Fence, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process checks its fence and is frozen; another run takes over; the process resumes and its write lands."""
     merges = merges_of(output, epoch=1)
     CommitLog(fence).merge(merges)
 
@@ -197,17 +194,17 @@ def test_a_write_that_lands_after_a_takeover_is_withdrawn(
         take_over(output)
         return store_object(uri, content)
 
-    monkeypatch.setattr(write, "store_object", store_after_takeover)
+    monkeypatch.setattr(writer, "store_object", store_after_takeover)
     with pytest.raises(LeaseLostError, match=r"another run \(epoch 2\) has taken over"):
         merge_files(fence, merges[0])
     assert merges[0].target not in list_files(output)
     assert set(merges[0].sources) <= set(list_files(output))
-    with pytest.raises(LeaseLostError):  # from now on it does not even try
+    with pytest.raises(LeaseLostError):  # later merges do not even start
         merge_files(fence, merges[1])
     assert find_done(output, NUM_ROWS, epoch=3).names == set(list_files(output))
 
 
-def test_a_file_that_the_successor_counted_is_not_withdrawn(
+def test_late_file_that_the_successor_committed_is_kept(
     output: str, fence: Fence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = merges_of(output, epoch=1)[0]
@@ -218,27 +215,27 @@ def test_a_file_that_the_successor_counted_is_not_withdrawn(
         take_over(output)
         return num_retries
 
-    monkeypatch.setattr(write, "store_object", store_before_takeover)
+    monkeypatch.setattr(writer, "store_object", store_before_takeover)
     with pytest.raises(LeaseLostError):
         merge_files(fence, merge)
     assert merge.target in list_files(output)
     assert not set(merge.sources) & set(list_files(output))  # the successor removed them
 
 
-def test_late_files_of_a_run_that_lost_its_lease_are_removed(output: str, fence: Fence) -> None:
+def test_remove_late_files_keeps_files_of_the_successor(output: str, fence: Fence) -> None:
     next_fence, done = take_over(output)
-    write_bytes(uris.join(output, "part-000000000000-e000001.parquet"), b"counted by the successor")
+    write_bytes(uris.join(output, "part-000000000000-e000001.parquet"), b"committed by the successor")
     write_bytes(uris.join(output, "part-000000000001-e000001.parquet"), b"late")
     write_bytes(uris.join(output, "part-000000000001-e000002.parquet"), b"the successor's own")
-    withdraw_late_files(fence, num_looks=1)
+    remove_late_files(fence, num_passes=1)
     assert set(list_files(output)) == {*done.names, "part-000000000001-e000002.parquet"}
     next_fence.check(max_age_s=0)
 
 
-def test_the_log_of_an_older_compaction_is_still_read(output: str) -> None:
-    writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"})
+def test_compaction_log_of_an_older_version_is_read(output: str) -> None:
+    part_writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"})
     for start in (0, 10):
-        writer(_rows(np.arange(start, start + 10), writer.parts_schema))
+        part_writer(_rows(np.arange(start, start + 10), part_writer.parts_schema))
     old_names = {name: name.replace("-e000000", "") for name in list_files(output)}
     for name, old_name in old_names.items():
         write_bytes(uris.join(output, old_name), read_bytes(uris.join(output, name)))
@@ -262,7 +259,7 @@ def test_the_log_of_an_older_compaction_is_still_read(output: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../victim.txt", "/etc/passwd", "_run.json", "part-1.parquet/../../victim.txt"])
-def test_a_log_that_names_other_files_is_damaged(tmp_path: Path, name: str) -> None:
+def test_compaction_log_that_names_other_files_is_damaged(tmp_path: Path, name: str) -> None:
     log = [{"target": "part-000000000000.parquet", "sources": [name], "num_bytes": 1}]
     (tmp_path / OLD_COMPACTION_FILE).write_text(json.dumps(log))
     with pytest.raises(RequestError, match=r"_compaction.json is damaged .*is not the name of a part or failed file"):
@@ -270,11 +267,11 @@ def test_a_log_that_names_other_files_is_damaged(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.slow
-def test_a_run_ends_with_files_of_a_good_size(
+def test_infer_leaves_files_of_the_target_size(
     ray_server: RayHead, store: ObjectStore, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compact, "FULL_BYTES", 150_000)
-    monkeypatch.setattr(compact, "MIN_BYTES", 75_000)
+    monkeypatch.setattr(compaction, "FULL_BYTES", 150_000)
+    monkeypatch.setattr(compaction, "MIN_BYTES", 75_000)
     model = {"name": "ecaresnet26t", "weights": "random"}
     output = {"uri": str(tmp_path / "out"), "commit_rows": 8}
     options = {"compute": {"batch_size": 8}, "preprocess": {"image_size": 64}}

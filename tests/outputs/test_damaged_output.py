@@ -1,4 +1,4 @@
-"""Outputs whose files are damaged: one clear line that names the file, and nothing good is deleted."""
+"""Damaged files of an output: a one-line error names the file, and no good row is deleted."""
 
 import contextlib
 import json
@@ -25,8 +25,8 @@ from pipelines.outputs.writer import PartWriter
 
 NUM_INPUTS = 40
 TOPK = 2
-# Of each ten images one is broken.
-FAILED_EVERY, FAILED_PLACE = 10, 3
+# One of every ten images fails.
+FAILED_EVERY, FAILED_POSITION = 10, 3
 METADATA = [
     "_run.json",
     "_files.json",
@@ -35,7 +35,7 @@ METADATA = [
     "_manifest/inputs-*.parquet",
     "_lock/epoch-*.json",
     "_lock/commits-*.json",
-    "_lock.json",  # earlier versions wrote this one and the next
+    "_lock.json",  # this file and the next were written by earlier versions
     "_compaction.json",
 ]
 FILES = ["part-000000000008-*.parquet", "failed-000000000013-*.parquet"]
@@ -44,7 +44,7 @@ Change = Callable[[bytes], bytes]
 
 
 def _with_fields(**fields: Any) -> Change:
-    """Return a change that gives a JSON object other fields."""
+    """Return a change that sets fields of a JSON object."""
 
     def change(content: bytes) -> bytes:
         try:
@@ -84,7 +84,7 @@ DAMAGES: dict[str, Change] = {
 
 @dataclass
 class ResolvedModel:
-    """A model that is resolved. The runs of these tests compute nothing, and need no more of it."""
+    """Stand-in for a resolved model. The runs of these tests compute nothing and need only its facts."""
 
     found: ModelFacts
 
@@ -102,7 +102,7 @@ def model() -> ResolvedModel:
 
 
 def infer(output: Path, model: ResolvedModel) -> dict[str, Any]:
-    """Run `infer` on what the output pins, up to its computation, which writes rows without a model."""
+    """Run `infer` with a fake computation that writes rows without a model."""
     config = InferConfig.model_validate(
         {
             "input": {"uri": str(output.with_name("in"))},
@@ -121,7 +121,7 @@ def infer(output: Path, model: ResolvedModel) -> dict[str, Any]:
 
 
 def _stream(source: Any, *args: Any) -> Any:
-    """Stand for the chain: write the rows of each task, and yield what the write tasks report."""
+    """Replace `chain.stream`: write the rows of each task, and yield the write results."""
     writer = args[-1]
     for task in range(source.num_tasks):
         yield from writer(source.rows_of(task)).to_pylist()
@@ -132,7 +132,7 @@ def _write(writer: PartWriter) -> Callable[[pa.Table], pa.Table]:
 
 
 def _predict(rows: pa.Table) -> pa.Table:
-    is_failed = [index % FAILED_EVERY == FAILED_PLACE for index in rows["id"].to_pylist()]
+    is_failed = [index % FAILED_EVERY == FAILED_POSITION for index in rows["id"].to_pylist()]
     values = {
         "id": rows["id"].to_pylist(),
         "uri": rows["uri"].to_pylist(),
@@ -151,7 +151,7 @@ def _predict(rows: pa.Table) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def finished(model: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished output, with the files that earlier versions left beside those of today."""
+    """Make a finished output and return its path."""
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "in").mkdir()
     for index in range(NUM_INPUTS):
@@ -164,7 +164,7 @@ def finished(model: ResolvedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 def output(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished.with_name("in"), tmp_path / "in")
     output = Path(shutil.copytree(finished, tmp_path / "out"))
-    for path in output.glob("_run.json"):  # the copy lies elsewhere
+    for path in output.glob("_run.json"):  # the copy has other paths
         path.write_text(path.read_text().replace(str(finished.parent), str(tmp_path)))
     manifest = output / "_manifest" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(str(finished.parent), str(tmp_path)))
@@ -172,7 +172,7 @@ def output(finished: Path, tmp_path: Path) -> Path:
 
 
 def damage(output: Path, name: str, change: Change) -> Path:
-    """Change one file, and return its path; a file of earlier versions is made first."""
+    """Change one file and return its path. Files of earlier versions are created first."""
     older = {"_lock.json": b'{"owner": "x"}', "_compaction.json": b"[]"}
     if name in older:
         (output / name).write_bytes(older[name])
@@ -182,7 +182,7 @@ def damage(output: Path, name: str, change: Change) -> Path:
 
 
 def outcome(work: Callable[[], Any]) -> "str | dict[str, Any]":
-    """Return a summary, or the one line of an error that users are shown without a traceback."""
+    """Return a summary, or the one-line error that users see without a traceback."""
     try:
         summary: dict[str, Any] = work()
         return summary
@@ -206,7 +206,7 @@ def check(output: Path) -> dict[str, Any]:
     "is_finished", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["finished", "interrupted"]
 )
 @pytest.mark.parametrize("name", [*METADATA, *FILES])
-def test_damage_is_one_line_and_costs_no_good_row(
+def test_damage_is_a_one_line_error_and_loses_no_good_row(
     output: Path, model: ResolvedModel, name: str, is_finished: bool, tmp_path: Path
 ) -> None:
     pristine = Path(shutil.copytree(output, tmp_path / "pristine"))
@@ -220,8 +220,8 @@ def test_damage_is_one_line_and_costs_no_good_row(
         checked = outcome(lambda: check(output))
         first = outcome(lambda: infer(output, model))
         again = outcome(lambda: infer(output, model))
-        for said in (checked, first, again):
-            assert isinstance(said, dict) or ("\n" not in said and len(said) < 1000), (how, said)
+        for result in (checked, first, again):
+            assert isinstance(result, dict) or ("\n" not in result and len(result) < 1000), (how, result)
         assert set(good_before) <= set(readable_ids(output)), how
         if isinstance(first, dict):
             assert isinstance(again, dict), how
@@ -232,7 +232,7 @@ def test_damage_is_one_line_and_costs_no_good_row(
             assert again == first, how
 
 
-def test_a_damaged_log_deletes_nothing_elsewhere(output: Path, model: ResolvedModel) -> None:
+def test_damaged_commit_log_deletes_nothing_outside_the_output(output: Path, model: ResolvedModel) -> None:
     victim = output.with_name("victim.txt")
     victim.write_text("x")
     (log,) = output.glob("_lock/commits-*.json")
@@ -243,7 +243,7 @@ def test_a_damaged_log_deletes_nothing_elsewhere(output: Path, model: ResolvedMo
     assert victim.exists()
 
 
-def test_a_lost_manifest_is_not_listed_again_under_old_ids(output: Path, model: ResolvedModel) -> None:
+def test_missing_manifest_is_refused_if_the_output_has_rows(output: Path, model: ResolvedModel) -> None:
     (output / "_manifest" / "manifest.json").unlink()
     for _ in range(2):
         with pytest.raises(RequestError, match=r"no _manifest/manifest\.json, without which its ids mean nothing"):
@@ -251,17 +251,17 @@ def test_a_lost_manifest_is_not_listed_again_under_old_ids(output: Path, model: 
     assert readable_ids(output) == list(range(NUM_INPUTS))
 
 
-def test_a_file_with_ids_of_another_output_is_named(output: Path, model: ResolvedModel) -> None:
+def test_file_with_unknown_ids_is_refused_by_name(output: Path, model: ResolvedModel) -> None:
     path = next(output.glob("part-000000000008-*"))
     table = pq.read_table(path)
     others = pa.array([index + 10**6 for index in table["id"].to_pylist()])
     pq.write_table(table.set_column(0, table.schema.field("id"), others), output / "part-000001000008.parquet")
-    with pytest.raises(RequestError, match=r"part-000001000008.parquet holds ids from 1000008 .* 40 inputs"):
+    with pytest.raises(RequestError, match=r"part-000001000008.parquet contains ids from 1000008 .* 40 inputs"):
         infer(output, model)
 
 
-def test_the_same_command_mends_a_finished_output(output: Path, model: ResolvedModel) -> None:
-    """Copies of rows go, rows that are gone are computed again, and nothing else is touched."""
+def test_rerun_repairs_a_finished_output(output: Path, model: ResolvedModel) -> None:
+    """Duplicate rows are removed, missing rows are recomputed, and nothing else changes."""
     assert infer(output, model)["num_resumed"] == NUM_INPUTS
     files = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     copied, lost = next(output.glob("part-000000000000-*")), next(output.glob("part-000000000008-*"))

@@ -1,4 +1,4 @@
-"""One run at a time on an output."""
+"""Leases: mutual exclusion, heartbeats, takeover and fencing."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ import pytest
 
 from cluster.local.object_store import ObjectStore
 from pipelines.errors import RequestError, RunError
-from pipelines.outputs import lease as module
+from pipelines.outputs import lease as lease_module
 from pipelines.outputs.lease import OLD_LOCK_FILE, Fence, Holder, Lease, LeaseLostError, current_epoch, lock_uri
 from pipelines.storage import uris
 from pipelines.storage.bulk import list_keys, read_object, store_object
@@ -29,8 +29,8 @@ ELSEWHERE = {"host": "elsewhere", "machine": "another"}
 
 @pytest.fixture(params=["local", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(module, "BEAT_EVERY_S", 0.2)
-    monkeypatch.setattr(module, "WATCH_S", 0.8)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_INTERVAL_S", 0.2)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_TIMEOUT_S", 0.8)
     if request.param == "local":
         return str(tmp_path)
     store = request.getfixturevalue("store")
@@ -48,7 +48,7 @@ def holder_of(output: str, epoch: int) -> dict[str, Any]:
 
 
 def leave_behind(output: str, **changes: Any) -> Holder:
-    """Write the lease of a run that did not release it, as the next epoch."""
+    """Write, as the next epoch, the lease of a run that did not release it."""
     with Lease(output) as lease:
         lease.acquire()
         content = holder_of(output, lease.fence.epoch)
@@ -59,7 +59,7 @@ def leave_behind(output: str, **changes: Any) -> Holder:
 
 @contextlib.contextmanager
 def another_process(code: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """Run Python in a process of its own, killed at the end."""
+    """Run Python code in a separate process, which is killed at the end."""
     command = [sys.executable, "-c", code, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     try:
@@ -69,10 +69,10 @@ def another_process(code: str, *arguments: str) -> Iterator["subprocess.Popen[st
         process.wait()
 
 
-def test_a_second_run_is_refused_until_the_first_one_ends(output: str) -> None:
+def test_second_run_is_refused_until_the_first_one_ends(output: str) -> None:
     with Lease(output) as first:
         first.acquire()
-        with Lease(output) as second, pytest.raises(RequestError, match=f"another run is at work on .*{os.getpid()}"):
+        with Lease(output) as second, pytest.raises(RequestError, match=f"another run is using .*{os.getpid()}"):
             second.acquire()
         first.check()
         first.fence.check()
@@ -81,7 +81,7 @@ def test_a_second_run_is_refused_until_the_first_one_ends(output: str) -> None:
         assert not third.is_takeover
 
 
-def test_epochs_grow_and_one_file_of_them_stays(output: str) -> None:
+def test_epochs_grow_and_only_the_last_epoch_file_stays(output: str) -> None:
     for epoch in (1, 2, 3):
         with Lease(output) as lease:
             lease.acquire()
@@ -91,71 +91,71 @@ def test_epochs_grow_and_one_file_of_them_stays(output: str) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [12, pytest.param(100, marks=pytest.mark.slow)])
-def test_of_simultaneous_starts_one_takes_the_lease(output: str, num_processes: int) -> None:
+def test_exactly_one_of_simultaneous_starts_gets_the_lease(output: str, num_processes: int) -> None:
     command = [sys.executable, "-m", "tests.support.simultaneous_acquires", output, str(num_processes)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     outcomes = json.loads(done.stdout)
     assert len(outcomes) == num_processes, done.stderr
     assert outcomes.count(None) == 1
-    assert all(f"another run is at work on {output}" in refusal for refusal in outcomes if refusal)
+    assert all(f"another run is using {output}" in refusal for refusal in outcomes if refusal)
 
 
-def test_a_slow_contender_does_not_revive_an_epoch_that_is_gone(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_contender_does_not_recreate_an_old_epoch(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         with Lease(output) as lease:
             lease.acquire()
-    list_epochs = module._list_epochs
-    looks = iter([[0]])  # its first look was long ago, before epoch 1
-    monkeypatch.setattr(module, "_list_epochs", lambda uri: next(looks, None) or list_epochs(uri))
-    with Lease(output) as slow, pytest.raises(RequestError, match="another run is at work"):
+    list_epochs = lease_module._list_epochs
+    stale_listings = iter([[0]])  # its first listing is from before epoch 1
+    monkeypatch.setattr(lease_module, "_list_epochs", lambda uri: next(stale_listings, None) or list_epochs(uri))
+    with Lease(output) as slow, pytest.raises(RequestError, match="another run is using"):
         slow.acquire()
     assert current_epoch(output) == 2
     assert list_keys(uris.join(output, "_lock")) == ["epoch-000002.json"]
 
 
-def test_the_lease_of_a_dead_process_is_taken_at_once(output: str) -> None:
+def test_lease_of_a_dead_process_is_taken_over_at_once(output: str) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for changes in ({"pid": gone.pid}, {"started": "1"}):  # the second: its id came again
+    for changes in ({"pid": gone.pid}, {"started": "1"}):  # in the second case, the process id was reused
         leave_behind(output, **changes)
         with Lease(output) as lease:
             started = time.monotonic()
             lease.acquire()
             assert lease.is_takeover
-            assert time.monotonic() - started < module.WATCH_S
+            assert time.monotonic() - started < lease_module.HEARTBEAT_TIMEOUT_S
 
 
-def test_a_killed_process_that_nobody_waited_for_is_dead(output: str) -> None:
+def test_zombie_process_counts_as_dead(output: str) -> None:
     with another_process("import time; time.sleep(60)") as process:
-        holder = leave_behind(output, pid=process.pid, started=module._process_start(process.pid).ticks)
+        holder = leave_behind(output, pid=process.pid, started=lease_module._process_start(process.pid).ticks)
         with Lease(output) as lease, pytest.raises(RequestError, match=f"process {process.pid}"):
             lease.acquire()
         process.kill()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # leaves it a zombie
         with Lease(output) as lease:
             lease.acquire()
     assert holder.pid == process.pid
 
 
-def test_a_stopped_process_is_watched(output: str) -> None:
+def test_stopped_process_is_judged_by_its_heartbeats(output: str) -> None:
     with another_process("import time; time.sleep(60)") as process:
-        leave_behind(output, pid=process.pid, started=module._process_start(process.pid).ticks)
+        leave_behind(output, pid=process.pid, started=lease_module._process_start(process.pid).ticks)
         process.send_signal(signal.SIGSTOP)
         while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.01)
         with Lease(output) as lease:
             started = time.monotonic()
             lease.acquire()
-            assert time.monotonic() - started >= module.WATCH_S
+            assert time.monotonic() - started >= lease_module.HEARTBEAT_TIMEOUT_S
 
 
 HIDDEN_RUN = """
 import os, sys
-import pipelines.outputs.lease as module
-module.BEAT_EVERY_S, module.WATCH_S = 0.2, 2.0
+import pipelines.outputs.lease as lease_module
+lease_module.HEARTBEAT_INTERVAL_S, lease_module.HEARTBEAT_TIMEOUT_S = 0.2, 2.0
 ready, end = os.pipe(), os.pipe()
 child = os.fork()
-with module.Lease(sys.argv[1]) as lease:
+with lease_module.Lease(sys.argv[1]) as lease:
     if child == 0:
         lease.acquire()
         os.close(end[1])
@@ -169,13 +169,13 @@ with module.Lease(sys.argv[1]) as lease:
         assert not os.path.exists(f"/proc/{child}"), "/proc does not hide it"
         try:
             lease.acquire()
-        except module.RequestError as error:
+        except lease_module.RequestError as error:
             print(error)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts /proc and becomes another user")
-def test_a_run_that_proc_hides_is_alive_until_its_heartbeats_stop(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="must be root to mount /proc and to become another user")
+def test_run_hidden_by_proc_is_judged_by_its_heartbeats(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o077 == 0:
             folder.chmod(folder.stat().st_mode | 0o077)
@@ -187,13 +187,13 @@ def test_a_run_that_proc_hides_is_alive_until_its_heartbeats_stop(tmp_path: Path
         text=True,
         timeout=60,
     )
-    assert "another run is at work" in done.stdout, done.stderr
+    assert "another run is using" in done.stdout, done.stderr
 
 
-def test_another_host_is_watched(output: str) -> None:
+def test_run_on_another_host_is_judged_by_its_heartbeats(output: str) -> None:
     leave_behind(output, **ELSEWHERE)
     with Lease(output) as lease:
-        lease.acquire()  # no heartbeat came
+        lease.acquire()  # succeeds, because no heartbeat arrives
     holder = leave_behind(output, **ELSEWHERE)
     uri, is_over = epoch_uri(output, current_epoch(output)), threading.Event()
 
@@ -213,7 +213,7 @@ def test_another_host_is_watched(output: str) -> None:
         thread.join()
 
 
-def test_a_run_that_lost_its_lease_is_interrupted_and_cannot_write(output: str) -> None:
+def test_run_that_lost_its_lease_is_interrupted_and_cannot_write(output: str) -> None:
     def wait_for_ray() -> None:
         with Lease(output) as lease:
             lease.acquire()
@@ -230,35 +230,35 @@ def test_a_run_that_lost_its_lease_is_interrupted_and_cannot_write(output: str) 
     assert holder_of(output, 2)["host"] == "elsewhere"
 
 
-def test_a_run_whose_heartbeats_fail_stops_before_others_may_take_over(
+def test_run_whose_heartbeats_fail_stops_before_others_may_take_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_EVERY_S", 0.1)
-    monkeypatch.setattr(module, "GIVE_UP_S", 0.6)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_INTERVAL_S", 0.1)
+    monkeypatch.setattr(lease_module, "GIVE_UP_S", 0.6)
 
     def work() -> None:
         with Lease(str(tmp_path)) as lease:
             lease.acquire()
-            monkeypatch.setattr(module, "store_object", lambda *args, **kwargs: time.sleep(60))
+            monkeypatch.setattr(lease_module, "store_object", lambda *args, **kwargs: time.sleep(60))
             time.sleep(30)
 
     started = time.monotonic()
     with pytest.raises(LeaseLostError, match="no heartbeat of this run has reached"):
         work()
     assert time.monotonic() - started < 10
-    assert module.GIVE_UP_S < module.WATCH_S
+    assert lease_module.GIVE_UP_S < lease_module.HEARTBEAT_TIMEOUT_S
 
 
 FROZEN_RUN = """
 import sys, time
-import pipelines.outputs.lease as module
-module.BEAT_EVERY_S, module.WATCH_S, module.GIVE_UP_S = 0.2, 0.8, 0.6
-with module.Lease(sys.argv[1]) as lease:
+import pipelines.outputs.lease as lease_module
+lease_module.HEARTBEAT_INTERVAL_S, lease_module.HEARTBEAT_TIMEOUT_S, lease_module.GIVE_UP_S = 0.2, 0.8, 0.6
+with lease_module.Lease(sys.argv[1]) as lease:
     lease.acquire()
-    print("taken", flush=True)
+    print("acquired", flush=True)
     try:
         time.sleep(float(sys.argv[2]))
-        print("went on", flush=True)
+        print("continued", flush=True)
     except KeyboardInterrupt:
         print("stopped", flush=True)
         raise
@@ -266,37 +266,37 @@ with module.Lease(sys.argv[1]) as lease:
 
 
 @pytest.mark.parametrize("is_taken_over", [True, False])
-def test_a_driver_that_was_frozen_stops_when_it_wakes_if_it_was_taken_over(tmp_path: Path, is_taken_over: bool) -> None:
+def test_frozen_driver_stops_on_resume_only_if_it_was_taken_over(tmp_path: Path, is_taken_over: bool) -> None:
     with another_process(FROZEN_RUN, str(tmp_path), "3" if not is_taken_over else "60") as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "taken\n"
+        assert process.stdout.readline() == "acquired\n"
         process.send_signal(signal.SIGSTOP)
         time.sleep(1)
         if is_taken_over:
             write_bytes(epoch_uri(str(tmp_path), 2), read_object(epoch_uri(str(tmp_path), 1)))
         process.send_signal(signal.SIGCONT)
-        assert process.stdout.readline() == ("stopped\n" if is_taken_over else "went on\n")
+        assert process.stdout.readline() == ("stopped\n" if is_taken_over else "continued\n")
 
 
-def test_a_fence_looks_at_the_store_at_most_once_a_second(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_looks = 0
-    list_epochs = module._list_epochs
+def test_fence_asks_the_store_at_most_once_per_second(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_listings = 0
+    list_epochs = lease_module._list_epochs
 
-    def counted(uri: str) -> list[int]:
-        nonlocal num_looks
-        num_looks += 1
+    def count_listings(uri: str) -> list[int]:
+        nonlocal num_listings
+        num_listings += 1
         return list_epochs(uri)
 
     with Lease(output) as lease:
         lease.acquire()
-        monkeypatch.setattr(module, "_list_epochs", counted)
-        monkeypatch.setattr(module, "BEAT_EVERY_S", 60.0)
+        monkeypatch.setattr(lease_module, "_list_epochs", count_listings)
+        monkeypatch.setattr(lease_module, "HEARTBEAT_INTERVAL_S", 60.0)
         fence = lease.fence
         for _ in range(50):
             fence.check()
-        assert num_looks <= 2
+        assert num_listings <= 2
         fence.check(max_age_s=0)
-        assert num_looks <= 3
+        assert num_listings <= 3
 
 
 def test_heartbeats_are_sent(output: str) -> None:
@@ -309,7 +309,7 @@ def test_heartbeats_are_sent(output: str) -> None:
             time.sleep(0.05)
 
 
-def test_a_run_that_fails_releases_its_lease(output: str) -> None:
+def test_failed_run_releases_its_lease(output: str) -> None:
     def fail() -> None:
         with Lease(output) as lease:
             lease.acquire()
@@ -320,28 +320,28 @@ def test_a_run_that_fails_releases_its_lease(output: str) -> None:
     assert holder_of(output, 1)["released"]
 
 
-def test_a_store_that_is_gone_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RELEASE_S", 0.2)
+def test_unreachable_store_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "RELEASE_TIMEOUT_S", 0.2)
     with Lease(str(tmp_path)) as lease:
         lease.acquire()
-        monkeypatch.setattr(module, "current_epoch", lambda *args: time.sleep(60))
+        monkeypatch.setattr(lease_module, "current_epoch", lambda *args: time.sleep(60))
         started = time.monotonic()
     assert time.monotonic() - started < 5
 
 
-def test_a_lease_that_is_not_taken_leaves_nothing(output: str) -> None:
+def test_lease_that_is_never_acquired_writes_nothing(output: str) -> None:
     with Lease(output):
         pass
     assert list_names(output) == []
 
 
-def test_the_lock_of_an_older_version_is_respected_and_cleared(output: str) -> None:
+def test_lock_of_an_older_version_is_respected_and_removed(output: str) -> None:
     uri = uris.join(output, OLD_LOCK_FILE)
     with Lease(output) as lease:
         lease.acquire()
         old = {name: value for name, value in holder_of(output, 1).items() if name not in ("format", "released")}
     write_bytes(uri, json.dumps(old).encode())
-    with Lease(output) as lease, pytest.raises(RequestError, match=f"another run is at work on .*{os.getpid()}"):
+    with Lease(output) as lease, pytest.raises(RequestError, match=f"another run is using .*{os.getpid()}"):
         lease.acquire()
     write_bytes(uri, json.dumps(old | {"started": "1"}).encode())
     with Lease(output) as lease:
@@ -351,7 +351,7 @@ def test_the_lock_of_an_older_version_is_respected_and_cleared(output: str) -> N
 
 @pytest.mark.parametrize("name", [OLD_LOCK_FILE, "_lock/epoch-000001.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"5", b'{"owner": "a', b"[" * 100_000, b"\xff\xfe", b'{"a": 1}'])
-def test_a_damaged_lock_is_named_and_left_alone(tmp_path: Path, name: str, content: bytes) -> None:
+def test_damaged_lock_is_refused_by_name_and_left_alone(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -360,9 +360,9 @@ def test_a_damaged_lock_is_named_and_left_alone(tmp_path: Path, name: str, conte
     assert path.read_bytes() == content
 
 
-def test_the_lock_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+def test_lock_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "_lock" / "epoch-000001.json"
     path.parent.mkdir()
     path.write_text('{"format": 2, "owner": ["a list"]}')
-    with Lease(str(tmp_path)) as lease, pytest.raises(RequestError, match=r"has format 2, and this version .* up to 1"):
+    with Lease(str(tmp_path)) as lease, pytest.raises(RequestError, match=r"has format 2, but this version .* up to 1"):
         lease.acquire()

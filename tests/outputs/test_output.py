@@ -1,4 +1,4 @@
-"""Reading the rows of an output."""
+"""Reads of the rows of an output."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ RECORD: dict[str, Any] = {"identity": {}, "config": {}}
 
 @pytest.fixture(params=["local", "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
-    """An empty output."""
+    """Return an empty output, on local disk or in the object store."""
     if request.param == "s3":
         request.getfixturevalue("store")
     return Output(str(tmp_path / "out") if request.param == "local" else f"s3://scratch/{tmp_path.name}")
@@ -32,7 +32,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
 
 @pytest.fixture
 def commit(output: Output) -> Iterator[Commit]:
-    """A run that wrote rows in three files, odd ids as failed rows, and has not finished yet."""
+    """Yield the unfinished commit of a run that wrote three batches. Rows with odd ids have failed."""
     with output.claim() as lease:
         lease.acquire()
         output.write_run(RECORD)
@@ -45,7 +45,7 @@ def commit(output: Output) -> Iterator[Commit]:
 
 
 def predictions(ids: list[int]) -> pa.Table:
-    """Rows as replicas hand them to the writer."""
+    """Return rows as replicas pass them to the writer."""
     kinds = [None if index % 2 == 0 else "empty" for index in ids]
     columns = {
         "id": pa.array(ids, pa.int64()),
@@ -79,7 +79,7 @@ def test_table_returns_all_rows_sorted_by_id(output: Output, commit: Commit) -> 
     assert failed.to_pylist()[0] == {"id": 1, "uri": "/in/1.jpg", "error_kind": "empty", "error_message": "empty"}
 
 
-def test_table_returns_the_columns_asked_for_in_that_order(output: Output, commit: Commit) -> None:
+def test_table_returns_the_requested_columns_in_order(output: Output, commit: Commit) -> None:
     finish(commit)
     assert open_output(output.uri).table(["uri", "width"]).column_names == ["uri", "width"]
     with pytest.raises(RequestError, match=r"has no column 'labels'; it has: id, uri, width"):
@@ -88,7 +88,7 @@ def test_table_returns_the_columns_asked_for_in_that_order(output: Output, commi
         list(open_output(output.uri).batches(["labels"]))
 
 
-def test_batches_hold_the_rows_of_the_table(output: Output, commit: Commit) -> None:
+def test_batches_contain_the_rows_of_the_table(output: Output, commit: Commit) -> None:
     finish(commit)
     batches = list(open_output(output.uri).batches(["id", "embedding"], batch_rows=1))
     assert [batch.num_rows for batch in batches] == [1] * 6
@@ -96,19 +96,19 @@ def test_batches_hold_the_rows_of_the_table(output: Output, commit: Commit) -> N
     assert sum(batch.num_rows for batch in open_output(output.uri).batches(failed=True)) == 6
 
 
-def test_an_unfinished_run_has_the_rows_written_so_far(output: Output, commit: Commit) -> None:
+def test_table_of_an_unfinished_run_has_the_rows_written_so_far(output: Output, commit: Commit) -> None:
     assert open_output(output.uri).table(["id"])["id"].to_pylist() == [0, 2, 4, 6, 12, 14]
 
 
-def test_files_that_do_not_count_are_left_out(output: Output, commit: Commit) -> None:
+def test_uncommitted_files_are_ignored(output: Output, commit: Commit) -> None:
     finish(commit)
     content = (Path(output.uri) / output.list_files()[0]).read_bytes() if output.uri.startswith("/") else b"late"
     write_bytes(output.uri_of("part-000000000000-e000000.parquet"), content)
     assert open_output(output.uri).table(["id"]).num_rows == 6
 
 
-def test_rows_of_merged_files_come_once(output: Output, commit: Commit) -> None:
-    """Between a merge and the removal of its sources, both are there."""
+def test_rows_of_merged_files_are_returned_once(output: Output, commit: Commit) -> None:
+    """Between a merge and the removal of its sources, both exist."""
     fence = commit._lease.fence
     parts = [name for name in output.list_files() if name.startswith("part-")]
     log = CommitLog(fence)
@@ -128,7 +128,7 @@ def read_file(output: Output, name: str) -> bytes:
     return read_bytes(output.uri_of(name))
 
 
-def test_an_output_without_rows_is_an_empty_table(output: Output) -> None:
+def test_output_without_rows_is_an_empty_table(output: Output) -> None:
     with output.claim() as lease:
         lease.acquire()
         output.write_run(RECORD)
@@ -138,24 +138,24 @@ def test_an_output_without_rows_is_an_empty_table(output: Output) -> None:
     assert list(open_output(output.uri).batches(["id"])) == []
 
 
-def test_what_is_no_output_is_refused(output: Output) -> None:
-    with pytest.raises(RequestError, match=r"holds no output: there is no _run\.json"):
+def test_folder_without_a_run_record_is_refused(output: Output) -> None:
+    with pytest.raises(RequestError, match=r"is not the output of a job: it has no _run\.json"):
         open_output(output.uri)
 
 
-def test_a_damaged_file_is_one_line(output: Output, commit: Commit) -> None:
+def test_damaged_or_missing_files_are_refused_by_name(output: Output, commit: Commit) -> None:
     finish(commit)
     name = output.list_files()[-1]
     write_bytes(output.uri_of(name), b"PAR1 no more")
     with pytest.raises(DamagedFileError, match=name):
         open_output(output.uri).table()
     remove(output.uri_of("_files.json"))
-    with pytest.raises(DamagedFileError, match=r"_files\.json is gone"):
+    with pytest.raises(DamagedFileError, match=r"_files\.json is missing"):
         open_output(output.uri).table()
 
 
-def test_embeddings_become_a_matrix_without_copies_of_rows(output: Output, commit: Commit) -> None:
-    """The line that the README and the docs show."""
+def test_embeddings_convert_to_a_matrix(output: Output, commit: Commit) -> None:
+    """The expression is the one that the README and the docs show."""
     finish(commit)
     table = open_output(output.uri).table(["id", "embedding"])
     matrix = table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)

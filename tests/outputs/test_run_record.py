@@ -1,4 +1,4 @@
-"""What runs say of themselves, and what they refuse."""
+"""Run records, and the refusal of runs with different settings."""
 
 import logging
 from pathlib import Path
@@ -14,14 +14,14 @@ from pipelines.models.bundle import ModelFacts
 from pipelines.outputs import run_record
 
 
-def test_an_output_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_output_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
     output = str(tmp_path)
     run_record.refuse_if_changed(output, None)
     run_record.write_run(output, {"identity": {"fingerprint": "a"}})
     record = run_record.find_run(output)
     run_record.refuse_if_changed(output, record)
     for before in (None, {"identity": {"fingerprint": "b"}}):
-        with pytest.raises(RequestError, match=r"another run worked on .* while this one began"):
+        with pytest.raises(RequestError, match=r"another run changed .* while this one was starting"):
             run_record.refuse_if_changed(output, before)
 
 
@@ -33,11 +33,11 @@ def test_an_output_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
         ({"outputs": {"embedding": False}}, r"outputs\.embedding was True, is False"),
     ],
 )
-def test_keys_that_change_rows_are_in_the_identity(change: dict[str, Any], key: str) -> None:
+def test_identity_includes_keys_that_change_rows(change: dict[str, Any], key: str) -> None:
     before, after = _infer_identity({}), _infer_identity(change)
     with pytest.raises(RequestError, match=key):
         run_record.refuse_other_run("out", {"identity": before}, after)
-    # An older version had fewer keys in the identity, and all of them in the config.
+    # Older versions had fewer keys in the identity, but all keys in the config.
     config = InferConfig.model_validate(SECTIONS).model_dump(mode="json")
     with pytest.raises(RequestError, match=key):
         run_record.refuse_other_run("out", {"identity": {"outputs.topk": 5}, "config": config}, after)
@@ -52,11 +52,11 @@ def test_keys_that_change_rows_are_in_the_identity(change: dict[str, Any], key: 
         {"model": {"weights": "elsewhere.safetensors"}},  # its content is in the fingerprint
     ],
 )
-def test_keys_that_change_no_row_are_not_in_the_identity(change: dict[str, Any]) -> None:
+def test_identity_excludes_keys_that_change_no_row(change: dict[str, Any]) -> None:
     assert _infer_identity({}) == _infer_identity(change)
 
 
-def test_label_names_are_in_the_identity_also_of_older_outputs() -> None:
+def test_identity_includes_label_names_for_older_outputs_too() -> None:
     with pytest.raises(RequestError, match="label_names_sha256 was"):
         run_record.refuse_other_run("out", {"identity": _infer_identity({})}, _infer_identity({}, ("x", "y")))
     older = {"identity": {"outputs.topk": 2}, "label_names": ["cat", "dog"]}
@@ -82,7 +82,7 @@ def _infer_identity(change: dict[str, Any], label_names: tuple[str, ...] = ("cat
     return identify(InferConfig.model_validate(sections), facts, topk=2, sampled_ids=None)
 
 
-def test_what_differs_is_a_table_and_a_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_are_logged_as_a_table_and_raised_as_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = {"identity": {"model.name": "a", "topk": 5}}
     run_record.refuse_other_run("out", found, {"model.name": "a", "topk": 5})

@@ -27,7 +27,7 @@ __all__ = ["all_digits", "digits"]
 
 QUICK_TRAIN = """
 import pipelines.outputs.lease as lease
-lease.BEAT_EVERY_S, lease.WATCH_S, lease.GIVE_UP_S = 0.5, 4.0, 3.0
+lease.HEARTBEAT_INTERVAL_S, lease.HEARTBEAT_TIMEOUT_S, lease.GIVE_UP_S = 0.5, 4.0, 3.0
 from jobs.train import *
 main("jobs.train", TrainConfig, train, dry_run)
 """
