@@ -67,8 +67,8 @@ def parse_json(uri: str, content: bytes, schema: type[Value], advice: str) -> Va
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
+        location = ".".join(map(str, first["loc"]))
+        reason = f"{location}: {first['msg']}" if location else first["msg"]
         raise DamagedFileError(f"{uri} is damaged ({reason}): {advice}") from None
 
 

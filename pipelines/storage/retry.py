@@ -192,8 +192,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return error.strerror
     text = REQUEST_MADE.sub("", str(error).partition("\n\nDebug source")[0])
-    if said := S3_ERROR.search(text):
-        text = f"{said.group(1)}: {said.group(2)}" if said.group(2) else said.group(1)
+    if s3_error := S3_ERROR.search(text):
+        text = f"{s3_error.group(1)}: {s3_error.group(2)}" if s3_error.group(2) else s3_error.group(1)
     text = text.strip().partition("\n")[0]
     for pattern, words in VARYING:
         text = pattern.sub(words, text)
