@@ -49,7 +49,7 @@ from pipelines.storage.bulk import read_object
 from pipelines.storage.filesystem import list_names
 
 # Instead of the default 5, 16 and 14.5 s.
-BEAT_EVERY_S, WATCH_S, GIVE_UP_S = 0.5, 4.0, 3.0
+HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S, GIVE_UP_S = 0.5, 4.0, 3.0
 RUN_TIMEOUT_S = 300
 SETTLE_S = 60.0
 # Runs the job with frequent heartbeats, and with compaction of small files. If LINE_UP names a folder, two runs wait
@@ -65,7 +65,8 @@ if folder := os.environ.get("LINE_UP"):
             time.sleep(0.001)
         acquire(self)
     lease.Lease.acquire = acquire_together
-lease.HEARTBEAT_INTERVAL_S, lease.HEARTBEAT_TIMEOUT_S, lease.GIVE_UP_S = {BEAT_EVERY_S}, {WATCH_S}, {GIVE_UP_S}
+lease.HEARTBEAT_INTERVAL_S = {HEARTBEAT_INTERVAL_S}
+lease.HEARTBEAT_TIMEOUT_S, lease.GIVE_UP_S = {HEARTBEAT_TIMEOUT_S}, {GIVE_UP_S}
 import pipelines.outputs.compaction as compact
 compact.MIN_BYTES, compact.FULL_BYTES, compact.MIN_FAILED_FILES = 30_000, 60_000, 3
 from jobs.infer import InferConfig, label_and_embed, main

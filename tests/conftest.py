@@ -48,7 +48,8 @@ def _uses_services(item: pytest.Item) -> bool:
     # Tests for several kinds of stores are parametrized by kind, and request the fixture while they run.
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     module = item.path.relative_to(REPOSITORY / "tests").as_posix()
-    return bool(SERVICES & set(getattr(item, "fixturenames", ()))) or "s3" in parameters or module in NOT_UNIT_MODULES
+    uses_store = any(isinstance(value, str) and value.split(" ")[0] == "s3" for value in parameters)
+    return uses_store or bool(SERVICES & set(getattr(item, "fixturenames", ()))) or module in NOT_UNIT_MODULES
 
 
 @pytest.hookimpl(trylast=True)

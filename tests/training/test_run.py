@@ -155,7 +155,7 @@ def test_wrong_request_exits_with_status_2_and_one_line(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, object], str]] = {
     "unknown optimizer": ({"optim__opt": "sdg"}, "did you mean sgd"),
     "unknown augmentation": ({"augment__auto_augment": "nonsense"}, "augment.auto_augment"),
-    "synchronized norm on CPUs": ({"model__sync_batch_norm": True}, "torch has no synchronized norm on CPUs"),
+    "synchronized norm on CPUs": ({"model__sync_batch_norm": True}, "torch synchronizes batch norm on GPUs only"),
     "too few images": ({"optim__global_batch_size": 4096}, "fewer than one batch"),
     "unknown class": ({"data__validation__uri": "OTHER"}, "'eleven'"),
     "unknown model": ({"model__name": "ecaresnet51d"}, "knows no model"),
