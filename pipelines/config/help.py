@@ -2,7 +2,7 @@
 
 import textwrap
 import types
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -29,19 +29,22 @@ def format_help(schema: type[BaseModel], prog: str) -> str:
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
             lines += ["", f"{section}:"] if section else [""]
-        lines.append(f"  --{key} {_type_name(field.annotation)}{_default(field, is_required=key in required)}")
+        lines.append(f"  --{key} {describe_type(field.annotation)}{_default(field, is_required=key in required)}")
         text = " ".join((field.description or "").replace("`", "").split())
         lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
+def describe_default(field: FieldInfo) -> str:
+    """Return the default as the command line takes it, or an empty string if it depends on something else."""
+    return "" if field.default is None or field.default is PydanticUndefined else _as_text(field.default)
+
+
 def _default(field: FieldInfo, is_required: bool) -> str:
-    """Return the default as the command line would take it. Defaults that depend on something else are described."""
     if is_required:
         return " (required)"
-    if field.default is None or field.default is PydanticUndefined:
-        return ""
-    return f" (default: {_as_text(field.default)})"
+    default = describe_default(field)
+    return f" (default: {default})" if default else ""
 
 
 def _as_text(value: object) -> str:
@@ -57,19 +60,20 @@ def _as_text(value: object) -> str:
     return str(value)
 
 
-def _type_name(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
+    """Return the placeholder for a value of a type, such as `N`, `true|false` or `{exact,fast}`."""
     if get_origin(annotation) is Annotated:
-        return _type_name(get_args(annotation)[0])
+        return describe_type(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
-        return ",".join(map(_type_name, get_args(annotation)))
+        return ",".join(map(describe_type, get_args(annotation)))
     if get_origin(annotation) is dict:
         return "JSON"
     if get_origin(annotation) is Literal:
         return "{" + ",".join(map(str, get_args(annotation))) + "}"
-    if get_origin(annotation) is types.UnionType:
-        return " or ".join(_type_name(arg) for arg in get_args(annotation) if arg is not type(None))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(describe_type(arg) for arg in get_args(annotation) if arg is not type(None))
     if annotation == list[str]:
         return "TEXT (once for each)"
     if get_origin(annotation) is list:
-        return f"{_type_name(get_args(annotation)[0])}[,...]"
+        return f"{describe_type(get_args(annotation)[0])}[,...]"
     return {bool: "true|false", str: "TEXT", int: "N", float: "X"}.get(annotation, str(annotation))

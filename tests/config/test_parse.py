@@ -299,3 +299,7 @@ def test_help_shows_the_default_that_the_schema_has() -> None:
         "  --scaling.resources_per_worker JSON (default: none)",
     ):
         assert expected in lines, [line for line in lines if expected.split()[0] in line]
+
+
+def test_help_names_the_type_of_an_optional_range() -> None:
+    assert "  --compute.num_workers N or N,N" in format_help(InferConfig, "jobs.infer").splitlines()
