@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 LIMIT := timeout --kill-after=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu checks bench lock clean
+.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu checks docs bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -46,6 +46,11 @@ checks: setup  ## check format, lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: setup  ## build the documentation site, in docs/_build
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
+		-r pyproject.toml --extra docs --constraints requirements.lock
+	$(VENV)/bin/sphinx-build --quiet -W --keep-going docs docs/_build
+
 bench: setup  ## run the benchmarks, side by side with timm, Ray's documented pattern and Daft
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
 		-r pyproject.toml --extra bench --constraints requirements.lock
@@ -69,4 +74,4 @@ lock: setup  ## update requirements.lock
 		--no-emit-index-url --no-emit-find-links --constraints requirements.constraints -o requirements.lock
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .demo docs/_build .mypy_cache .pytest_cache .ruff_cache
