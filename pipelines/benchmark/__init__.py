@@ -1,1 +1,1 @@
-"""The ceilings of each stage of labelling, and what the whole makes of them."""
+"""The job `benchmark`: ceilings of the separate stages, and the rate of the whole pipeline."""

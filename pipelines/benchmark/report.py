@@ -1,4 +1,4 @@
-"""From what the stages cost to what binds, and the table that says so."""
+"""Bounds that follow from the costs of the stages, and the report that shows them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ GPU_DECODE = "GPU decode"
 
 @dataclass(frozen=True)
 class Bound:
-    """What the whole cannot be faster than.
+    """Upper bound on the rate of the whole pipeline.
 
     Attributes:
-        by: `store`, `cores`, `replicas` or `GPU decoders`.
-        images_per_s: the rate.
-        stage: the one that takes most of it.
+        by: Resource that limits the rate: `store`, `cores`, `replicas` or `GPU decoders`.
+        images_per_s: Highest rate that the resource allows.
+        stage: Stage that uses most of the resource.
     """
 
     by: str
@@ -26,28 +26,28 @@ class Bound:
 
 
 def find_bounds(costs: Mapping[str, StageCost], plan: ComputePlan, num_cpus: float, num_readers: int) -> list[Bound]:
-    """The bounds of a run, the lowest first.
+    """Return the bounds of a run, lowest first.
 
     Args:
-        costs: `fetch`, `decode`, `forward`, `write`, the first of one process of `num_readers`; `GPU decode` of one
-            replica, where there is that.
-        plan: what each stage declares.
-        num_cpus: of the machines.
-        num_readers: processes that read from the store at the same time when `fetch` was measured.
+        costs: Cost of one process by stage: `fetch` (one of `num_readers`), `decode`, `forward`, `write` and, if
+            replicas decode, `GPU decode`.
+        plan: Resources that each stage declares to Ray.
+        num_cpus: CPUs of the cluster.
+        num_readers: Number of processes that read from the store concurrently while `fetch` was measured.
     """
-    dearest = max(costs, key=lambda name: costs[name].cpu_s_per_image)
+    most_expensive = max(costs, key=lambda name: costs[name].cpu_s_per_image)
     bounds = [
         Bound("store", num_readers * costs["fetch"].images_per_s, "fetch"),
-        Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), dearest),
+        Bound("cores", num_cpus / sum(cost.cpu_s_per_image for cost in costs.values()), most_expensive),
         Bound("replicas", plan.num_workers * costs["forward"].images_per_s, "forward"),
     ]
-    if GPU_DECODE in costs:  # by engines of their own, beside the forward pass
+    if GPU_DECODE in costs:  # separate hardware engines decode while the GPU computes
         bounds.append(Bound("GPU decoders", plan.num_workers * costs[GPU_DECODE].images_per_s, GPU_DECODE))
     return sorted(bounds, key=lambda bound: bound.images_per_s)
 
 
 def format_report(summary: Mapping[str, Any]) -> str:
-    """The summary of the job as tables for people."""
+    """Format the summary of the job as tables."""
     stages: dict[str, dict[str, float]] = summary["stages"]
     total_s = sum(stage["cpu_s_per_image"] for stage in stages.values())
     lines = [f"{'stage, alone':14}{'images/s':>12}{'MB/s':>10}{'core ms/image':>16}{'share':>8}"]
@@ -74,6 +74,6 @@ def format_report(summary: Mapping[str, Any]) -> str:
 
 def _steady_line(summary: Mapping[str, Any]) -> str:
     if summary["steady_images_per_s"] is None:
-        return f"{'steady':14}{'':12}  too few files to say: take a larger --sample.num_images"
+        return f"{'steady':14}{'':12}  too few files to measure: raise --sample.num_images"
     share = summary["share_of_ceiling"]
     return f"{'steady':14}{summary['steady_images_per_s']:12.1f}  {share:.0%} of the lowest ceiling"

@@ -1,4 +1,4 @@
-"""Parameters of a benchmark: a config with every question answered."""
+"""Resolved parameters of a benchmark."""
 
 from dataclasses import dataclass
 
@@ -13,25 +13,25 @@ from pipelines.inference.request import resolve_topk
 from pipelines.inputs.reader import Reader
 from pipelines.outputs.writer import PartWriter
 
-# For a stage alone, whose every process is sent their URIs: on GPUs some seconds of the fastest.
+# Every process of a stage receives the URIs of these images. On GPUs, the fastest stage takes some seconds for them.
 MAX_STAGE_IMAGES = 20_000
-# A run is mostly its start and its end below these.
+# Shorter runs consist mostly of their start and end.
 MIN_IMAGES, MIN_WHOLE_S = 1_000, 60
-# Processes that read from the store, and replicas that predict, at the same time while each is measured, at most.
+# Limits on the number of concurrent processes while the store and the replicas are measured.
 MAX_READERS = MAX_REPLICAS = 32
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A benchmark, about to be run.
+    """Resolved parameters of a benchmark.
 
     Attributes:
-        config: of the job.
-        engine: with the model.
-        num_cpus: of the machines.
-        reader: of the input.
-        sample: rows of the input that the reader can read; of the stages at first, then of the whole.
-        writer: of the rows.
+        config: Config of the job.
+        engine: Engine with the model.
+        num_cpus: CPUs of the cluster.
+        reader: Reader of the input.
+        sample: Rows of the input to measure with, first those for the stages, then those for the whole pipeline.
+        writer: Writer of the rows.
     """
 
     config: BenchmarkConfig
@@ -59,25 +59,30 @@ class Setup:
 
     @property
     def rows_per_file(self) -> int:
-        """Rows of a file of a run over `sample`; files of the stages may be larger than those of the whole."""
+        """Number of rows per file in a run over `sample`. The stages may use larger files than the whole pipeline."""
         return rows_per_file(len(self.sample), self.tasks.num_rows, self.config.output.commit_rows)
 
     @property
     def num_replicas(self) -> int:
-        """That predict at the same time: those of a machine share its memory's bandwidth."""
+        """Number of replicas that are measured concurrently, because they share the memory bandwidth of a machine."""
         return min(MAX_REPLICAS, self.plan.min_workers)
 
     @property
     def num_readers(self) -> int:
-        """Processes that read from the store at the same time."""
+        """Number of processes that read from the store concurrently."""
         return max(1, min(MAX_READERS, int(self.num_cpus)))
 
 
 def num_stage_images(config: BenchmarkConfig) -> int:
-    """Images that the stages are measured with, at most."""
+    """Return the maximum number of images to measure the stages with."""
     return min(MAX_STAGE_IMAGES, config.sample.num_images or MAX_STAGE_IMAGES)
 
 
 def num_whole_images(config: BenchmarkConfig, ceiling_images_per_s: float) -> int:
-    """Images that the whole is measured with, at most."""
+    """Return the maximum number of images to measure the whole pipeline with.
+
+    Args:
+        config: Config of the job.
+        ceiling_images_per_s: Lowest ceiling of the stages.
+    """
     return config.sample.num_images or max(MIN_IMAGES, int(MIN_WHOLE_S * ceiling_images_per_s))

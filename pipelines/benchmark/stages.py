@@ -1,6 +1,6 @@
-"""Each stage of labelling alone, in one process: what an image costs in seconds of a core, and the stage's rate.
+"""Measurements of single stages in one process: the CPU time per image, and the rate of the stage.
 
-No Ray: `pipelines.benchmark.run` has these run in workers. Every measurement leaves a first pass out.
+Ray is not needed here: `pipelines.benchmark.run` runs the measurements in workers. Each of them discards a warm-up.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.engine.options import PredictOptions
-from pipelines.engine.quantization_sample import every_nth
+from pipelines.engine.quantization_sample import evenly_spaced
 from pipelines.engine.schema import IMAGES
 from pipelines.errors import RunError
 from pipelines.images.jpeg import size_for_device
@@ -26,18 +26,18 @@ from pipelines.outputs.writer import PartWriter
 
 Item = TypeVar("Item")
 
-# As a fetching task of the run has in flight.
+# Number of requests that a fetch task of a run has in flight.
 FETCH_ROWS = 64
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage costs.
+    """Cost of one stage.
 
     Attributes:
-        images_per_s: of one process, by the clock.
-        cpu_s_per_image: seconds of a core.
-        bytes_per_image: read or written; 0 where that says nothing.
+        images_per_s: Rate of one process, in wall time.
+        cpu_s_per_image: CPU time per image, in seconds.
+        bytes_per_image: Bytes read per image; 0 for stages that do not read from the store.
     """
 
     images_per_s: float
@@ -46,7 +46,13 @@ class StageCost:
 
 
 def measure_fetch(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> StageCost:
-    """Read whole inputs, as many requests in flight as in a run; they are read again where time is left."""
+    """Measure reading whole objects, with as many requests in flight as in a run.
+
+    Args:
+        rows: Rows of the input. They are read again until the time is up.
+        decode: Fetch and decode stage of the run.
+        stage_s: Duration of the measurement in seconds.
+    """
     num_bytes = 0
 
     def fetch(part: pa.Table) -> int:
@@ -64,20 +70,20 @@ def measure_fetch(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> Sta
 
 
 def measure_decode(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> StageCost:
-    """Bytes in memory to the rows of a fetching task, on one core: images of the model's input size, or JPEGs for GPUs.
+    """Measure decoding from memory on one core, to images of the model's input size or to JPEGs for GPUs.
 
     Raises:
-        RunError: not one of the images can be had.
+        RunError: None of the images can be fetched and decoded.
     """
     contents = _fetch_some(rows, FETCH_ROWS, decode)
     preprocess = make_preprocess(decode.mode, decode.transform, decode.max_pixels)
     pixels = np.empty((*decode.transform.input_size, 3), np.uint8)
-    images = [content for content in contents if "error_kind" not in decode.row_of(content, preprocess, pixels)]
+    images = [content for content in contents if "error_kind" not in decode.decode_row(content, preprocess, pixels)]
     if not images:
         raise RunError("not one of the sampled images could be fetched and decoded")
 
     def decode_one(content: bytes) -> int:
-        decode.row_of(content, preprocess, pixels)
+        decode.decode_row(content, preprocess, pixels)
         return 1
 
     return _time(decode_one, itertools.cycle(images), stage_s)[0]
@@ -86,14 +92,15 @@ def measure_decode(rows: pa.Table, decode: FetchAndDecode, stage_s: float) -> St
 def measure_device_decode(
     rows: pa.Table, decode: FetchAndDecode, options: PredictOptions, stage_s: float
 ) -> StageCost | None:
-    """A batch in host memory, again and again: its JPEGs to the model's input on the replica's device.
+    """Measure decoding a batch of JPEGs from host memory to the model's input, on the device of a replica.
 
-    What an image costs is the mean of all, those included that came decoded by a CPU. None where all did.
+    Returns:
+        Mean cost over all images of the batch, including those that CPUs decode; None if CPUs decode all of them.
 
     Raises:
-        RunError: the device decodes no JPEG.
+        RunError: The device cannot decode JPEGs.
     """
-    from pipelines.engine.pixels import cut_by_pixels
+    from pipelines.engine.pixels import group_by_pixels
     from pipelines.images.device import DeviceDecoder
     from pipelines.models.accelerators import replica_accelerator
 
@@ -102,7 +109,7 @@ def measure_device_decode(
     jpegs = [(content, size.width * size.height) for content, size in zip(contents, sizes) if size]
     if not jpegs:
         return None
-    groups = [[jpegs[position][0] for position in group] for group in cut_by_pixels(np.array([n for _, n in jpegs]))]
+    groups = [[jpegs[position][0] for position in group] for group in group_by_pixels(np.array([n for _, n in jpegs]))]
     accelerator = replica_accelerator(options.use_gpu)
     decode_group = DeviceDecoder(decode.transform, decode.max_pixels, accelerator.device)
 
@@ -117,41 +124,42 @@ def measure_device_decode(
 
 
 def _fetch_some(rows: pa.Table, num_images: int, decode: FetchAndDecode) -> list[bytes]:
-    some = rows.take(every_nth(rows.num_rows, num_images))
+    some = rows.take(evenly_spaced(rows.num_rows, num_images))
     return [found.content for found in decode.reader.read(some, decode.max_bytes) if isinstance(found.content, bytes)]
 
 
 def measure_forward(bundle: ModelBundle, options: PredictOptions, num_threads: int, stage_s: float) -> StageCost:
-    """Images of noise through one replica, from uint8 to rows, `num_threads` batches at a time."""
+    """Measure one replica on images of noise, from uint8 to rows, with `num_threads` batches at a time."""
     from pipelines.engine.predict import Predictor  # late: torch
 
     predict = Predictor(bundle, options)
-    batch = _noise(options.batch_size, bundle.transform.input_size)
+    batch = _noise_images(options.batch_size, bundle.transform.input_size)
 
     with ThreadPoolExecutor(num_threads) as threads:
-        predicted = _without_end(lambda: threads.submit(predict, batch), num_threads)
+        predicted = _run_continuously(lambda: threads.submit(predict, batch), num_threads)
         for _ in range(2 * num_threads):
             next(predicted)
         return _time(len, predicted, stage_s)[0]
 
 
-def _without_end(submit: Callable[[], Future[Item]], num_ahead: int) -> Iterator[Item]:
-    """What comes of work that is always under way, as it arrives.
+def _run_continuously(submit: Callable[[], Future[Item]], num_in_flight: int) -> Iterator[Item]:
+    """Keep `num_in_flight` calls running, and yield their results as they complete.
 
-    As in a run, no thread waits for another before its next batch: in step, all would want the memory at the same time.
+    As in a run, no thread waits for another one before its next batch. In lockstep, all of them would compete for the
+    memory bandwidth at the same moment.
     """
-    arrived: SimpleQueue[Future[Item]] = SimpleQueue()
-    for _ in range(num_ahead):
-        submit().add_done_callback(arrived.put)
+    completed: SimpleQueue[Future[Item]] = SimpleQueue()
+    for _ in range(num_in_flight):
+        submit().add_done_callback(completed.put)
     while True:
-        done = arrived.get()
-        submit().add_done_callback(arrived.put)
+        done = completed.get()
+        submit().add_done_callback(completed.put)
         yield done.result()
 
 
 def measure_write(writer: PartWriter, num_rows: int, stage_s: float) -> StageCost:
-    """Rows to Parquet in the store, a file of `num_rows` rows again and again."""
-    rows = _predictions(writer.parts_schema, num_rows)
+    """Measure writing a Parquet file of `num_rows` rows to the store, again and again."""
+    rows = _random_predictions(writer.parts_schema, num_rows)
 
     def write(_: None) -> int:
         writer(rows)
@@ -162,7 +170,19 @@ def measure_write(writer: PartWriter, num_rows: int, stage_s: float) -> StageCos
 
 
 def _time(work: Callable[[Item], int], items: Iterator[Item], stage_s: float) -> tuple[StageCost, int]:
-    """Work on items, at least one, until the time is up; `work` returns how many images an item was."""
+    """Call `work` on items until the time is up, at least once.
+
+    Args:
+        work: Function that processes an item and returns its number of images.
+        items: Endless supply of items.
+        stage_s: Duration of the measurement in seconds.
+
+    Returns:
+        Cost per image, and the number of images.
+
+    Raises:
+        RunError: No item had an image.
+    """
     num_images = 0
     cpu_before, before = time.process_time(), time.monotonic()
     for item in items:
@@ -171,11 +191,11 @@ def _time(work: Callable[[Item], int], items: Iterator[Item], stage_s: float) ->
         if elapsed >= stage_s:
             break
     if not num_images:
-        raise RunError("not one of the sampled images could be had")
+        raise RunError("not one of the sampled images could be read")
     return StageCost(num_images / elapsed, (time.process_time() - cpu_before) / num_images), num_images
 
 
-def _noise(num_images: int, input_size: tuple[int, int]) -> pa.Table:
+def _noise_images(num_images: int, input_size: tuple[int, int]) -> pa.Table:
     pixels = np.random.default_rng(0).integers(0, 256, (num_images, *input_size, 3), np.uint8)
     columns = {
         "id": pa.array(range(num_images), pa.int64()),
@@ -190,12 +210,12 @@ def _noise(num_images: int, input_size: tuple[int, int]) -> pa.Table:
     return pa.table(columns, schema=IMAGES)
 
 
-def _predictions(schema: pa.Schema, num_rows: int) -> pa.Table:
-    random = np.random.default_rng(0)
+def _random_predictions(schema: pa.Schema, num_rows: int) -> pa.Table:
+    rng = np.random.default_rng(0)
     columns: dict[str, pa.Array] = {}
     for field in schema:
         if pa.types.is_fixed_size_list(field.type):
-            values = random.standard_normal(num_rows * field.type.list_size, np.float32)
+            values = rng.standard_normal(num_rows * field.type.list_size, np.float32)
             columns[field.name] = pa.FixedSizeListArray.from_arrays(values, field.type.list_size)
         else:
             value = {"label": ["a label"] * 5, "prob": [0.2] * 5, "index": [1] * 5, "uri": "s3://bucket/key.jpg"}

@@ -1,1 +1,1 @@
-"""The Ray Data chain that inference, evaluation and benchmark share: plan, fetch, decode, predict."""
+"""Ray Data pipeline shared by inference, evaluation and benchmark: plan, fetch, decode, predict."""

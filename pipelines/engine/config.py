@@ -1,4 +1,4 @@
-"""Sections of a job's config that the engine reads."""
+"""Protocol of the config sections that the engine reads."""
 
 from typing import Protocol
 

@@ -1,7 +1,7 @@
-"""The engine of a job: its model, its compute plan and its first stage, prepared while Ray and other things start.
+"""Engine of a job: its model, its compute plan and the stages that all jobs share.
 
-`infer`, `evaluate` and `benchmark` share it. A job makes one at its very start, so that a request that cannot be
-scheduled on this machine is refused before anything is read. `plan` and `stream` need Ray.
+`infer`, `evaluate` and `benchmark` share it. A job creates its engine first, so that a request that does not fit this
+machine is refused before any input is read. The model is prepared while Ray starts; only `plan` and `stream` need Ray.
 """
 
 import functools
@@ -18,7 +18,7 @@ from pipelines.engine.config import EngineConfig
 from pipelines.engine.fetch_decode import FetchAndDecode, make_decode
 from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import ComputePlan, plan_compute
-from pipelines.engine.quantization_sample import every_nth, read_sample, refuse_if_unable
+from pipelines.engine.quantization_sample import evenly_spaced, read_sample, refuse_unsupported_int8
 from pipelines.engine.source import Source
 from pipelines.inputs.reader import Reader
 from pipelines.models.bundle import ModelFacts
@@ -33,77 +33,80 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Fetches, decodes and predicts.
+    """Engine that fetches, decodes and predicts.
 
     Args:
-        config: of the job.
-        process: that is resolving the model.
+        config: Config of the job.
+        process: Process that is resolving the model.
 
     Raises:
-        RequestError: this machine cannot do what is asked for.
+        RequestError: The request does not fit this machine.
     """
 
     def __init__(self, config: EngineConfig, process: ModelProcess) -> None:
         self._config, self._process = config, process
         self._is_compiled = config.model.dtype == "int8"
         self._quantized: ModelFacts | None = None
-        # A cluster is planned for once Ray has connected to it.
+        # The plan for a named cluster has to wait until Ray has connected to it.
         self._plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], self._is_compiled)
         if self._is_compiled:
-            refuse_if_unable(config.compute.use_gpu, is_cluster_named())
+            refuse_unsupported_int8(config.compute.use_gpu, is_cluster_named())
 
     @property
     def facts(self) -> ModelFacts:
-        """The model, without its weights; of a model in int8, what is known before it is quantized.
+        """Facts about the model, without its weights. For int8, the facts of the float32 model until `quantize` ran.
 
         Raises:
-            RequestError: the weights cannot be had, or do not fit the model or the image size.
+            RequestError: The weights cannot be loaded, or do not fit the model or the image size.
         """
         return self._quantized or self._process.facts()
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the model has to be quantized on images of the input, by `quantize`."""
+        """True if the job has to call `quantize` with images of the input."""
         return self._is_compiled
 
     def sample_positions(self, num_rows: int) -> NDArray[np.int64]:
-        """Return the positions of the rows to quantize with, spread evenly over `num_rows`."""
-        return every_nth(num_rows, self._config.model.quantization.num_images)
+        """Return the positions of the rows to quantize with, evenly spaced over `num_rows` rows."""
+        return evenly_spaced(num_rows, self._config.model.quantization.num_images)
 
     def quantize(self, rows: pa.Table, reader: Reader, is_pinned: bool = False) -> list[int]:
-        """Quantize the model on images of the input; returns the ids of those that could be read.
+        """Quantize the model on images of the input.
 
         Args:
-            rows: `id`, `uri` and the locators of the reader.
-            reader: reads the images.
-            is_pinned: an earlier run read all of them, and its rows follow from them.
+            rows: Table with `id`, `uri` and the locators of the reader.
+            reader: Reader of the images.
+            is_pinned: True if an earlier run quantized with exactly these images, so that none may be missing.
+
+        Returns:
+            Ids of the images that could be read.
 
         Raises:
-            RequestError: none of the images can be read, or a pinned one cannot, or int8 is too far from float32.
+            RequestError: No image, or not every pinned image, can be read, or int8 is too far from float32.
         """
         images, ids = read_sample(rows, self.decode(reader), is_pinned)
         self._quantized = self._process.quantized_facts(images)
         return ids
 
     def decode(self, reader: Reader) -> FetchAndDecode:
-        """Return the first stage, for inputs that `reader` listed."""
+        """Return the fetch and decode stage for inputs that `reader` listed."""
         return make_decode(self._config, self.facts.transform, reader)
 
     @functools.cached_property
     def plan(self) -> ComputePlan:
-        """What each stage declares to Ray; waits for a cluster that has to grow first.
+        """Resources that each stage declares to Ray. Waits for the autoscaler if the cluster has to scale up first.
 
         Raises:
-            RequestError: the cluster cannot do what is asked for.
+            RequestError: The request does not fit the cluster.
         """
         return self._plan or plan_for_cluster(self._config.compute, self._is_compiled)
 
     def options(self, topk: int, embedding: bool) -> PredictOptions:
-        """Return how the replicas predict.
+        """Return the options of the replicas.
 
         Args:
-            topk: classes per row; 0 for none.
-            embedding: whether rows hold the pooled features.
+            topk: Number of classes per row; 0 for no classes.
+            embedding: True if rows contain the pooled features.
         """
         return PredictOptions(
             batch_size=self.plan.batch_size,
@@ -122,25 +125,28 @@ class Engine:
         options: PredictOptions,
         finish: Callable[["ray.data.Dataset"], "ray.data.Dataset"],
     ) -> Iterator[dict[str, Any]]:
-        """Run the chain over all of a source, which `reader` reads; the rest as for `pipelines.engine.chain.stream`."""
-        from pipelines.engine.chain import stream  # Ray Data takes half a second to import
+        """Run the pipeline over a source whose images `reader` reads.
+
+        The other arguments and the rows are those of `pipelines.engine.chain.stream`.
+        """
+        from pipelines.engine.chain import stream  # late: Ray Data takes half a second to import
 
         return stream(source, self.decode(reader), self._process.pickled_bundle(), options, self.plan, finish)
 
     def pickled_bundle(self) -> bytes:
-        """Return the model as replicas take it.
+        """Return the pickled `ModelBundle` for the replicas.
 
         Raises:
-            RunError: the process that resolves it died.
+            RunError: The process that resolves the model died.
         """
         return self._process.pickled_bundle()
 
     def describe(self, num_images: int) -> str:
-        """Return one line about what is about to be done."""
+        """Return one log line that summarizes the run."""
         plan = self.plan
-        where = "GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
+        device = "1 GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
         height, width = self.facts.transform.input_size
         return (
             f"{num_images:,} images for {self.facts.name} at {height} x {width}; "
-            f"replicas: {plan.num_workers}, on {where} each; batches of {plan.batch_size}"
+            f"{plan.num_workers} replicas with {device} each, batch size {plan.batch_size}"
         )

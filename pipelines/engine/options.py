@@ -8,13 +8,13 @@ class PredictOptions:
     """Options of a replica.
 
     Attributes:
-        batch_size: images per forward pass; fewer are padded to it.
-        topk: classes kept per image; 0 for none.
-        embedding: whether the pooled features are kept.
-        use_gpu: run on the GPU that Ray gave this process, else on the CPU.
-        num_threads: on the CPU; of one batch each, or all of one batch where the model is quantized.
-        compile: whether `torch.compile` takes the model, for the one shape that all batches have.
-        max_pixels: largest image that a replica decodes; None where images come decoded.
+        batch_size: Number of images per forward pass. Smaller batches are padded to it.
+        topk: Number of classes per image; 0 for no classes.
+        embedding: True if the output contains the pooled features.
+        use_gpu: True to run on the GPU that Ray assigned to this process, False to run on the CPU.
+        num_threads: Number of CPU threads. Each computes its own batch; a quantized model uses all of them for one.
+        compile: True to compile the model with `torch.compile` for the one shape that all batches have.
+        max_pixels: Number of pixels of the largest image that a replica decodes; None if images arrive decoded.
     """
 
     batch_size: int

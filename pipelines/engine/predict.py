@@ -1,4 +1,4 @@
-"""Predict: uint8 images to top-k and embedding, as a replica does it. Rows 1:1."""
+"""Predict stage: uint8 images to top-k and embedding, in one replica. 1:1."""
 
 import contextlib
 import logging
@@ -30,22 +30,22 @@ log = logging.getLogger(__name__)
 class Predictor:
     """One replica of the model.
 
-    Every forward pass has the same shape: a batch that is not full is padded with black images. On one kind of machine
-    (a C++ compiler is part of the kind) a row's result is then independent of its neighbours, bit for bit; on a GPU, as
-    long as its memory holds the batches.
+    Every forward pass has the same shape, because partial batches are padded with black images. On machines of one kind
+    (the C++ compiler included), a row's result is therefore bit-for-bit independent of the other rows in its batch. On
+    a GPU, this holds as long as its memory is large enough for the batches.
 
-    On CPUs a replica predicts several batches at the same time, each in one thread, its caller's: two threads that
-    share a batch wait for each other at every layer, which costs a tenth, and more where others want the cores. A model
-    compiled for int8 predicts one batch at a time, in all threads.
+    On CPUs, a replica predicts several batches concurrently, each in the single thread of its caller: two threads that
+    shared a batch would wait for each other at every layer, which costs 10 %, and more on busy cores. A model compiled
+    for int8 predicts one batch at a time, in all threads.
 
     Args:
-        bundle: whose module is the predictor's from now on.
-        options: how to run it.
+        bundle: Model. The predictor takes ownership of its module and may modify it.
+        options: Options of the replica.
     """
 
     def __init__(self, bundle: ModelBundle, options: PredictOptions) -> None:
         torch.set_num_threads(options.num_threads if isinstance(bundle.module, bytes) else 1)
-        torch.backends.cudnn.allow_tf32 = False  # who asks for float32 gets it
+        torch.backends.cudnn.allow_tf32 = False  # float32 has to mean float32
         self.options = options
         self.batch_size = options.batch_size
         self._accelerator = replica_accelerator(options.use_gpu)
@@ -53,8 +53,8 @@ class Predictor:
         self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
         self._side_stream = self._accelerator.side_stream()
         self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, self._accelerator)
-        takes_turns = self._accelerator.runs_one_batch_at_a_time
-        self._turn = threading.Lock() if takes_turns else contextlib.nullcontext()
+        is_exclusive = self._accelerator.runs_one_batch_at_a_time
+        self._forward_lock = threading.Lock() if is_exclusive else contextlib.nullcontext()
         self.label_names = pa.array(bundle.label_names, pa.string())
         self.dtype = bundle.dtype
         self.forward = self._load_forward(bundle)
@@ -66,7 +66,9 @@ class Predictor:
             return compile_program(module, shape, self.options.num_threads)
         dtype: torch.dtype = getattr(torch, bundle.dtype)
         if not self._accelerator.supports(dtype):
-            raise RunError(f"this GPU has no {bundle.dtype}: take float16, or another type of GPU")
+            raise RunError(
+                f"this GPU does not support {bundle.dtype}: set model.dtype to float16, or use another type of GPU"
+            )
         layout = memory_format_for(bundle.name, self.device)
         model = module.to(self.device, dtype).to(memory_format=layout)
         if self.device.type == "cpu" and not self.options.compile:
@@ -77,23 +79,23 @@ class Predictor:
             logits, features = model(normalize(images).to(dtype).contiguous(memory_format=layout))
             return logits, features
 
-        # Without CUDA graphs: a batch of 256 keeps a GPU busy for longer than its kernels take to be launched.
         if not self.options.compile:
             return forward
         use_private_compiler_cache()
+        # No CUDA graphs: a batch of 256 keeps the GPU busy for longer than it takes to launch its kernels.
         return torch.compile(forward, dynamic=False)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Turn `IMAGES` into `predictions_schema`; carried columns and failed rows pass through."""
+        """Convert `IMAGES` to `predictions_schema`. Carried columns and failed rows pass through."""
         batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
             results = self._predict_images(images) if len(images) else self._empty_results()
         if (used_bytes := self._accelerator.used_bytes()) is not None:
             metrics.record_gpu_memory(used_bytes)
-        return self._join(*self._without_broken(batch, results))
+        return self._join(*self._fail_non_finite(batch, results))
 
     def _predict_images(self, images: torch.Tensor) -> pa.Table:
-        """Batch by batch; where the GPU's memory does not hold one, in smaller ones from then on."""
+        """Predict batch by batch. If the GPU runs out of memory, halve the batch size for the rest of the run."""
         chunks: list[pa.Table] = []
         start = 0
         while start < len(images):
@@ -105,27 +107,39 @@ class Predictor:
             except RuntimeError as error:
                 if batch_size == 1 or not self._accelerator.is_out_of_memory(error):
                     raise
-            self._accelerator.release_cached_memory()  # after the except block, which holds the error
+            self._accelerator.release_cached_memory()  # after the except block, whose error keeps tensors alive
             self.batch_size = batch_size // 2
-            log.warning("the GPU's memory holds no batch of %d: going on with %d", batch_size, self.batch_size)
+            log.warning(
+                "GPU out of memory at batch size %d: continuing with %d (set compute.batch_size to avoid the retry)",
+                batch_size,
+                self.batch_size,
+            )
         return pa.concat_tables(chunks)
 
     @torch.inference_mode()
     def _predict_batch(self, images: torch.Tensor, batch_size: int) -> pa.Table:
-        """Up to batch_size x height x width x 3 to a table of `index`, `prob`, `label` and `embedding`."""
+        """Predict one batch.
+
+        Args:
+            images: Images on the host or the device, uint8, up to batch_size x height x width x 3.
+            batch_size: Number of images that the batch is padded to.
+
+        Returns:
+            Table with the requested ones of the columns `index`, `prob`, `label` and `embedding`.
+        """
         num_images = len(images)
         metrics.count("ecaray_batch_images", num_images)
         metrics.count("ecaray_batch_places", batch_size)
         if num_images < batch_size:
             images = torch.cat([images, images.new_zeros(batch_size - num_images, *images.shape[1:])])
         uploaded = self._side_stream.upload(images)
-        with self._turn:
+        with self._forward_lock:
             logits, features = self.forward(uploaded)
-            download = self._accelerator.download(self._wanted(logits[:num_images], features[:num_images]))
+            download = self._accelerator.download(self._select_outputs(logits[:num_images], features[:num_images]))
         return self._columns(download.wait())
 
-    def _wanted(self, logits: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
-        """Probabilities and indices of the top-k, then the embedding: those of them that are asked for."""
+    def _select_outputs(self, logits: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+        """Return the requested outputs: probabilities and indices of the top-k, then the embedding."""
         topk = list(logits.float().softmax(dim=-1).topk(self.options.topk)) if self.options.topk else []
         return topk + ([features.float()] if self.options.embedding else [])
 
@@ -147,8 +161,8 @@ class Predictor:
             "label": pa.ListArray.from_arrays(offsets, self.label_names.take(flat)),
         }
 
-    def _without_broken(self, batch: pa.Table, results: pa.Table) -> tuple[pa.Table, pa.Table]:
-        """The batch with an error in each row whose result is not finite, and the results without these rows."""
+    def _fail_non_finite(self, batch: pa.Table, results: pa.Table) -> tuple[pa.Table, pa.Table]:
+        """Return the batch with an error in each row whose result is not finite, and the results without these rows."""
         is_finite = np.ones(len(results), bool)
         for name in ("prob", "embedding"):
             if len(results) and name in results.column_names:
@@ -157,7 +171,7 @@ class Predictor:
         if is_finite.all():
             return batch, results
         ids = batch["id"].filter(pc.is_null(batch["error_kind"])).filter(pa.array(~is_finite)).to_pylist()
-        error = ItemError("not_finite", f"the model's results are not finite in {self.dtype}")
+        error = ItemError("not_finite", f"the model's results for this image are not finite in {self.dtype}")
         return with_errors(batch, dict.fromkeys(ids, error)), results.filter(pa.array(is_finite))
 
     def _empty_results(self) -> pa.Table:
@@ -165,13 +179,13 @@ class Predictor:
         return pa.schema([self.schema.field(name) for name in names]).empty_table()
 
     def _join(self, batch: pa.Table, results: pa.Table) -> pa.Table:
-        # Position of each row's result; null, which `take` answers with null, for a failed row.
+        # Position of each row's result. A failed row has null, for which `take` returns null.
         is_good = pc.is_null(batch["error_kind"]).to_numpy()
         positions = pa.array(np.cumsum(is_good) - 1, mask=~is_good)
         columns = {name: results[name].take(positions) for name in results.column_names}
         columns |= {name: batch[name] for name in batch.column_names if name in self.schema.names}
         predictions = pa.table([columns[name] for name in self.schema.names], schema=self.schema)
         for name in batch.column_names:
-            if name not in IMAGES.names:  # carried from the input
+            if name not in IMAGES.names:  # a column carried over from the input
                 predictions = predictions.append_column(batch.schema.field(name), batch[name])
         return predictions

@@ -1,4 +1,4 @@
-"""Replica of the model in a Ray actor. Imports torch only in the actor: drivers need none."""
+"""Ray actor that holds a replica of the model. Only the actor imports torch; the driver does not need it."""
 
 import pickle
 
@@ -10,15 +10,15 @@ from pipelines.runtime.garbage_collector import paused_gc
 
 
 class PredictorActor:
-    """Takes the bundle out of the object store, where the driver put it once, and loads it once. Rows 1:1."""
+    """Actor that loads the model bundle from the object store once and predicts with it. 1:1."""
 
-    def __init__(self, pickled_bundle: "ray.ObjectRef[bytes]", options: PredictOptions) -> None:
+    def __init__(self, bundle_ref: "ray.ObjectRef[bytes]", options: PredictOptions) -> None:
         with paused_gc():
             from pipelines.engine.predict import Predictor
 
-            bundle = pickle.loads(ray.get(pickled_bundle))  # noqa: S301 - our own driver's, never from a file
+            bundle = pickle.loads(ray.get(bundle_ref))  # noqa: S301 - pickled by our own driver, never read from a file
         self._predict = Predictor(bundle, options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`IMAGES` to `predictions_schema`."""
+        """Convert `IMAGES` to `predictions_schema`."""
         return self._predict(batch)

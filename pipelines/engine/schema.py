@@ -1,4 +1,4 @@
-"""Schemas of the tables that pass between the stages. Plain Arrow types only."""
+"""Schemas of the tables that the stages exchange. Plain Arrow types only."""
 
 import pyarrow as pa
 
@@ -8,19 +8,19 @@ RETRIES_FIELD = pa.field("num_retries", pa.int32())
 """Number of retried requests for an image."""
 
 CLIPPED_FIELD = pa.field("is_clipped", pa.bool_())
-"""True for grey images of more than 8 bits, most of which timm's transform turns white. Null in failed rows."""
+"""True for grayscale images with more than 8 bits, which timm's transform mostly turns white. Null in failed rows."""
 
 PIXEL_FIELDS = [pa.field("image", pa.large_binary()), pa.field("jpeg", pa.large_binary())]
 IMAGES = pa.schema([*SOURCE_FIELDS, *PIXEL_FIELDS, *ERROR_FIELDS, RETRIES_FIELD, CLIPPED_FIELD])
-"""Input of the replicas. `image` is uint8 of the model's input size (H x W x 3); `jpeg` is a file that the replica
+"""Input of the replicas. `image` is uint8, H x W x 3 of the model's input size; `jpeg` is a file that the replica
 decodes. A good row has one of the two, a failed row has neither."""
 
 
 def predictions_schema(topk: int, embedding_size: int) -> pa.Schema:
-    """Return the schema of the rows between the replicas and the last stage.
+    """Return the schema of the rows that replicas pass to the last stage.
 
     Args:
-        topk: classes per row; 0 leaves `index`, `prob` and `label` out.
-        embedding_size: length of `embedding`; 0 leaves it out.
+        topk: Number of classes per row; 0 omits `index`, `prob` and `label`.
+        embedding_size: Length of `embedding`; 0 omits it.
     """
     return pa.schema([*parts_schema(topk, embedding_size), *ERROR_FIELDS, RETRIES_FIELD, CLIPPED_FIELD])

@@ -1,7 +1,7 @@
-"""What goes into the chain, task by task: a task's rows are made where the task runs.
+"""Sources: the input rows of the pipeline, task by task. Each task builds its own rows.
 
-Were the driver to cut the manifest into blocks and hand them to Ray, ten million images would be half a million objects
-of its own, and minutes before the first of them is fetched.
+If the driver split the manifest into blocks instead, ten million images would become half a million objects that it
+owns, and minutes would pass before the first fetch.
 """
 
 from dataclasses import dataclass
@@ -17,55 +17,55 @@ from pipelines.engine.fetch_decode import FetchAndDecode
 from pipelines.inputs.idset import IdSet
 from pipelines.inputs.manifest import Manifest
 
-# Ray's own work for a task (35 ms of a core) is that for some images, but the last tasks leave threads idle: with 16, 8
-# and 4 tasks for each of two threads, 1,000 images took 0.97, 0.95 and 0.97 of the time with 31. In the end so many
-# batches a task that Ray can hold all tasks.
+# Ray's overhead per task, 35 ms of a core, is worth the work on a few images, but large last tasks leave threads idle.
+# 1,000 images with 16, 8 and 4 tasks for each of two threads took 0.97, 0.95 and 0.97 of the time with 31 tasks.
 MIN_TASKS_PER_THREAD, QUICK_TASK_ROWS = 7, 128
-# A task has one more batch for each of so many rows of a run: 16,384 tasks of CPUs, or 1,024 of GPUs, whose batches are
-# large and soon done, are enough to keep all busy, and few enough for the driver (benchmarks/sizing.py).
-ROWS_PER_BATCH_OF_A_TASK = 262_144
+# Tasks grow by one batch for each 262,144 rows of the run. That keeps the number of tasks at 16,384 on CPUs, or 1,024
+# on GPUs with their larger and faster batches: enough to keep all replicas busy, and few enough for the driver
+# (benchmarks/sizing.py).
+RUN_ROWS_PER_TASK_BATCH = 262_144
 MAX_ROWS_PER_TASK = 1024
-# A small run is cut into at least this many files.
+# Small runs write at least this many files.
 MIN_FILES_PER_RUN = 16
 
 
 class Source(Protocol):
-    """Rows by task."""
+    """Input rows of a run, split into tasks."""
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks there are."""
+        """Number of tasks."""
 
     def rows_of(self, task: int) -> pa.Table:
-        """`id` and `uri` of one task."""
+        """Return `id`, `uri` and the other input columns of one task."""
 
 
 def rows_per_task(num_rows: int, batch_size: int, num_threads: int, max_rows: int = MAX_ROWS_PER_TASK) -> int:
-    """Whole batches of the model: one in small runs, more in large ones.
+    """Return the number of rows per task: one batch in small runs, several whole batches in large runs.
 
     Args:
-        num_rows: of the run.
-        batch_size: of the model.
-        num_threads: of all replicas.
-        max_rows: of a task, where that is a batch or more.
+        num_rows: Number of rows of the run.
+        batch_size: Batch size of the model.
+        num_threads: Number of threads of all replicas together.
+        max_rows: Maximum number of rows per task, if that is at least one batch.
     """
     max_rows = min(max_rows, MAX_ROWS_PER_TASK)
-    enough = -(-num_rows // ROWS_PER_BATCH_OF_A_TASK)
-    quick = min(QUICK_TASK_ROWS, num_rows // (MIN_TASKS_PER_THREAD * num_threads)) // batch_size
-    return batch_size * max(1, min(max(enough, quick), max_rows // batch_size))
+    for_driver = -(-num_rows // RUN_ROWS_PER_TASK_BATCH)
+    for_overhead = min(QUICK_TASK_ROWS, num_rows // (MIN_TASKS_PER_THREAD * num_threads)) // batch_size
+    return batch_size * max(1, min(max(for_driver, for_overhead), max_rows // batch_size))
 
 
 def cut_into_tasks(num_rows: int, task_rows: int, batch_size: int, num_threads: int) -> NDArray[np.int64]:
-    """Where each task begins, and where the last one ends.
+    """Return the position at which each task begins, followed by the end of the last task.
 
-    The last tasks get smaller and smaller, down to a batch: while one thread has the last large one, the others would
-    have nothing to do. Guided self-scheduling, https://doi.org/10.1109/TC.1987.5009495, with sizes that halve.
+    The last tasks taper off to a single batch, so that no thread is idle while another one works on a large last task.
+    This is guided self-scheduling (https://doi.org/10.1109/TC.1987.5009495) with sizes that halve.
 
     Args:
-        num_rows: of the run.
-        task_rows: of a task, but of the last ones.
-        batch_size: of the model.
-        num_threads: of all replicas.
+        num_rows: Number of rows of the run.
+        task_rows: Number of rows per task, except for the last tasks.
+        batch_size: Batch size of the model.
+        num_threads: Number of threads of all replicas together.
     """
     sizes: list[int] = []
     size = batch_size
@@ -79,24 +79,24 @@ def cut_into_tasks(num_rows: int, task_rows: int, batch_size: int, num_threads: 
 
 
 def rows_per_file(num_images: int, rows_per_task: int, commit_rows: int) -> int:
-    """Rows of a file: so many that none is a task's rest, so few that results appear while the run goes on.
+    """Return the number of rows per file: whole tasks, but few enough that results appear during the run.
 
     Args:
-        num_images: of the run.
-        rows_per_task: rows come in blocks of this many.
-        commit_rows: at most.
+        num_images: Number of images of the run.
+        rows_per_task: Number of rows per task, and so per block.
+        commit_rows: Maximum number of rows per file.
     """
     rows = min(commit_rows, max(rows_per_task, num_images // MIN_FILES_PER_RUN))
-    # What one write leaves of a block would become a file of its own.
+    # Ray would write the rest of a split block as a separate file.
     return rows // rows_per_task * rows_per_task or rows
 
 
 class Tasks(NamedTuple):
-    """How the rows of a run are cut into tasks.
+    """Division of the rows of a run into tasks.
 
     Attributes:
-        num_rows: of a task, but of the last ones.
-        starts: position at which each task begins, and at which the last one ends.
+        num_rows: Number of rows per task, except for the last tasks.
+        starts: Position at which each task begins, followed by the end of the last task.
     """
 
     num_rows: int
@@ -104,18 +104,18 @@ class Tasks(NamedTuple):
 
 
 def plan_tasks(num_rows: int, batch_size: int, num_threads: int, max_rows: int = MAX_ROWS_PER_TASK) -> Tasks:
-    """Cut a run into tasks; arguments as for `rows_per_task`."""
+    """Divide a run into tasks. The arguments are those of `rows_per_task`."""
     task_rows = rows_per_task(num_rows, batch_size, num_threads, max_rows)
     return Tasks(task_rows, cut_into_tasks(num_rows, task_rows, batch_size, num_threads))
 
 
 @dataclass(frozen=True)
 class TableSource:
-    """Rows of a table.
+    """Source that reads its rows from a table.
 
     Attributes:
-        table: `id` and `uri`.
-        starts: of `Tasks`.
+        table: Table with `id`, `uri` and the locators of the reader.
+        starts: Task boundaries, as in `Tasks`.
     """
 
     table: pa.Table
@@ -123,23 +123,23 @@ class TableSource:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks there are."""
+        """Number of tasks."""
         return len(self.starts) - 1
 
     def rows_of(self, task: int) -> pa.Table:
-        """`id` and `uri` of one task."""
+        """Return the rows of one task."""
         start, stop = self.starts[task : task + 2].tolist()
         return self.table.slice(start, stop - start)
 
 
 class PendingInputs:
-    """Rows of a manifest whose ids are missing in an output.
+    """Source of the manifest rows that an output does not contain yet.
 
     Args:
-        manifest: inputs of the output.
-        done: ids that are not missing.
-        retried: ids of failed rows that are retried: what they name may have been mended since it was listed.
-        starts: of `Tasks`, for as many rows as are missing.
+        manifest: Manifest of the output.
+        done: Ids that the output contains.
+        retried: Ids of failed rows that are retried. Their objects may have been replaced since they were listed.
+        starts: Task boundaries over the pending rows, as in `Tasks`.
     """
 
     def __init__(self, manifest: Manifest, done: IdSet, retried: IdSet, starts: NDArray[np.int64]) -> None:
@@ -149,11 +149,11 @@ class PendingInputs:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks there are."""
+        """Number of tasks."""
         return len(self._starts) - 1
 
     def rows_of(self, task: int) -> pa.Table:
-        """Return `id`, `uri` and `etag` of one task; the etag is empty where it does not matter."""
+        """Return the manifest rows of one task. Retried rows have an empty `etag`, which is not checked."""
         start, stop = self._starts[task : task + 2].tolist()
         rows = self._manifest.rows(self._done.missing(start, stop))
         is_retried = pa.array(self._retried.contains(rows["id"].to_numpy()))
@@ -162,12 +162,12 @@ class PendingInputs:
 
 @dataclass(frozen=True)
 class FetchTask:
-    """From the number of a task to its images.
+    """Callable that maps the number of a task to its images.
 
     Attributes:
-        source: in the object store.
-        first_task: number of the first one.
-        decode: fetches and decodes rows.
+        source: Reference to the source in the object store.
+        first_task: Number of the first task of the dataset.
+        decode: Fetch and decode stage.
     """
 
     source: "ray.ObjectRef[Source]"
@@ -175,6 +175,13 @@ class FetchTask:
     decode: FetchAndDecode
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`id`, the one number of a task counted from the first, to `IMAGES`."""
+        """Fetch and decode the rows of one task.
+
+        Args:
+            batch: Table with one row, whose `id` is the task number relative to `first_task`.
+
+        Returns:
+            Table of `IMAGES` and the carried columns.
+        """
         (number,) = batch["id"].to_pylist()
         return self.decode(ray.get(self.source).rows_of(self.first_task + number))

@@ -1,4 +1,4 @@
-"""Label and embed images: from the request to `_SUCCESS`.
+"""The job `infer`: label and embed images, from the request to `_SUCCESS`.
 
 manifest -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
 """
@@ -32,18 +32,18 @@ from pipelines.runtime.ray_session import ray_session_in_background
 
 log = logging.getLogger(__name__)
 
-CLIPPED = (
-    "%d images are grey of more than 8 bits. timm's transform clips them to 0..255, so most of their pixels turn white "
-    "(black where values lie between 0 and 1). Convert these images to 8 bits first if that is not what you want"
+CLIPPED_WARNING = (
+    "%d images are grayscale with more than 8 bits. timm's transform clips them to 0..255, which turns most pixels "
+    "white (or black if values lie between 0 and 1). Convert these images to 8 bits first to avoid this"
 )
 
 
 def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
-    """Label and embed every input with the model that `model` is resolving; returns the summary.
+    """Label and embed every input with the model that `model` is resolving, and return the summary.
 
     Raises:
-        RequestError: the request is wrong, before anything was computed.
-        RunError: the run failed; what it committed stays, and the same command continues from there.
+        RequestError: The request is wrong. Nothing was computed.
+        RunError: The run failed. Committed rows are kept, and the same command continues from there.
     """
     started = time.monotonic()
     engine = Engine(config, model)
@@ -55,7 +55,7 @@ def run(config: InferConfig, model: ModelProcess) -> dict[str, Any]:
 def _run_with_lease(state: OutputState, engine: Engine, lease: Lease, started: float) -> dict[str, Any]:
     may_be_done = state.is_complete and state.config.failure.retry == "none"
     with ray_session_in_background(start_now=not may_be_done) as wait_for_ray:
-        # Ray Data takes half a second to import: here, Ray starts meanwhile.
+        # Importing Ray Data takes half a second. Do it while Ray starts.
         import pipelines.engine.chain  # noqa: F401
 
         request = resolve_request(state, engine, lease)
@@ -63,7 +63,7 @@ def _run_with_lease(state: OutputState, engine: Engine, lease: Lease, started: f
         publish = functools.partial(request.output.write_progress, check=lease.fence.check)
         progress = Progress(request.manifest.num_inputs, request.num_done, publish)
         if request.is_finished:
-            log.info("nothing to do: %s holds all %d images", request.output.uri, request.num_done)
+            log.info("nothing to do: %s already contains all %d images", request.output.uri, request.num_done)
             return _summarize(request, progress, limit, started)
         limit.check()
         if request.num_todo:
@@ -79,9 +79,9 @@ def _run_with_lease(state: OutputState, engine: Engine, lease: Lease, started: f
     summary = _summarize(request, progress, limit, started)
     commit.finish(describe_run(request.config, request.model, request.identity, {"summary": summary}))
     if limit.num_failed:
-        log.info("%d images failed: %s", limit.num_failed, limit.commonest())
+        log.info("%d images failed: %s", limit.num_failed, limit.summarize())
     if progress.num_clipped:
-        log.warning(CLIPPED, progress.num_clipped)
+        log.warning(CLIPPED_WARNING, progress.num_clipped)
     return summary
 
 
@@ -93,8 +93,8 @@ def _limit_failures(request: Request) -> FailureLimit:
 def _execute(
     request: Request, engine: Engine, commit: Commit, progress: Progress, limit: FailureLimit, lease: Lease
 ) -> None:
-    """Do what is missing."""
-    from pipelines.engine.chain import writing
+    """Compute and write the missing rows."""
+    from pipelines.engine.chain import write_stage
 
     plan, commit_rows = engine.plan, request.config.output.commit_rows
     tasks = plan_tasks(request.num_todo, plan.batch_size, plan.num_threads, commit_rows)
@@ -104,10 +104,10 @@ def _execute(
     writer = commit.writer(
         parts_schema(request.topk, num_features, carried), file_metadata(request.model), failed_schema(carried)
     )
-    write = writing(writer, rows_per_file(request.num_todo, tasks.num_rows, commit_rows), plan)
+    add_write = write_stage(writer, rows_per_file(request.num_todo, tasks.num_rows, commit_rows), plan)
     options = engine.options(request.topk, request.config.outputs.embedding)
     try:
-        for write_result in engine.stream(source, request.manifest.reader, options, write):
+        for write_result in engine.stream(source, request.manifest.reader, options, add_write):
             commit.add(write_result)
             failures = list(write_result["failures"])
             progress.add(
@@ -121,13 +121,17 @@ def _execute(
             limit.check()
             lease.check()
     except ray.exceptions.RayError as error:
-        raise RunError(f"{root_cause(error)}; what is done stays, and the same command continues from there") from error
+        raise RunError(
+            f"{root_cause(error)}; committed rows are kept: run the same command again to continue from there"
+        ) from error
 
 
 def _refuse_if_incomplete(request: Request, progress: Progress) -> None:
     num_new = progress.num_ok + progress.num_failed
     if num_new != request.num_todo:
-        raise RunError(f"{request.num_todo} images went in, {num_new} rows came out; run the same command again")
+        raise RunError(
+            f"the run wrote {num_new} rows for {request.num_todo} images: run the same command again to complete it"
+        )
 
 
 def _summarize(request: Request, progress: Progress, limit: FailureLimit, started: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a cluster has and whether it can grow, on real clusters."""
+"""Node discovery and autoscaling on real clusters."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ CPUS = "[(node.num_cpus, node.num_gpus) for node in list_nodes()]"
 
 
 def ask(address: str, home: Path, question: str) -> str:
-    """Evaluate a question about the cluster in a process of its own, connected to it."""
+    """Evaluate an expression in a separate process that is connected to the cluster."""
     code = (
         "from pipelines.config.sections import ComputeConfig\n"
         "from pipelines.engine.autoscaling import plan_for_cluster\n"
@@ -35,17 +35,17 @@ def ask(address: str, home: Path, question: str) -> str:
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    # The autoscaler's messages go to stdout too.
+    # The autoscaler also writes to stdout.
     (answer,) = [line for line in done.stdout.splitlines() if line.startswith("answer: ")]
     return answer.removeprefix("answer: ")
 
 
-def test_this_machine_has_its_cores() -> None:
+def test_this_machine_reports_its_cores() -> None:
     assert this_machine().num_cpus >= 1
 
 
 @pytest.mark.parametrize(("visible", "num_gpus"), [(None, 8), ("3", 1), ("0,5", 2), ("", 0)])
-def test_this_machine_offers_the_gpus_that_may_be_seen(
+def test_this_machine_reports_the_visible_gpus(
     visible: str | None, num_gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(NvidiaGPUAcceleratorManager, "get_current_node_num_accelerators", staticmethod(lambda: 8))
@@ -58,15 +58,15 @@ def test_this_machine_offers_the_gpus_that_may_be_seen(
     assert this_machine().num_gpus == num_gpus
 
 
-def test_a_cluster_without_an_autoscaler_cannot_grow(ray_server: RayHead) -> None:
+def test_cluster_without_autoscaler_cannot_grow(ray_server: RayHead) -> None:
     assert ask(ray_server.address, ray_server.home, "can_grow()") == "False"
     assert ask(ray_server.address, ray_server.home, CPUS) == "[(2.0, 0)]"
 
 
 @pytest.fixture
 def growing_head() -> Iterator[tuple[str, Path]]:
-    """Address and home of a head without CPUs, whose autoscaler may add one node of two."""
-    folder = Path(tempfile.mkdtemp(prefix="ecaray-"))  # short: Ray's sockets lie below it
+    """Address and home of a head node without CPUs, whose autoscaler may add one node with two CPUs."""
+    folder = Path(tempfile.mkdtemp(prefix="ecaray-"))  # Ray's socket paths below it have to be short
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "tests.support.autoscaling_head", str(folder), str(port)]
     head = subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -79,16 +79,16 @@ def growing_head() -> Iterator[tuple[str, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_plan_waits_until_the_autoscaler_has_brought_its_nodes(growing_head: tuple[str, Path]) -> None:
+def test_plan_waits_for_the_nodes_of_the_autoscaler(growing_head: tuple[str, Path]) -> None:
     address, home = growing_head
-    # The autoscaler's first report, which tells of it, comes a few seconds after the head is up.
+    # The cluster reports its autoscaler only a few seconds after the head is up.
     assert any(ask(address, home, f"(can_grow(), {CPUS})") == "(True, [])" for _ in range(10))
     plan = "plan_for_cluster(ComputeConfig(num_workers=1)).num_workers"
     assert ask(address, home, f"({plan}, {CPUS})") == "(1, [(2.0, 0)])"
 
 
 @pytest.mark.slow
-def test_a_job_takes_an_empty_cluster_up_and_it_goes_down_again(
+def test_job_scales_an_empty_cluster_up_and_it_scales_down_afterwards(
     growing_head: tuple[str, Path], photographs: Path, tmp_path: Path
 ) -> None:
     address, home = growing_head

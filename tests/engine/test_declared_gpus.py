@@ -1,4 +1,4 @@
-"""The chain on GPUs that are declared to Ray: replicas hold a GPU each, and compute on the CPU in its place."""
+"""Pipeline on GPUs that are declared to Ray but do not exist: replicas hold one each and compute on the CPU."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ MODES = ("exact", "fast", "cuda")
 
 @pytest.fixture(scope="module")
 def gpu_head() -> Iterator[RayHead]:
-    """Run a Ray head to which GPUs are declared that are not there."""
+    """Run a Ray head that declares GPUs it does not have."""
     with ray_head(2, {"PYTHONPATH": str(REPOSITORY)}, num_gpus=NUM_GPUS) as running:
         yield running
 
@@ -45,7 +45,7 @@ def sections(photographs: Path, tmp_path: Path, telling_weights: Callable[[str],
 def run_on(
     head: RayHead, job: Callable[..., dict[str, Any]], config: Any, device: str | None = "cpu"
 ) -> dict[str, Any]:
-    """Run a job on a head, as `ray job submit` would with the device in its runtime environment."""
+    """Run a job on a head, as `ray job submit` would with the test device in its runtime environment."""
     variables = {} if device is None else {TEST_DEVICE_VARIABLE: device}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", head.address)
@@ -55,7 +55,7 @@ def run_on(
 
 
 def infer_on(head: RayHead, sections: dict[str, Any], name: str, mode: str, use_gpu: bool) -> str:
-    """Label the photographs under one preprocessing mode; returns the URI of the output."""
+    """Label the photographs with a preprocessing mode, and return the URI of the output."""
     from jobs.infer import label_and_embed
 
     output_uri = f"{sections['output']['uri']}-{name}"
@@ -72,7 +72,7 @@ def infer_on(head: RayHead, sections: dict[str, Any], name: str, mode: str, use_
 
 
 @pytest.mark.slow
-def test_infer_writes_the_rows_of_cpus_in_every_mode(
+def test_infer_writes_the_same_rows_as_on_cpus_in_every_mode(
     gpu_head: RayHead, ray_server: RayHead, sections: dict[str, Any], photographs: Path
 ) -> None:
     torn = photographs / "torn.jpg"
@@ -86,7 +86,7 @@ def test_infer_writes_the_rows_of_cpus_in_every_mode(
         torn.unlink()
     for mode, output_uri in on_cpus.items():
         assert read_kind(on_gpus[mode], "part").equals(read_kind(output_uri, "part"))
-    # A replica that decodes rounds in another way.
+    # A replica that decodes rounds differently.
     decoded_there, decoded_here = read_kind(on_gpus["cuda"], "part"), read_kind(on_cpus["fast"], "part")
     source = ["id", "uri", "width", "height"]
     assert decoded_there.select(source).equals(decoded_here.select(source))
@@ -95,7 +95,7 @@ def test_infer_writes_the_rows_of_cpus_in_every_mode(
         assert read_kind(output_uri, "failed")["uri"].to_pylist() == [str(torn)]
 
 
-def test_evaluate_counts_the_hits_of_cpus(
+def test_evaluate_counts_the_same_hits_as_on_cpus(
     gpu_head: RayHead, ray_server: RayHead, sections: dict[str, Any], photographs: Path, tmp_path: Path
 ) -> None:
     from jobs.evaluate import evaluate
@@ -137,7 +137,7 @@ def test_benchmark_measures_replicas_on_gpus(gpu_head: RayHead, sections: dict[s
     assert summary["plan"]["num_workers"] == NUM_GPUS
 
 
-def test_a_gpu_that_torch_cannot_use_is_one_clear_line(gpu_head: RayHead, sections: dict[str, Any]) -> None:
+def test_gpu_that_torch_cannot_use_is_reported_in_one_line(gpu_head: RayHead, sections: dict[str, Any]) -> None:
     from jobs.infer import label_and_embed
 
     config = InferConfig.model_validate(sections | {"compute": {"use_gpu": True}})
@@ -145,7 +145,7 @@ def test_a_gpu_that_torch_cannot_use_is_one_clear_line(gpu_head: RayHead, sectio
         run_on(gpu_head, label_and_embed, config, device=None)
 
 
-def test_replicas_without_gpus_stay_on_the_cpu_whatever_the_hook_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_without_gpus_ignore_the_test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TEST_DEVICE_VARIABLE, "meta")
     assert replica_accelerator(use_gpu=False).device.type == "cpu"
     assert replica_accelerator(use_gpu=True).device.type == "meta"

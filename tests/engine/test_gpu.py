@@ -1,4 +1,4 @@
-"""A replica on a GPU. Not run without one."""
+"""Replica on a real GPU. Skipped on machines without one."""
 
 import copy
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def read(photographs: Path, transform: EvalTransform, mode: Mode = "exact") -> p
 
 
 @pytest.mark.parametrize("name", ["ecaresnet50d", "ecaresnet50d_pruned"])  # one of each layout
-def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
+def test_concurrent_batches_on_a_gpu_give_the_rows_of_a_cpu(
     name: str, photographs: Path, telling_weights: Callable[[str], Path]
 ) -> None:
     bundle = prepare_bundle(
@@ -63,7 +63,7 @@ def test_a_gpu_gives_the_rows_of_a_cpu_whatever_its_threads(
 @pytest.mark.parametrize(
     ("dtype", "is_compiled"), [("bfloat16", False), ("float16", False), ("float32", True), ("bfloat16", True)]
 )
-def test_lower_precision_and_compiled_code_stay_near(
+def test_lower_precision_and_compiled_code_stay_close(
     dtype: str, is_compiled: bool, photographs: Path, telling_weights: Callable[[str], Path]
 ) -> None:
     config = ModelConfig(name="ecaresnet50d", weights=str(telling_weights("ecaresnet50d")))
@@ -91,7 +91,7 @@ def test_lower_precision_and_compiled_code_stay_near(
     ],
     ids=str,
 )
-def test_a_gpu_decodes_each_kind_of_jpeg_as_a_cpu_does(mode: str, options: dict[str, Any]) -> None:
+def test_gpu_decodes_each_kind_of_jpeg_as_a_cpu_does(mode: str, options: dict[str, Any]) -> None:
     contents = []
     for position, (_, crop) in enumerate(crops(300, size=(500, 375))):
         image = crop.resize((crop.width - position % 17, crop.height - position % 13))  # odd sides too
@@ -106,7 +106,7 @@ def test_a_gpu_decodes_each_kind_of_jpeg_as_a_cpu_does(mode: str, options: dict[
         assert (found.cpu().float() - expected.float()).abs().mean() < 2
 
 
-def test_a_gpu_decodes_nearly_the_same_pixels_whatever_else_it_does(
+def test_gpu_decodes_nearly_the_same_pixels_while_it_predicts(
     photographs: Path, telling_weights: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = str(telling_weights("ecaresnet50d"))
@@ -117,8 +117,8 @@ def test_a_gpu_decodes_nearly_the_same_pixels_whatever_else_it_does(
     there, here = predict(encoded), predict(exact)
     assert there["error_kind"].equals(here["error_kind"])
     is_jpeg = encoded["jpeg"].is_valid()
-    assert pc.sum(is_jpeg).as_py() > 5  # most photographs are of other formats
+    assert pc.sum(is_jpeg).as_py() > 5  # most photographs have other formats
     assert cosines(there.filter(is_jpeg), here.filter(is_jpeg)).min() > 0.98
-    monkeypatch.setattr(pixels, "MAX_PIXELS_IN_HAND", 300_000)  # in several groups
+    monkeypatch.setattr(pixels, "MAX_PIXELS_PER_DECODE", 300_000)  # in several groups
     with ThreadPoolExecutor(2) as threads:
         assert all(rows.equals(there) for rows in threads.map(predict, [encoded] * 16))

@@ -1,4 +1,4 @@
-"""The stages by themselves, without Ray."""
+"""Stages of the pipeline without Ray."""
 
 import copy
 import hashlib
@@ -51,7 +51,7 @@ def bundle(config: ModelConfig) -> ModelBundle:
 
 @pytest.fixture(scope="module")
 def images(bundle: ModelBundle, photographs: Path) -> pa.Table:
-    """11 good rows and a failed one, in the middle."""
+    """11 good rows, and a failed row in the middle."""
     paths = [str(path) for path in sorted(photographs.iterdir())[:11]]
     paths.insert(4, "/absent.jpg")
     batch = pa.table({"id": pa.array(range(12), pa.int64()), "uri": paths})
@@ -68,13 +68,13 @@ def predictions(predictor: Predictor, images: pa.Table) -> pa.Table:
     return predictor(images)
 
 
-def test_rows_keep_their_order_and_failed_ones_their_error(images: pa.Table, predictions: pa.Table) -> None:
+def test_rows_keep_their_order_and_failed_rows_their_error(images: pa.Table, predictions: pa.Table) -> None:
     assert predictions["uri"].to_pylist() == images["uri"].to_pylist()
     assert predictions["error_kind"].to_pylist() == [None] * 4 + ["not_found"] + [None] * 7
     assert predictions["embedding"].is_null().to_pylist() == [position == 4 for position in range(12)]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(predictor: Predictor, images: pa.Table, predictions: pa.Table) -> None:
+def test_row_does_not_depend_on_its_batch(predictor: Predictor, images: pa.Table, predictions: pa.Table) -> None:
     order = np.random.default_rng(0).permutation(12)
     shuffled = predictor(images.take(pa.array(order)))
     alone = pa.concat_tables([predictor(images.slice(position, 1)) for position in range(12)])
@@ -83,9 +83,7 @@ def test_a_row_does_not_depend_on_its_neighbours(predictor: Predictor, images: p
             assert other[name].to_pylist() == predictions[name].to_pylist(), name
 
 
-def test_batches_predicted_at_the_same_time_give_the_same_rows(
-    predictor: Predictor, images: pa.Table, predictions: pa.Table
-) -> None:
+def test_concurrent_batches_give_the_same_rows(predictor: Predictor, images: pa.Table, predictions: pa.Table) -> None:
     with ThreadPoolExecutor(4) as threads:
         for other in threads.map(predictor, [images] * 8):
             assert other.equals(predictions)
@@ -99,7 +97,7 @@ def test_batches_predicted_at_the_same_time_give_the_same_rows(
         RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
-def test_a_batch_that_the_memory_does_not_hold_is_halved(
+def test_batch_size_is_halved_when_memory_runs_out(
     error: RuntimeError,
     bundle: ModelBundle,
     images: pa.Table,
@@ -129,7 +127,7 @@ def test_a_batch_that_the_memory_does_not_hold_is_halved(
         predictor(images)
 
 
-def test_an_image_that_the_model_makes_no_numbers_of_is_a_failed_row(
+def test_image_with_non_finite_results_becomes_a_failed_row(
     bundle: ModelBundle, images: pa.Table, predictions: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor = Predictor(bundle, OPTIONS)
@@ -141,10 +139,10 @@ def test_an_image_that_the_model_makes_no_numbers_of_is_a_failed_row(
         return logits, features
 
     monkeypatch.setattr(predictor, "forward", overflowing)
-    found = predictor(images.slice(0, 8))  # the fifth failed before
+    found = predictor(images.slice(0, 8))  # the fifth image could not be fetched
     expected = [None, "not_finite", "not_finite", None, "not_found", None, None, None]
     assert found["error_kind"].to_pylist() == expected
-    assert found["error_message"][1].as_py() == "the model's results are not finite in float32"
+    assert found["error_message"][1].as_py() == "the model's results for this image are not finite in float32"
     good = pc.is_null(found["error_kind"])
     for name in ("id", "index", "prob", "label", "embedding"):
         assert found[name].filter(good).to_pylist() == predictions[name].slice(0, 8).filter(good).to_pylist(), name
@@ -158,13 +156,13 @@ def test_probabilities_descend_and_labels_belong_to_indices(bundle: ModelBundle,
         assert row["label"] == [bundle.label_names[index] for index in row["index"]]
 
 
-def test_a_batch_of_failures_alone(predictor: Predictor) -> None:
+def test_batch_of_failed_rows_passes_through(predictor: Predictor) -> None:
     row = {"id": 3, "uri": "x", "error_kind": "truncated", "error_message": "y", "num_retries": 2}
     batch = pa.Table.from_pylist([row], schema=IMAGES)
     assert predictor(batch)["error_kind"].to_pylist() == ["truncated"]
 
 
-def test_rows_of_grey_beyond_8_bits_are_counted_from_decoding_to_the_write_result(
+def test_grayscale_images_with_more_than_8_bits_are_counted_in_the_write_result(
     bundle: ModelBundle, predictor: Predictor, tmp_path: Path
 ) -> None:
     for number, mode in enumerate(["L", "I;16", "RGB", "I;16"]):
@@ -181,7 +179,7 @@ def test_rows_of_grey_beyond_8_bits_are_counted_from_decoding_to_the_write_resul
     assert (result["num_ok"], result["num_clipped"]) == (4, 2)
 
 
-def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table) -> None:
+def test_columns_that_are_not_requested_are_omitted(bundle: ModelBundle, images: pa.Table) -> None:
     only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, 1, False, False))(images)
     only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, 0, True, False))(images)
     assert "embedding" not in only_labels.column_names
@@ -189,13 +187,13 @@ def test_columns_nobody_wants_are_left_out(bundle: ModelBundle, images: pa.Table
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_stays_near(config: ModelConfig, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
+def test_lower_precision_stays_close(config: ModelConfig, images: pa.Table, predictions: pa.Table, dtype: str) -> None:
     in_dtype = resolve_bundle(config.model_copy(update={"dtype": dtype}), PreprocessConfig())
     lower = Predictor(prepare_bundle(in_dtype), OPTIONS)(images)
     assert cosines(lower, predictions).min() > 0.98
 
 
-def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tmp_path: Path) -> None:
+def test_good_and_failed_rows_are_written_to_separate_files(predictions: pa.Table, tmp_path: Path) -> None:
     writer = PartWriter(str(tmp_path), parts_schema(5, 2022), {"fingerprint": "f", "label_names": "[]"})
     write_result = writer(predictions).to_pylist()
     (written,) = write_result
@@ -215,7 +213,7 @@ def test_good_and_failed_rows_go_to_files_of_their_own(predictions: pa.Table, tm
 
 
 @pytest.mark.slow
-def test_a_compiled_model_predicts_nearly_the_same(photographs: Path) -> None:
+def test_compiled_model_predicts_nearly_the_same(photographs: Path) -> None:
     small = prepare_bundle(resolve_bundle(ModelConfig(name="test_resnet", weights="random"), PreprocessConfig()))
     paths = [str(path) for path in sorted(photographs.iterdir())[: BATCH_SIZE + 3]]
     rows = FetchAndDecode(small.transform, 10**8, 10**8, "exact")(pa.table({"id": np.arange(len(paths)), "uri": paths}))
@@ -226,7 +224,7 @@ def test_a_compiled_model_predicts_nearly_the_same(photographs: Path) -> None:
     np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-4)
 
 
-def test_progress_says_what_is_done_and_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_images_done_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(num_total=100, num_resumed=20) as progress:
         assert "20 of 100 images, starting" in progress.line()
         progress.add(30, 2, 1)
@@ -235,7 +233,7 @@ def test_progress_says_what_is_done_and_left(capsys: pytest.CaptureFixture[str])
     assert "52 of 100" in capsys.readouterr().err
 
 
-def test_progress_is_published_for_programs_that_watch(tmp_path: Path) -> None:
+def test_progress_is_published_as_json(tmp_path: Path) -> None:
     published: list[dict[str, Any]] = []
     with Progress(100, 20, published.append) as progress:
         assert progress.figures()["left_s"] is None
@@ -248,13 +246,15 @@ def test_progress_is_published_for_programs_that_watch(tmp_path: Path) -> None:
     assert datetime.fromisoformat(content["updated_at"]).tzinfo is not None
 
 
-def test_progress_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_that_cannot_be_written_does_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     run_record.write_progress(str(tmp_path / "file"), {})
     assert "_progress.json could not be written" in caplog.text
 
 
-def test_parquet_bytes_hold_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
+def test_parquet_files_contain_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
     PartWriter(str(tmp_path), parts_schema(5, 2022), {})(predictions)
     schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000-e000000.parquet").read_bytes()))
     assert not any(isinstance(field.type, pa.ExtensionType) for field in schema)

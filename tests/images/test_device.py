@@ -122,7 +122,7 @@ def test_large_images_are_decoded_in_small_groups(
 ) -> None:
     encoded = decode(files, bundle, "cuda")
     expected = replica(bundle, MAX_PIXELS)(encoded)
-    monkeypatch.setattr(pixels, "MAX_PIXELS_IN_HAND", 300_000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS_PER_DECODE", 300_000)
     assert replica(bundle, MAX_PIXELS)(encoded).equals(expected)
 
 
