@@ -1,1 +1,1 @@
-"""What is done with a model or its output once it is there."""
+"""Jobs that use a trained model or the output of `infer`."""

@@ -1,6 +1,6 @@
-"""Top-1 and top-5 of a model over a labelled set, by the chain that labels images: every image is counted once.
+"""The job `evaluate`: top-1 and top-5 of a model over a labelled set, with every image counted once.
 
-labelled (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k) -> count
+labelled images (rows) -> fetch (bytes) -> decode (uint8) -> predict (top-k) -> count
 """
 
 import logging
@@ -32,29 +32,31 @@ MAX_NAMED_FAILURES = 10
 
 
 def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
-    """Measure the model that `model` is resolving; returns the summary.
+    """Evaluate the model that `model` is resolving, and return the summary.
 
-    Images that cannot be had are counted in `num_failed` and named; the shares are of those that could.
+    Images that cannot be read or decoded are counted in `num_failed` and named. They do not enter the accuracies.
 
     Raises:
-        RequestError: the request is wrong, or the images have a class that the model lacks.
-        RunError: the run failed, or not one image could be had.
+        RequestError: The request is wrong, or the images have a class that the model lacks.
+        RunError: The run failed, or every image failed.
     """
     started = time.monotonic()
     refuse_if_ray_cannot_start()
     engine = Engine(config, model)
     images = read_labelled(config.input.uri, config.input.exclude, trust_list=config.input.trust_list)
     if not engine.facts.num_classes:
-        raise RequestError(f"the weights {config.model.weights} have no classifier to evaluate; fine-tune them first")
+        raise RequestError(
+            f"the weights {config.model.weights} have no classifier to evaluate: fine-tune them first with jobs.train"
+        )
     if engine.is_quantized:
         positions = engine.sample_positions(images.table.num_rows)
         engine.quantize(images.rows().take(positions), images.reader)
-    targets = targets_of(images, engine.facts)
+    targets = match_targets(images, engine.facts)
     with ray_session():
         log.info("%s", engine.describe(images.table.num_rows))
         counts = _count(engine, images, targets)
     if not counts.num_images:
-        raise RunError(f"not one of {counts.num_failed} images could be had: {counts.failed[0]}")
+        raise RunError(f"all {counts.num_failed} images failed, the first is {counts.failed[0]}")
     wall_time_s = time.monotonic() - started
     return {
         "top1": counts.num_top1 / counts.num_images,
@@ -68,11 +70,11 @@ def run(config: EvaluateConfig, model: ModelProcess) -> dict[str, Any]:
     }
 
 
-def targets_of(images: LabelledImages, model: ModelFacts) -> NDArray[np.int64]:
-    """Find the class of each image: by name, by WordNet id, or by timm's order where the model names no classes.
+def match_targets(images: LabelledImages, model: ModelFacts) -> NDArray[np.int64]:
+    """Return the class index of each image: by WordNet id, by label name, or by timm's order if the model has no names.
 
     Raises:
-        RequestError: the images have a class that the model lacks.
+        RequestError: The images have a class that the model lacks.
     """
     image_classes = images.class_names()
     are_ids = set(image_classes) <= set(model.class_ids)
@@ -87,14 +89,14 @@ def targets_of(images: LabelledImages, model: ModelFacts) -> NDArray[np.int64]:
 
 @dataclass
 class Counts:
-    """What came out so far.
+    """Running counts of an evaluation.
 
     Attributes:
-        num_images: measured.
-        num_top1: whose class came first.
-        num_top5: whose class was among the first five.
-        num_failed: that could not be had.
-        failed: URI and reason of some of these.
+        num_images: Number of images with a prediction.
+        num_top1: Number of images whose class was ranked first.
+        num_top5: Number of images whose class was among the top five.
+        num_failed: Number of images that could not be read or decoded.
+        failed: URI and reason of the first few failed images.
     """
 
     num_images: int = 0
@@ -112,7 +114,7 @@ def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -
     counter = HitCounter(ray.put(targets))
 
     def count(predicted: ray.data.Dataset) -> ray.data.Dataset:
-        # N:1. A batch's hits come back, and what failed in it.
+        # N:1. Each batch becomes one row with its counts and failures.
         hits: ray.data.Dataset = predicted.map_batches(
             counter, batch_format="pyarrow", batch_size=None, num_cpus=plan.num_cpus_per_write_task
         )
@@ -135,16 +137,16 @@ def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -
 
 @dataclass(frozen=True)
 class HitCounter:
-    """Compares predictions with targets.
+    """Callable that compares predictions with targets.
 
     Attributes:
-        targets: the class of each id, in the object store.
+        targets: Reference to the class index of each id in the object store.
     """
 
     targets: "ray.ObjectRef[NDArray[np.int64]]"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """`predictions_schema` with top-k to one row of counts."""
+        """Reduce predictions (`predictions_schema` with top-k) to one row of counts."""
         good = batch.filter(pc.is_valid(batch["index"]))
         failed = batch.filter(pc.is_null(batch["index"]))
         hits = _hits(good, ray.get(self.targets))
@@ -155,7 +157,7 @@ class HitCounter:
 
 
 def _hits(good: pa.Table, targets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each prediction is the image's class: images x k."""
+    """Return a mask of the predictions that are right, images x k."""
     if not good.num_rows:
         return np.zeros((0, 1), np.bool_)
     index = good["index"].combine_chunks().flatten().to_numpy().reshape(good.num_rows, -1)

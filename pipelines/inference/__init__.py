@@ -1,4 +1,4 @@
-"""Labelling and embedding: `run.py` is the chain, one module a stage.
+"""The job `infer`, which labels and embeds images, and the job `verify`, which checks an output.
 
-manifest (what) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
+manifest (rows) -> fetch (bytes) -> decode (uint8) -> predict (top-k, embedding) -> write (Parquet) -> commit
 """

@@ -1,4 +1,4 @@
-"""How many images a run may fail on, and what is said where there are more."""
+"""Limit on the fraction of images that may fail in a run."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from pipelines.errors import RunError
 from pipelines.outputs.reasons import count_reasons
 
-# Of the first few images of a run any share may fail by chance.
+# The limit counts as if at least this many images were done: among a few images, any fraction may fail by chance.
 MIN_IMAGES = 1000
-NUM_REASONS = 10
+MAX_SHOWN_REASONS = 10
 
 
 class FailureLimit:
-    """Counts failed images by reason; stops a run that loses too many.
+    """Counter of failed images that stops a run in which too many fail.
 
     Attributes:
-        num_done: images with a row, failed ones included.
-        reasons: how often each was given.
+        num_done: Number of images with a row, failed ones included.
+        reasons: Number of failed images by reason.
     """
 
     def __init__(self, max_fraction: float, num_inputs: int, num_done: int, reasons: Counter[str]) -> None:
@@ -28,29 +28,34 @@ class FailureLimit:
 
     @property
     def num_failed(self) -> int:
-        """Of the images done."""
+        """Number of images that failed."""
         return self.reasons.total()
 
     def add(self, num_ok: int, reasons: Iterable[str]) -> None:
-        """Count what a write task reports."""
+        """Count the rows of one write task.
+
+        Args:
+            num_ok: Number of good rows.
+            reasons: Reason of each failed row.
+        """
         before = self.num_failed
         count_reasons(self.reasons, Counter(reasons))
         self.num_done += num_ok + self.num_failed - before
 
-    def commonest(self) -> str:
-        """The commonest reasons, with their counts."""
-        return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(NUM_REASONS))
+    def summarize(self) -> str:
+        """Return the most common reasons with their counts, as text."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(MAX_SHOWN_REASONS))
 
     def check(self) -> None:
-        """See whether the run may go on.
+        """Check that the run may continue.
 
         Raises:
-            RunError: more images failed than may.
+            RunError: More images failed than the limit allows.
         """
         if self.num_failed <= self._max_fraction * max(self.num_done, self._min_images):
             return
         raise RunError(
             f"{self.num_failed} of {self.num_done} images failed, more than failure.max_fraction = "
-            f"{self._max_fraction}: {self.commonest()}. "
-            "What is done stays; with a higher limit the run goes on from there"
+            f"{self._max_fraction}: {self.summarize()}. "
+            "Committed rows are kept: raise failure.max_fraction to continue from there"
         )

@@ -1,4 +1,4 @@
-"""A resolved request: every question that a config leaves open, answered on the driver before anything is computed."""
+"""Resolved request of `infer`: the driver settles everything that the config leaves open before computing starts."""
 
 import json
 import logging
@@ -26,9 +26,9 @@ from pipelines.storage.filesystem import exists, translate_storage_errors
 log = logging.getLogger(__name__)
 
 SAMPLED_IDS = "model.quantization.sampled_ids"
-# Keys that may differ between two runs on one output: where and how fast it is computed, and what the fingerprint
-# holds.
-FREE = (
+# Keys that may differ between two runs on one output, because they decide only where and how fast rows are computed,
+# or because the fingerprint covers them.
+FREE_KEYS = (
     "output",
     "input.trust_list",
     "compute",
@@ -47,14 +47,14 @@ RETRIED_KINDS: dict[str, tuple[ErrorKind, ...]] = {
 
 @dataclass(frozen=True)
 class OutputState:
-    """Where a run reads and writes, and what an earlier run left there.
+    """Output directory, and what an earlier run left in it.
 
     Attributes:
-        config: with normalized URIs.
-        output: where the rows go.
-        found: `_run.json` of an earlier run.
-        manifest: its pinned inputs, if it came that far.
-        is_complete: whether it finished.
+        config: Config with normalized URIs.
+        output: Output directory.
+        found: Content of `_run.json` of an earlier run; None if there is none.
+        manifest: Pinned inputs of an earlier run; None if it did not get that far.
+        is_complete: True if an earlier run finished.
     """
 
     config: InferConfig
@@ -66,17 +66,17 @@ class OutputState:
 
 @dataclass(frozen=True)
 class Request:
-    """A config whose every question is answered.
+    """Resolved request.
 
     Attributes:
-        config: with normalized URIs.
-        output: where the rows go.
-        model: the model, without its weights.
-        manifest: the pinned inputs.
-        topk: classes per row.
-        identity: what another run must share to continue in the same output.
-        done: what the output holds already.
-        is_finished: whether it holds everything, and nothing is to be retried or mended.
+        config: Config with normalized URIs.
+        output: Output directory.
+        model: Facts about the model, without its weights.
+        manifest: Pinned inputs.
+        topk: Number of classes per row.
+        identity: Values that a later run must share to continue in the same output.
+        done: Rows that the output already contains.
+        is_finished: True if the output is complete, and there is nothing to retry or repair.
     """
 
     config: InferConfig
@@ -90,20 +90,20 @@ class Request:
 
     @property
     def num_todo(self) -> int:
-        """Inputs without a row yet."""
+        """Number of inputs without a row."""
         return self.done.ids.size - len(self.done.ids)
 
     @property
     def num_done(self) -> int:
-        """Inputs that had a row when the run began."""
+        """Number of inputs that already had a row when the run began."""
         return len(self.done.ids)
 
 
 def find_output_state(config: InferConfig) -> OutputState:
-    """Look at the input and the output.
+    """Normalize the URIs of the request, and find what an earlier run left in the output.
 
     Raises:
-        RequestError: the input does not exist, one of them cannot be used, or the output lies inside the input.
+        RequestError: The input does not exist, the input or output cannot be used, or they overlap.
     """
     input_uri, output_uri = uris.normalize(config.input.uri), uris.normalize(config.output.uri)
     uris.refuse_overlap(output_uri, {"input.uri": input_uri})
@@ -118,23 +118,24 @@ def find_output_state(config: InferConfig) -> OutputState:
 
 
 def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request:
-    """Answer every other question, cheapest first; then acquire the lease, and pin the manifest.
+    """Resolve the rest of the request, cheapest checks first; then acquire the lease and pin the manifest.
 
     Raises:
-        RequestError: one of the answers is no.
+        RequestError: The request is wrong, or the output belongs to a different run.
     """
     config, output, found, manifest = state.config, state.output, state.found, state.manifest
-    # Meanwhile: weights that are wrong are refused without waiting for what may be minutes.
+    # List in a thread, so that wrong weights are refused without waiting for a listing that may take minutes.
     lister = ThreadPoolExecutor(1)
     reader = manifest.reader if manifest else choose_reader(config.input.uri)
-    listed = None if manifest else lister.submit(reader.list, _list_request(config))
+    pending_listing = None if manifest else lister.submit(reader.list, _list_request(config))
     lister.shutdown(wait=False)
     topk = resolve_topk(config, engine.facts)
-    # Listed before the first write, so that a request without input leaves nothing behind; never again.
-    listing = listed.result() if listed else None
+    # The listing ends before the first write, so that a request without input leaves nothing behind. Later runs read
+    # the manifest instead.
+    listing = pending_listing.result() if pending_listing else None
     if listing is not None:
         uris.refuse_linked_overlap(output.uri, "input.uri", listing.linked)
-        _refuse_our_names(listing, reader)
+        _refuse_reserved_columns(listing, reader)
     sampled_ids: list[int] | None = None
     if engine.is_quantized:
         sampled_ids = _quantize(engine, reader, manifest, listing, _sampled_ids(found))
@@ -154,7 +155,7 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
     done = output.find_done(manifest.num_inputs, epoch, RETRIED_KINDS[config.failure.retry])
     is_finished = state.is_complete and output.matches_record(done)
     if state.is_complete and not is_finished and config.failure.retry == "none":
-        log.info("%s is finished, but its files are not those of its record: mending it", output.uri)
+        log.info("%s is marked as finished, but its files differ from its record: repairing it", output.uri)
     return Request(config, output, engine.facts, manifest, topk, identity, done, is_finished)
 
 
@@ -162,29 +163,29 @@ def _list_request(config: InferConfig) -> ListRequest:
     return ListRequest(config.input.uri, config.input.exclude, config.input.trust_list)
 
 
-def _refuse_our_names(listing: Listing, reader: Reader) -> None:
-    """Refuse columns of the input that the output has by the same name."""
+def _refuse_reserved_columns(listing: Listing, reader: Reader) -> None:
+    """Refuse carried columns whose names the output uses itself."""
     own = {"id", "uri", "etag", *reader.locators}
-    taken = [name for name in listing.table.column_names if name in RESERVED_NAMES - own]
-    if taken:
-        raise RequestError(f"the input's column {taken[0]!r} has the name of a column of the output: rename it")
+    reserved = [name for name in listing.table.column_names if name in RESERVED_NAMES - own]
+    if reserved:
+        raise RequestError(f"the input column {reserved[0]!r} has the same name as an output column: rename it")
 
 
 def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
-    """Return the classes per row: as many as asked for, or all that the model has.
+    """Return the number of classes per row: `outputs.topk`, or all classes if the model has fewer than the default.
 
     Raises:
-        RequestError: the user asked for more than it has.
+        RequestError: The model has no classifier, or fewer classes than the user asked for.
     """
     if config.outputs.topk <= model.num_classes:
         return config.outputs.topk
     if not model.num_classes:
         raise RequestError(
-            f"the weights {config.model.weights} have no classifier, so there are no classes to write; "
-            "set outputs.topk to 0 for embeddings alone"
+            f"the weights {config.model.weights} have no classifier, so there are no classes to write: "
+            "set outputs.topk to 0 to write embeddings only"
         )
     if config.outputs.is_set("topk"):
-        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
+        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has only {model.num_classes} classes")
     return model.num_classes
 
 
@@ -196,7 +197,7 @@ def _sampled_ids(found: dict[str, Any] | None) -> list[int] | None:
 def _quantize(
     engine: Engine, reader: Reader, manifest: Manifest | None, listing: Listing | None, pinned_ids: list[int] | None
 ) -> list[int]:
-    """Quantize on images of the input, on the same ones in each run on an output; returns their ids."""
+    """Quantize the model with images of the input, the same ones in each run on an output, and return their ids."""
     if manifest is not None:
         ids = engine.sample_positions(manifest.num_inputs) if pinned_ids is None else pinned_ids
         return engine.quantize(manifest.rows(np.array(ids, np.int64)), reader, is_pinned=pinned_ids is not None)
@@ -207,7 +208,7 @@ def _quantize(
 
 
 def identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:
-    """Return the identity: what has to be the same for two runs to share an output."""
+    """Return the identity of a run: the values that two runs on one output must share."""
     sampled = {} if sampled_ids is None else {SAMPLED_IDS: sampled_ids}
     resolved = {
         "model.name": model.name,
@@ -215,13 +216,20 @@ def identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: lis
         run_record.LABEL_NAMES_KEY: run_record.label_names_digest(model.label_names),
         "outputs.topk": topk,
     }
-    return run_record.identity_of(config, FREE, resolved | sampled)
+    return run_record.identity_of(config, FREE_KEYS, resolved | sampled)
 
 
 def describe_run(
     config: InferConfig, model: ModelFacts, identity: dict[str, Any], earlier: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the content of `_run.json`: the resolved config and what came of it, with the summary if there is one."""
+    """Return the content of `_run.json`.
+
+    Args:
+        config: Config with normalized URIs.
+        model: Facts about the model.
+        identity: Identity of the run.
+        earlier: Earlier content of `_run.json`, whose summary is kept.
+    """
     record = {
         "config": config.model_dump(),
         "identity": identity,
@@ -235,7 +243,7 @@ def describe_run(
 
 
 def file_metadata(model: ModelFacts) -> dict[str, str]:
-    """Return the key-value metadata of each Parquet file: what gave its rows."""
+    """Return the key-value metadata of each Parquet file, which identifies the model that computed its rows."""
     return {
         "fingerprint": model.fingerprint,
         "model": model.name,

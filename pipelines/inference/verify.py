@@ -1,7 +1,6 @@
-"""Check an output: its files are those that were written, they hold each input once, and a sample is right.
+"""The job `verify`: check that files are unchanged, that each input has exactly one row, and recompute a sample.
 
-No part of it needs Ray, and only the sample needs the model. Files are read in parallel, and no reader holds more than
-one of them.
+It does not need Ray, and only the sample needs the model. Files are read in parallel, one at a time per reader.
 """
 
 import json
@@ -37,7 +36,7 @@ from pipelines.storage.filesystem import read_bytes, translate_storage_errors
 log = logging.getLogger(__name__)
 
 MAX_NAMED_IDS = 5
-# Each holds a file and its table, several GB of a large file of labels.
+# Each reader holds a file and its table in memory: several GB for a large file of labels.
 NUM_READERS = 2
 
 
@@ -62,12 +61,12 @@ class InferRecord(Document):
     """Fields of the `_run.json` of a finished `infer`.
 
     Attributes:
-        identity: what decides the rows.
-        fingerprint: of the model; in the metadata of each file.
-        transform: the eval transform; in the metadata of each file.
-        num_features: length of an embedding.
-        label_names: one a class; in the metadata of each file.
-        summary: the counts.
+        identity: Values that decide the rows.
+        fingerprint: Fingerprint of the model; also in the metadata of each file.
+        transform: Eval transform; also in the metadata of each file.
+        num_features: Length of an embedding.
+        label_names: Name of each class; also in the metadata of each file.
+        summary: Counts of the summary.
     """
 
     identity: _Identity
@@ -80,16 +79,16 @@ class InferRecord(Document):
 
 @dataclass(frozen=True)
 class Expected:
-    """What an output has to be.
+    """Expected content of an output.
 
     Attributes:
-        output: where it is.
-        schemas: of the files, by their kind.
-        metadata: of each file.
-        digests: SHA-256 of each file, by its name.
-        manifest: of the output.
-        inputs: rows of the manifest: `uri` and the carried columns; the id of an input is its row.
-        num_sampled: good rows of each file that are kept, to be computed again.
+        output: Output directory.
+        schemas: Schema of the files by kind, `part` or `failed`.
+        metadata: Key-value metadata of each file.
+        digests: SHA-256 of each file by name.
+        manifest: Manifest of the output.
+        inputs: `uri` and carried columns of the manifest. The id of an input is its position.
+        num_sampled: Number of good rows of each file to recompute.
     """
 
     output: Output
@@ -103,13 +102,13 @@ class Expected:
 
 @dataclass
 class FileReport:
-    """What one file holds.
+    """Result of checking one file.
 
     Attributes:
-        name: of the file.
-        ids: of its rows.
-        problems: what is wrong with it, a line each.
-        sample: some of its rows.
+        name: Name of the file.
+        ids: Ids of its rows.
+        problems: Problems of the file, one line each.
+        sample: Rows to recompute; None if there are none.
     """
 
     name: str
@@ -119,21 +118,21 @@ class FileReport:
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
-    """Check everything; returns the summary.
+    """Check an output, and return the summary.
 
     Raises:
-        RequestError: there is no output of a finished `infer`.
-        RunError: something is off. Each problem is a line on stderr before.
+        RequestError: The URI is not the output of a finished `infer`.
+        RunError: The output has problems. Each of them is logged.
     """
     output = Output(uris.normalize(config.output.uri))
     try:
-        raw, record = _record(output)
-        expected = _expected(output, record, config.sample.num_rows)
+        raw, record = _read_record(output)
+        expected = _read_expected(output, record, config.sample.num_rows)
     except DamagedFileError as error:
         raise RunError(str(error)) from None
     with translate_storage_errors("list", output.uri, RunError):
         names = output.list_parquet_paths()
-    problems = [f"{name}: it is gone" for name in sorted(expected.digests.keys() - set(names))]
+    problems = [f"{name}: the file is missing" for name in sorted(expected.digests.keys() - set(names))]
     counts = np.zeros(expected.inputs.num_rows, np.int32)
     num_rows: Counter[str] = Counter()
     samples: list[pa.Table] = []
@@ -143,7 +142,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             np.add.at(counts, report.ids, 1)
             num_rows[kind_of(report.name)] += len(report.ids)
             samples += [report.sample] if report.sample is not None else []
-    problems += _problems_of_counts(counts)
+    problems += _check_counts(counts)
     found = {
         "num_inputs": len(counts),
         "num_ok": num_rows["part"],
@@ -151,37 +150,37 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         "num_files": len(names),
     }
     if record.identity.fingerprint != record.fingerprint:
-        problems.append(f"{RUN_FILE}: it names two fingerprints")
-    problems = problems or _wrong_counts(record, found)  # other counts follow from files that came or went
-    sample = _choose(samples, config.sample.num_rows) if samples and not problems else None
+        problems.append(f"{RUN_FILE}: its two fingerprints differ")
+    problems = problems or _compare_summary(record, found)  # missing or extra files would make the counts differ too
+    sample = _choose_sample(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
         problems += spot_check(raw, expected.manifest, sample)
     for problem in problems:
         log.info("%s", problem)
     if problems:
-        raise RunError(f"{output.uri}: {len(problems)} problems, the first: {problems[0]}")
+        raise RunError(f"{output.uri} has {len(problems)} problems, the first is: {problems[0]}")
     return found | {"num_sampled": 0 if sample is None else sample.num_rows, "output_uri": output.uri}
 
 
-def _choose(samples: list[pa.Table], num_rows: int) -> pa.Table:
-    """Rows spread over the files, the same ones in each check."""
+def _choose_sample(samples: list[pa.Table], num_rows: int) -> pa.Table:
+    """Return rows from all files, the same ones in every check."""
     rows = pa.concat_tables(samples)
     count = min(num_rows, rows.num_rows)
     return rows.take(np.sort(np.random.default_rng(0).choice(rows.num_rows, count, replace=False)))
 
 
-def _record(output: Output) -> tuple[dict[str, Any], InferRecord]:
+def _read_record(output: Output) -> tuple[dict[str, Any], InferRecord]:
     found = output.find_run()
     if found is None or not output.is_complete():
-        raise RequestError(f"{output.uri} holds no output of a finished infer")
+        raise RequestError(f"{output.uri} is not the output of a finished jobs.infer run: check --output.uri")
     return found, output.read_run(InferRecord)
 
 
-def _expected(output: Output, record: InferRecord, num_sampled: int) -> Expected:
+def _read_expected(output: Output, record: InferRecord, num_sampled: int) -> Expected:
     manifest, digests = find_manifest(output.manifest_uri), output.read_digests()
     if manifest is None or digests is None:
         missing = "_manifest/manifest.json" if manifest is None else FILES_FILE
-        raise RunError(f"{output.uri} is marked as finished, but {missing} is gone")
+        raise RunError(f"{output.uri} is marked as finished, but {missing} is missing")
     identity = record.identity
     num_features = record.num_features if record.identity.embedding else 0
     num_parts = sum(kind_of(name) == "part" for name in digests)
@@ -204,68 +203,73 @@ def _expected(output: Output, record: InferRecord, num_sampled: int) -> Expected
     )
 
 
-def _wrong_counts(record: InferRecord, found: dict[str, int]) -> list[str]:
-    """Compare the counts of `_run.json` with what the files hold."""
+def _compare_summary(record: InferRecord, found: dict[str, int]) -> list[str]:
+    """Compare the counts in `_run.json` with those of the files, and return the differences, one line each."""
     recorded = {name: getattr(record.summary, name) for name in found}
     return [
-        f"{RUN_FILE}: its {name} is {recorded[name]}, and the files hold {value}"
+        f"{RUN_FILE}: {name} is {recorded[name]}, but the files contain {value}"
         for name, value in found.items()
         if recorded[name] != value
     ]
 
 
 def check_file(expected: Expected, name: str) -> FileReport:
-    """Read one file and compare it with what it has to be."""
+    """Read one file, and compare it with its expected content."""
     report = FileReport(name)
     schema = expected.schemas.get(kind_of(name))
     if schema is None or name not in expected.digests:
-        report.problems.append(f"{name}: no run wrote it")
+        report.problems.append(f"{name}: the run did not write this file")
         return report
     content = read_bytes(expected.output.uri_of(name))
     if digest_of(content) != expected.digests[name]:
-        report.problems.append(f"{name}: its bytes are not those that were written")
+        report.problems.append(f"{name}: checksum mismatch, the file has changed since it was written")
         return report
     table = pq.read_table(pa.BufferReader(content))
     metadata = table.schema.metadata or {}
     for key, value in expected.metadata.items():
         if metadata.get(key) != value:
-            report.problems.append(f"{name}: its {key.decode()} is not that of {RUN_FILE}")
+            report.problems.append(f"{name}: the {key.decode()} in its metadata differs from {RUN_FILE}")
     if not table.schema.equals(schema):
-        report.problems.append(f"{name}: its columns are not those of the run")
+        report.problems.append(f"{name}: the columns differ from those of the run")
         return report
-    report.problems += [f"{name}: {problem}" for problem in _problems_of_rows(expected, table)]
+    report.problems += [f"{name}: {problem}" for problem in _check_rows(expected, table)]
     ids = table["id"].to_numpy()
     report.ids = ids[(ids >= 0) & (ids < expected.inputs.num_rows)]
     if kind_of(name) == "part" and expected.num_sampled:
-        # Chosen by the file's name: another check computes the same rows.
-        chance = np.random.default_rng(list(name.encode()))
+        # The seed is the file's name, so that every check recomputes the same rows.
+        rng = np.random.default_rng(list(name.encode()))
         count = min(expected.num_sampled, table.num_rows)
-        report.sample = table.take(chance.choice(table.num_rows, count, replace=False))
+        report.sample = table.take(rng.choice(table.num_rows, count, replace=False))
     return report
 
 
-def _problems_of_rows(expected: Expected, table: pa.Table) -> Iterator[str]:
+def _check_rows(expected: Expected, table: pa.Table) -> Iterator[str]:
     ids = table["id"]
     is_known = pc.and_(pc.greater_equal(ids, 0), pc.less(ids, expected.inputs.num_rows))
     if not pc.all(is_known).as_py():
-        yield "it has ids that no input has"
+        yield "some ids are not in the manifest"
     else:
         for name in expected.inputs.column_names:
             if not table[name].equals(expected.inputs[name].take(ids)):
-                yield f"its values of {name} are not those of the manifest"
+                yield f"the values of {name} differ from the manifest"
     for name in table.column_names:
         if table[name].null_count and name not in expected.manifest.carried.names:
             yield f"{name} has nulls"
         elif name in ("prob", "embedding") and not _is_finite(table[name]):
-            yield f"{name} has values that are no numbers"
+            yield f"{name} has NaN or infinite values"
 
 
 def _is_finite(column: pa.ChunkedArray) -> bool:
     return all(np.isfinite(chunk.flatten().to_numpy()).all() for chunk in column.chunks)
 
 
-def _problems_of_counts(counts: NDArray[np.int32]) -> Iterator[str]:
-    for what, found in (("without a row", counts == 0), ("with more than one row", counts > 1)):
-        ids = np.flatnonzero(found)
+def _check_counts(counts: NDArray[np.int32]) -> Iterator[str]:
+    """Check that every input has exactly one row.
+
+    Args:
+        counts: Number of rows of each input.
+    """
+    for predicate, is_wrong in (("have no row", counts == 0), ("have more than one row", counts > 1)):
+        ids = np.flatnonzero(is_wrong)
         if len(ids):
-            yield f"{len(ids)} inputs {what}: ids {', '.join(map(str, ids[:MAX_NAMED_IDS]))}"
+            yield f"{len(ids)} inputs {predicate}: ids {', '.join(map(str, ids[:MAX_NAMED_IDS]))}"

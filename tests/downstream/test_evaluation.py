@@ -1,4 +1,4 @@
-"""Accuracy over a labelled set, on a real Ray, beside what follows from the Parquet of `infer`."""
+"""The job `evaluate` on real Ray, compared with the accuracy computed from the output of `infer`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from cluster.local.ray_head import RayHead
 from pipelines.config.evaluate import EvaluateConfig
-from pipelines.downstream.evaluation import HitCounter, targets_of
+from pipelines.downstream.evaluation import HitCounter, match_targets
 from pipelines.engine.schema import predictions_schema
 from pipelines.errors import RequestError, RunError
 from pipelines.inputs.files import FilesReader
@@ -26,7 +26,7 @@ NUM_CLASSES = 7
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights whose classifier is large, so that images get classes of their own."""
+    """Weights with a scaled-up classifier, so that different images get different classes."""
     torch.manual_seed(0)
     state = timm.create_model(SMALL["name"], num_classes=NUM_CLASSES).state_dict()
     state["fc.weight"] *= 1000
@@ -37,7 +37,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
-    """Folders named for classes; the class of a photograph is its place, so that some are guessed and some are not."""
+    """Class folders. The class of a photograph depends on its position only, so that some predictions are right."""
     root = tmp_path_factory.mktemp("labelled")
     for index, path in enumerate(sorted(photographs.iterdir())[:21]):
         folder = root / str(index % NUM_CLASSES)
@@ -56,7 +56,7 @@ def evaluate(ray_server: RayHead, **sections: Any) -> dict[str, Any]:
         return evaluate(EvaluateConfig.model_validate(sections))
 
 
-def test_it_equals_the_accuracy_that_follows_from_infers_parquet(
+def test_accuracy_equals_that_of_the_output_of_infer(
     ray_server: RayHead, labelled: Path, weights: str, tmp_path: Path
 ) -> None:
     sections = {"model": SMALL | {"weights": weights}, "preprocess": PREPROCESS}
@@ -72,14 +72,14 @@ def test_it_equals_the_accuracy_that_follows_from_infers_parquet(
     assert "torn.jpg: not_an_image" in measured["failed"][0]
 
 
-def test_no_image_at_all_is_a_failure(ray_server: RayHead, weights: str, tmp_path: Path) -> None:
+def test_run_without_a_readable_image_fails(ray_server: RayHead, weights: str, tmp_path: Path) -> None:
     (tmp_path / "3").mkdir()
     (tmp_path / "3" / "torn.jpg").write_bytes(b"no image")
-    with pytest.raises(RunError, match="not one of 1 images could be had"):
+    with pytest.raises(RunError, match=r"all 1 images failed, the first is .*torn\.jpg"):
         evaluate(ray_server, input={"uri": str(tmp_path)}, model=SMALL | {"weights": weights}, preprocess=PREPROCESS)
 
 
-def test_failed_rows_are_named_and_count_nothing() -> None:
+def test_failed_rows_are_named_and_not_counted() -> None:
     rows = {
         "id": [2, 0, 1],
         "uri": ["/c", "/a", "/b"],
@@ -91,7 +91,7 @@ def test_failed_rows_are_named_and_count_nothing() -> None:
     schema = predictions_schema(2, 0)
     table = pa.table({name: pa.array(rows.get(name, [None] * 3), schema.field(name).type) for name in schema.names})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray.get", lambda held: held)
+        patch.setattr("ray.get", lambda reference: reference)
         counter: Any = HitCounter
         (row,) = counter(np.array([9, 3, 4]))(table).to_pylist()
     assert row == {"num_images": 2, "num_top1": 1, "num_top5": 2, "failed": ["/a: empty: no bytes"]}
@@ -107,18 +107,18 @@ def test_classes_are_matched_by_name_or_by_wordnet_id() -> None:
         class_ids = ("n01440764", "n01443537")
 
     facts: Any = Facts()
-    assert targets_of(images_of("n01443537", "n01440764"), facts).tolist() == [1, 0]
-    assert targets_of(images_of("goldfish, Carassius auratus"), facts).tolist() == [1]
+    assert match_targets(images_of("n01443537", "n01440764"), facts).tolist() == [1, 0]
+    assert match_targets(images_of("goldfish, Carassius auratus"), facts).tolist() == [1]
     with pytest.raises(RequestError, match="'gold fish'"):
-        targets_of(images_of("gold fish"), facts)
+        match_targets(images_of("gold fish"), facts)
 
 
-def test_model_without_names_is_matched_in_timms_order_of_folders() -> None:
+def test_classes_of_a_model_without_names_follow_timms_folder_order() -> None:
     class Facts:
         label_names = class_ids = ("0", "1", "2")
 
     facts: Any = Facts()
-    assert targets_of(images_of("b10", "a", "b9"), facts).tolist() == [2, 0, 1]
-    assert targets_of(images_of("2", "0"), facts).tolist() == [2, 0]
+    assert match_targets(images_of("b10", "a", "b9"), facts).tolist() == [2, 0, 1]
+    assert match_targets(images_of("2", "0"), facts).tolist() == [2, 0]
     with pytest.raises(RequestError, match="not among the model's 3"):
-        targets_of(images_of("b", "a"), facts)
+        match_targets(images_of("b", "a"), facts)

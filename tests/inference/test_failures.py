@@ -1,4 +1,4 @@
-"""When failed images stop a run."""
+"""Limit on failed images, and retries of failed rows."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipelines.outputs.reasons import MAX_REASONS
 from pipelines.outputs.schema import failed_schema
 
 
-def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
+def test_first_images_may_all_fail_up_to_the_limit_for_a_thousand() -> None:
     limit = FailureLimit(0.05, 1_000_000, 0, Counter())
     limit.add(0, ["empty: the object holds no bytes"] * 50)
     limit.check()
@@ -25,7 +25,7 @@ def test_the_first_images_may_all_fail_up_to_the_limit_of_a_thousand() -> None:
         limit.check()
 
 
-def test_the_share_is_of_the_images_done() -> None:
+def test_fraction_is_relative_to_the_images_done() -> None:
     limit = FailureLimit(0.05, 1_000_000, 10_000, Counter({"empty: x": 500}))
     limit.check()
     limit.add(19, [])
@@ -36,7 +36,7 @@ def test_the_share_is_of_the_images_done() -> None:
         limit.check()
 
 
-def test_no_more_than_ten_reasons_are_said() -> None:
+def test_message_shows_at_most_ten_reasons() -> None:
     limit = FailureLimit(0.0, 100, 0, Counter())
     for index in range(12):
         limit.add(0, [f"corrupt: {index}"] * (12 - index))
@@ -46,16 +46,16 @@ def test_no_more_than_ten_reasons_are_said() -> None:
     assert "corrupt: 10" not in str(raised.value)
 
 
-def test_reasons_are_bounded_however_many_there_are() -> None:
+def test_number_of_reasons_in_memory_is_bounded() -> None:
     limit = FailureLimit(1.0, 1_000_000, 0, Counter())
     for start in range(0, 30_000, 1000):
         limit.add(0, [f"storage_error: request {index}" for index in range(start, start + 1000)])
     assert limit.num_failed == limit.num_done == 30_000
     assert len(limit.reasons) <= MAX_REASONS + 1
-    assert limit.commonest().startswith("20000 x storage_error: other reasons; 1 x ")
+    assert limit.summarize().startswith("20000 x storage_error: other reasons; 1 x ")
 
 
-def test_files_that_hold_a_retried_kind_are_removed_whole(tmp_path: Path) -> None:
+def test_files_with_a_retried_error_kind_are_removed_as_a_whole(tmp_path: Path) -> None:
     def write(name: str, rows: list[tuple[int, str]]) -> None:
         columns = [[index for index, _ in rows], ["u"] * len(rows), [kind for _, kind in rows], ["m"] * len(rows)]
         pq.write_table(pa.table(columns, schema=failed_schema()), tmp_path / name)

@@ -1,4 +1,4 @@
-"""The whole chain on a real Ray and a real object store. The pipeline runs once; many tests read what it wrote."""
+"""The job `infer` on real Ray and a real object store. The pipeline runs once, and many tests read its output."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ COLUMNS = ("id", "uri", "width", "height", "index", "prob", "label", "embedding"
 
 @pytest.fixture(scope="module")
 def uploaded(photographs: Path, ray_server: RayHead) -> str:
-    """The photographs and two files that are no images, in the store."""
+    """The photographs and two files that are not images, in the store."""
     filesystem, path = open_filesystem(INPUT)
     filesystem.put(f"{photographs}/", f"{path}/", recursive=True)
     filesystem.pipe({f"{path}/zz-text.jpg": b"no image", f"{path}/zz-empty.jpg": b"", f"{path}/left-out.json": b"{}"})
@@ -62,7 +62,7 @@ def rows(summary: dict[str, Any]) -> pa.Table:
 
 
 def timms_answer(name: str, weights: Path, photographs: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities and embeddings by timm alone: its transform, its model, one process."""
+    """Return probabilities and embeddings computed with timm alone: its transform and its model in one process."""
     model: Any = timm.create_model(name, checkpoint_path=str(weights)).eval()
     with torch.inference_mode():
         features = model.forward_features(load_images(model, photographs))
@@ -83,13 +83,13 @@ def assert_equals_timm(rows: pa.Table, name: str, weights: Path, photographs: Pa
     np.testing.assert_allclose(ours, embedding.numpy(), rtol=1e-4, atol=1e-4 * float(embedding.abs().max()))
 
 
-def test_equals_timms_single_process_result(
+def test_rows_equal_those_of_timm_in_one_process(
     rows: pa.Table, photographs: Path, telling_weights: Callable[[str], Path]
 ) -> None:
     assert_equals_timm(rows, MODEL, telling_weights(MODEL), photographs)
 
 
-def test_each_input_is_accounted_for_once(summary: dict[str, Any], rows: pa.Table) -> None:
+def test_each_input_has_exactly_one_row(summary: dict[str, Any], rows: pa.Table) -> None:
     failed = read_kind(OUTPUT, "failed")
     ids = sorted(rows["id"].to_pylist() + failed["id"].to_pylist())
     assert ids == list(range(NUM_PHOTOGRAPHS + 2))
@@ -102,7 +102,7 @@ def test_each_input_is_accounted_for_once(summary: dict[str, Any], rows: pa.Tabl
     assert summary["num_excluded"] == 1
 
 
-def test_the_summary_has_the_keys_of_the_contract(summary: dict[str, Any]) -> None:
+def test_summary_has_the_documented_keys(summary: dict[str, Any]) -> None:
     assert set(summary) >= {
         *("num_inputs", "num_ok", "num_failed", "num_excluded", "num_resumed", "num_files"),
         *("wall_time_s", "images_per_s", "output_uri"),
@@ -111,7 +111,7 @@ def test_the_summary_has_the_keys_of_the_contract(summary: dict[str, Any]) -> No
     assert summary["num_files"] == len([name for name in list_names(OUTPUT) if name.endswith(".parquet")])
 
 
-def test_rows_have_the_columns_and_sizes_of_the_contract(rows: pa.Table) -> None:
+def test_rows_have_the_documented_columns_and_types(rows: pa.Table) -> None:
     assert tuple(rows.schema.names) == COLUMNS
     assert rows.schema.types == [
         *(pa.int64(), pa.string(), pa.int32(), pa.int32(), pa.list_(pa.int32()), pa.list_(pa.float32())),
@@ -122,7 +122,7 @@ def test_rows_have_the_columns_and_sizes_of_the_contract(rows: pa.Table) -> None
     assert sizes == [SIZES[index % len(SIZES)] for index in range(NUM_PHOTOGRAPHS)]
 
 
-def test_run_json_and_marks(summary: dict[str, Any]) -> None:
+def test_run_record_contains_config_summary_and_fingerprint(summary: dict[str, Any]) -> None:
     assert {"_SUCCESS", "_run.json", "_manifest"} <= set(list_names(OUTPUT))
     record = json.loads(read_bytes(uris.join(OUTPUT, "_run.json")))
     assert record["summary"] == summary
@@ -131,7 +131,7 @@ def test_run_json_and_marks(summary: dict[str, Any]) -> None:
     assert len(record["fingerprint"]) == 64
 
 
-def test_other_readers_find_plain_types_without_ray(summary: dict[str, Any], tmp_path: Path, own_home: Path) -> None:
+def test_polars_pandas_and_duckdb_read_plain_types(summary: dict[str, Any], tmp_path: Path, own_home: Path) -> None:
     filesystem, path = open_filesystem(OUTPUT)
     filesystem.get(path, str(tmp_path / "out"), recursive=True)
     code = f"""
@@ -162,7 +162,7 @@ assert "ray" not in sys.modules
         pytest.param("local", "local", marks=pytest.mark.slow),
     ],
 )
-def test_every_way_between_stores_gives_the_same_rows(
+def test_local_and_s3_inputs_and_outputs_give_the_same_rows(
     source: str,
     target: str,
     ray_server: RayHead,
@@ -183,7 +183,7 @@ def test_every_way_between_stores_gives_the_same_rows(
     ]
 
 
-def test_a_finished_run_is_left_as_it_is_and_a_torn_one_is_completed(
+def test_finished_run_is_left_unchanged_and_interrupted_run_is_completed(
     ray_server: RayHead, photographs: Path, sections: dict[str, Any], tmp_path: Path
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -208,7 +208,7 @@ def test_a_finished_run_is_left_as_it_is_and_a_torn_one_is_completed(
         infer(ray_server, **request, outputs={"topk": 3})
 
 
-def test_too_many_failures_stop_a_run_and_failed_rows_can_be_done_anew(
+def test_too_many_failures_stop_a_run_and_failed_rows_can_be_retried(
     ray_server: RayHead, photographs: Path, sections: dict[str, Any], tmp_path: Path
 ) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
@@ -227,7 +227,7 @@ def test_too_many_failures_stop_a_run_and_failed_rows_can_be_done_anew(
     tolerant = infer(ray_server, **request, failure={"max_fraction": 1.0})
     assert (tolerant["num_ok"], tolerant["num_failed"]) == (12, 4)
     assert tolerant["num_resumed"] >= 8
-    assert infer(ray_server, **request)["num_failed"] == 4  # it is done: the limit was for the run
+    assert infer(ray_server, **request)["num_failed"] == 4  # the limit does not apply to a finished output
 
     for path in broken:
         shutil.copy(next(source.glob("good-*")), path)
@@ -238,7 +238,7 @@ def test_too_many_failures_stop_a_run_and_failed_rows_can_be_done_anew(
     assert (output / "_SUCCESS").exists()
 
 
-def test_files_appear_while_the_run_goes_on(summary: dict[str, Any]) -> None:
+def test_files_appear_during_the_run(summary: dict[str, Any]) -> None:
     filesystem, path = open_filesystem(OUTPUT)
     times = sorted(
         info["LastModified"] for info in filesystem.ls(path, detail=True) if info["name"].endswith(".parquet")
@@ -248,10 +248,10 @@ def test_files_appear_while_the_run_goes_on(summary: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(MODEL_CARDS) - {MODEL}))
-def test_the_other_models_equal_timms_too(name: str, ray_server: RayHead, tmp_path: Path) -> None:
+def test_other_models_equal_those_of_timm(name: str, ray_server: RayHead, tmp_path: Path) -> None:
     photographs, weights = tmp_path / "photographs", tmp_path / "telling.safetensors"
     photographs.mkdir()
-    write_photographs(photographs, len(KINDS))  # one of each: large models take their time
+    write_photographs(photographs, len(KINDS))  # one of each kind, because large models are slow
     save_telling_weights(name, photographs, weights)
     model = {"name": name, "weights": str(weights)}
     infer(ray_server, input={"uri": str(photographs)}, output={"uri": str(tmp_path / "out")}, model=model)
@@ -262,10 +262,10 @@ def test_the_other_models_equal_timms_too(name: str, ray_server: RayHead, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(why_no_int8() is not None, reason=f"no int8 on this machine: {why_no_int8()}")
-def test_int8_gives_nearly_the_rows_of_float32(
+def test_int8_rows_are_close_to_float32(
     ray_server: RayHead, uploaded: str, rows: pa.Table, sections: dict[str, Any], tmp_path: Path
 ) -> None:
-    # Weights that nobody trained leave their thousand classes close together: the top-1 says little.
+    # Without training, the thousand classes are too close together for the top-1 to be meaningful.
     int8 = {"dtype": "int8", "quantization": {"min_agreement": 0}}
     request: dict[str, Any] = {
         "input": {"uri": uploaded, "exclude": ["*.json"]},
@@ -282,7 +282,7 @@ def test_int8_gives_nearly_the_rows_of_float32(
 
 
 @pytest.mark.slow
-def test_fast_gives_nearly_the_rows_of_exact(
+def test_fast_mode_rows_are_close_to_exact_mode(
     ray_server: RayHead, uploaded: str, rows: pa.Table, sections: dict[str, Any], tmp_path: Path
 ) -> None:
     where = {"input": {"uri": uploaded, "exclude": ["*.json"]}, "output": {"uri": str(tmp_path / "out")}}
@@ -302,7 +302,7 @@ def test_another_timm_classifier_works(ray_server: RayHead, photographs: Path, t
 
 
 @pytest.mark.slow
-def test_good_rows_are_what_they_are_without_the_broken_files(
+def test_broken_files_do_not_change_good_rows(
     ray_server: RayHead, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "good").mkdir()
@@ -319,7 +319,7 @@ def test_good_rows_are_what_they_are_without_the_broken_files(
         where = {"input": {"uri": str(tmp_path / name)}, "output": {"uri": str(tmp_path / f"{name}-out")}}
         summary = infer(ray_server, **where, **model)
         assert summary["num_clipped"] == 1  # sixteen.png
-    assert caplog.text.count("1 images are grey of more than 8 bits") == 2
+    assert caplog.text.count("1 images are grayscale with more than 8 bits") == 2
     good, mixed = read_kind(str(tmp_path / "good-out"), "part"), read_kind(str(tmp_path / "mixed-out"), "part")
     failed = read_kind(str(tmp_path / "mixed-out"), "failed")
     reasons = {Path(row["uri"]).name: row["error_kind"] for row in failed.to_pylist()}

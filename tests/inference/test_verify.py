@@ -1,4 +1,4 @@
-"""`jobs.verify` on outputs that were tampered with."""
+"""The job `verify` on outputs that were tampered with."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from tests.support.infer import infer, run_command, summary_of
 def finished(
     ray_server: RayHead, photographs: Path, telling_weights: Callable[[str], Path], tmp_path_factory: Any
 ) -> Path:
-    """Labels and embeddings of 16 photographs and a text, in three files."""
+    """Output for 16 photographs and a text file, in three files."""
     folder: Path = tmp_path_factory.mktemp("verified")
     (folder / "in").mkdir()
     for path in sorted(photographs.iterdir())[:16]:
@@ -50,7 +50,7 @@ def verify(output: Path, num_rows: int = 0) -> dict[str, Any]:
 
 
 def rewrite(output: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Change the first file, and its checksum with it: only its content can tell."""
+    """Change the first file and its checksum, so that only the content reveals the change."""
     path = min(output.glob("part-*.parquet"))
     pq.write_table(change(pq.read_table(path)), path)
     (output / "_files.json").unlink()
@@ -61,7 +61,7 @@ def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), table.schema.field(name), column)
 
 
-def test_a_good_output_passes_by_its_command_line(output: Path) -> None:
+def test_good_output_passes_on_the_command_line(output: Path) -> None:
     done = run_command("jobs.verify", "--output.uri", str(output))
     assert done.returncode == 0, done.stderr
     summary = summary_of(done.stdout)
@@ -69,28 +69,28 @@ def test_a_good_output_passes_by_its_command_line(output: Path) -> None:
     assert 8 <= summary["num_sampled"] <= 16
 
 
-@pytest.mark.parametrize("place", [0, 0.1, 0.5, 0.9, 1])
-def test_a_flipped_bit_is_found_wherever_it_is(output: Path, place: float) -> None:
+@pytest.mark.parametrize("position", [0, 0.1, 0.5, 0.9, 1])
+def test_flipped_bit_is_found_anywhere_in_a_file(output: Path, position: float) -> None:
     path = max(output.glob("part-*.parquet"))
     content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
+    content[int(position * (len(content) - 1))] ^= 1
     path.write_bytes(content)
     done = run_command("jobs.verify", "--output.uri", str(output))
     assert done.returncode == 1
-    assert f"{path.name}: its bytes are not those that were written" in done.stderr
+    assert f"{path.name}: checksum mismatch" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_file_that_came_or_went_is_found(output: Path) -> None:
+def test_added_and_missing_files_are_found(output: Path) -> None:
     path = min(output.glob("part-*.parquet"))
     shutil.copy(path, output / "joined.parquet")
-    with pytest.raises(RunError, match=r"1 problems, the first: joined\.parquet: no run wrote it"):
+    with pytest.raises(RunError, match=r"1 problems, the first is: joined\.parquet: the run did not write this file"):
         verify(output)
     (output / "joined.parquet").rename(output / "part-000000000099.parquet")
-    with pytest.raises(RunError, match=r"1 problems, the first: part-000000000099\.parquet: no run wrote it"):
+    with pytest.raises(RunError, match=r"1 problems, the first is: part-000000000099\.parquet: the run did not write"):
         verify(output)
     path.unlink()
-    with pytest.raises(RunError, match=f"3 problems, the first: {path.name}: it is gone"):
+    with pytest.raises(RunError, match=f"3 problems, the first is: {path.name}: the file is missing"):
         verify(output)
 
 
@@ -102,23 +102,26 @@ def broken_prob(table: pa.Table) -> pa.Table:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.slice(1), "1 inputs without a row: ids 0"),
-        (lambda table: pa.concat_tables([table, table.slice(2, 1)]), "1 inputs with more than one row: ids 2"),
-        (lambda table: table.drop_columns("label"), "its columns are not those of the run"),
-        (lambda table: table.replace_schema_metadata({"fingerprint": "x"}), "its fingerprint is not that of _run.json"),
+        (lambda table: table.slice(1), "1 inputs have no row: ids 0"),
+        (lambda table: pa.concat_tables([table, table.slice(2, 1)]), "1 inputs have more than one row: ids 2"),
+        (lambda table: table.drop_columns("label"), "the columns differ from those of the run"),
+        (
+            lambda table: table.replace_schema_metadata({"fingerprint": "x"}),
+            "the fingerprint in its metadata differs from _run.json",
+        ),
         (
             lambda table: with_column(table, "uri", table["uri"].take(np.roll(np.arange(table.num_rows), 1))),
-            "its URIs are not those",
+            "the values of uri differ from the manifest",
         ),
         (
             lambda table: with_column(table, "id", pa.array([*range(table.num_rows - 1), 99])),
-            "it has ids that no input has",
+            "some ids are not in the manifest",
         ),
         (lambda table: with_column(table, "width", pa.nulls(table.num_rows, pa.int32())), "width has nulls"),
-        (broken_prob, "prob has values that are no numbers"),
+        (broken_prob, "prob has NaN or infinite values"),
     ],
 )
-def test_rows_that_are_off_are_found_though_the_checksum_fits(
+def test_wrong_rows_are_found_even_if_the_checksum_matches(
     output: Path, change: Callable[[pa.Table], pa.Table], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewrite(output, change)
@@ -127,16 +130,16 @@ def test_rows_that_are_off_are_found_though_the_checksum_fits(
     assert message in caplog.text
 
 
-def test_what_is_no_finished_output_is_refused(output: Path, tmp_path: Path) -> None:
+def test_unfinished_output_is_refused(output: Path, tmp_path: Path) -> None:
     (output / "_SUCCESS").unlink()
-    for place in (output, tmp_path / "absent"):
-        with pytest.raises(RequestError, match="holds no output of a finished infer"):
-            verify(place)
+    for folder in (output, tmp_path / "absent"):
+        with pytest.raises(RequestError, match=r"is not the output of a finished jobs\.infer run"):
+            verify(folder)
 
 
 @pytest.mark.parametrize("name", ["_files.json", "_run.json", "_manifest/manifest.json", "_manifest/inputs-*.parquet"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"[" * 100_000, b"\xff\xfe"])
-def test_a_damaged_record_is_said_in_one_line(output: Path, name: str, content: bytes) -> None:
+def test_damaged_record_is_reported_in_one_line(output: Path, name: str, content: bytes) -> None:
     path = next(output.glob(name))
     path.write_bytes(content)
     with pytest.raises(RunError, match=f"{path} is damaged") as error:
@@ -145,37 +148,37 @@ def test_a_damaged_record_is_said_in_one_line(output: Path, name: str, content: 
 
 
 @pytest.mark.parametrize("name", ["_files.json", "_manifest/manifest.json"])
-def test_a_record_that_is_gone_is_named(output: Path, name: str) -> None:
+def test_missing_record_is_named(output: Path, name: str) -> None:
     (output / name).unlink()
-    with pytest.raises(RunError, match=f"is marked as finished, but {name} is gone"):
+    with pytest.raises(RunError, match=f"is marked as finished, but {name} is missing"):
         verify(output)
 
 
 @pytest.mark.parametrize("name", ["_run.json", "_manifest/manifest.json"])
-def test_a_record_of_a_newer_version_is_refused(output: Path, name: str) -> None:
+def test_record_of_a_newer_version_is_refused(output: Path, name: str) -> None:
     (output / name).write_text('{"format": 99, "identity": 5}')
     with pytest.raises(RequestError, match=f"{name} has format 99, and this version of ecaray reads formats up to"):
         verify(output)
 
 
 @pytest.mark.parametrize("name", ["sub/part-000000000099.parquet", "part-000000000099.PARQUET", "a/b/copy.parquet"])
-def test_files_that_a_reader_of_the_folder_would_take_are_found(output: Path, name: str) -> None:
+def test_extra_parquet_files_in_subfolders_are_found(output: Path, name: str) -> None:
     (output / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(min(output.glob("part-*.parquet")), output / name)
-    with pytest.raises(RunError, match=f"the first: {name}: no run wrote it"):
+    with pytest.raises(RunError, match=f"the first is: {name}: the run did not write this file"):
         verify(output)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fingerprint": "0" * 64}, "it names two fingerprints"),
-        ({"label_names": ["x"] * 1000}, "its label_names is not that of _run.json"),
-        ({"summary": {"num_inputs": 17, "num_ok": 16, "num_failed": 5, "num_files": 4}}, "its num_failed is 5, and"),
-        ({"transform": {"input_size": [7, 7]}}, "its transform is not that of _run.json"),
+        ({"fingerprint": "0" * 64}, "its two fingerprints differ"),
+        ({"label_names": ["x"] * 1000}, "the label_names in its metadata differs from _run.json"),
+        ({"summary": {"num_inputs": 17, "num_ok": 16, "num_failed": 5, "num_files": 4}}, "num_failed is 5, but"),
+        ({"transform": {"input_size": [7, 7]}}, "the transform in its metadata differs from _run.json"),
     ],
 )
-def test_a_record_that_does_not_fit_the_files_is_found(
+def test_record_that_contradicts_the_files_is_found(
     output: Path, change: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = json.loads((output / "_run.json").read_text())
@@ -185,8 +188,8 @@ def test_a_record_that_does_not_fit_the_files_is_found(
     assert message in caplog.text
 
 
-def test_weights_in_a_directory_need_no_name(output: Path, tmp_path: Path) -> None:
-    """The record holds the default name too, which is not the directory's."""
+def test_weights_in_a_directory_need_no_model_name(output: Path, tmp_path: Path) -> None:
+    """The record also contains the default name, which is not that of the directory."""
     record = json.loads((output / "_run.json").read_text())
     directory = tmp_path / "weights"
     directory.mkdir()
@@ -198,19 +201,19 @@ def test_weights_in_a_directory_need_no_name(output: Path, tmp_path: Path) -> No
     assert verify(output, num_rows=1)["num_sampled"] == 1
 
 
-def test_the_checksums_of_a_finished_run_are_not_renewed(output: Path) -> None:
+def test_checksums_of_a_finished_run_are_not_recomputed(output: Path) -> None:
     path = min(output.glob("part-*.parquet"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     write_digests(str(output), complete_digests(str(output), {}))
-    with pytest.raises(RunError, match="its bytes are not those that were written"):
+    with pytest.raises(RunError, match="checksum mismatch"):
         verify(output)
 
 
-def test_the_checksums_name_every_file(output: Path) -> None:
+def test_checksums_cover_every_file(output: Path) -> None:
     assert json.loads((output / "_files.json").read_text()).keys() == {path.name for path in output.glob("*.parquet")}
 
 
-def test_rows_that_another_model_wrote_are_found(output: Path) -> None:
+def test_rows_with_wrong_predictions_are_found(output: Path) -> None:
     def rotated(table: pa.Table) -> pa.Table:
         order = pa.array([*range(1, table.num_rows), 0])
         for name in ("index", "prob", "label", "embedding"):
@@ -220,12 +223,12 @@ def test_rows_that_another_model_wrote_are_found(output: Path) -> None:
     rewrite(output, rotated)
     assert verify(output)["num_sampled"] == 0
     with pytest.raises(
-        RunError, match=r"problems, the first: row \d+, computed again: the probability of class \d+ was"
+        RunError, match=r"problems, the first is: recomputed row \d+ differs: the probability of class \d+ was"
     ):
         verify(output, num_rows=16)
 
 
-def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) -> None:
+def test_rows_decoded_on_a_gpu_are_recomputed_on_cpus(output: Path) -> None:
     record = json.loads((output / "_run.json").read_text())
     record["config"]["preprocess"]["mode"] = "cuda"
     record["config"]["compute"]["use_gpu"] = True
@@ -238,10 +241,10 @@ def test_rows_of_a_gpu_that_decodes_are_computed_again_without_it(output: Path) 
     others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
     problems = list(spot_check(record, manifest, others))
     assert len(problems) > exact.num_rows / 2
-    assert "its embedding lies" in problems[0]
+    assert "the embedding differs" in problems[0]
 
 
-def test_weights_that_are_gone_are_said(output: Path) -> None:
+def test_missing_or_changed_weights_are_reported(output: Path) -> None:
     record = json.loads((output / "_run.json").read_text())
     record["config"]["model"]["weights"] = "/absent.safetensors"
     (output / "_run.json").write_text(json.dumps(record))

@@ -156,7 +156,7 @@ def test_carried_column_with_a_reserved_name_is_refused(
 ) -> None:
     readers: list[Reader] = [ClashingReader(), *registry._READERS]
     monkeypatch.setattr(registry, "_READERS", readers)
-    with pytest.raises(RequestError, match="the input's column 'prob' has the name of a column of the output"):
+    with pytest.raises(RequestError, match="the input column 'prob' has the same name as an output column"):
         label(ray_server, archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
