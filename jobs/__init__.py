@@ -1,1 +1,1 @@
-"""The jobs: `python -m jobs.NAME --help` says what each can be told."""
+"""Command-line jobs. `python -m jobs.NAME --help` lists the keys of a job."""

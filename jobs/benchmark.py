@@ -1,4 +1,4 @@
-"""Measure the ceiling of each stage of infer, the rate of the whole, and which stage binds."""
+"""Measure the ceiling of each stage of jobs.infer and the rate of the whole pipeline, and find the bottleneck."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from pipelines.runtime.job import main
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     with ModelProcess(config.model, config.preprocess) as model:
-        from pipelines.benchmark.run import run  # late: Ray and Arrow
+        from pipelines.benchmark.run import run  # late: Ray and Arrow, while the model's process imports torch and timm
 
         return run(config, model)
 

@@ -8,9 +8,10 @@ from pipelines.runtime.job import main
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     with ModelProcess(config.model, config.preprocess) as model:
-        from pipelines.downstream.evaluation import run  # Ray and Arrow, imported beside torch and timm
+        # Late: Ray and Arrow take a second to import, while the model's process imports torch and timm.
+        from pipelines.downstream.evaluation import run
 
         return run(config, model)
 

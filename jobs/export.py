@@ -7,7 +7,7 @@ from pipelines.runtime.job import main
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     from pipelines.training.export import run  # late: torch and timm
 
     return run(config)

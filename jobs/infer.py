@@ -8,9 +8,9 @@ from pipelines.runtime.job import main
 
 
 def label_and_embed(config: InferConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     with ModelProcess(config.model, config.preprocess) as model:
-        # Ray and Arrow take a second to import; the model's process imports torch and timm meanwhile.
+        # Late: Ray and Arrow take a second to import, while the model's process imports torch and timm.
         from pipelines.inference.run import run
 
         return run(config, model)

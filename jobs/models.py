@@ -1,4 +1,4 @@
-"""Print the ECA family: what the model cards say beside what this installation measures."""
+"""Print the ECA family: the figures of the model cards next to those measured with this installation."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pipelines.runtime.job import main
 
 
 def print_models(config: ModelsConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     from pipelines.models.table import run  # late: torch and timm
 
     return run(config)

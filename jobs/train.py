@@ -7,15 +7,15 @@ from pipelines.runtime.job import main
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     from pipelines.training.run import run  # late: torch, timm and Ray
 
     return run(config)
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Say what the job would do."""
-    from pipelines.training.run import dry_run  # late, as above
+    """Print what the job would do."""
+    from pipelines.training.run import dry_run  # late: torch, timm and Ray
 
     dry_run(config)
 

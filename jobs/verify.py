@@ -7,7 +7,7 @@ from pipelines.runtime.job import main
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Run the job; returns the summary."""
+    """Run the job, and return the summary."""
     from pipelines.inference.verify import run  # late: pyarrow
 
     return run(config)
