@@ -241,14 +241,14 @@ def _replica_fraction(node: Node) -> float:
 def _refuse_missing_resources(config: ComputeConfig, num_workers: int, nodes: list[Node]) -> None:
     if config.use_gpu and num_workers > (num_gpus := sum(int(node.num_gpus) for node in nodes)):
         raise RequestError(
-            f"compute.use_gpu requires {num_workers} GPUs, one per replica, but the cluster has {num_gpus}: lower "
+            f"compute.use_gpu asks for {num_workers} GPUs, one per replica, but the cluster has {num_gpus}: lower "
             "compute.num_workers or add GPU nodes"
         )
     for name, amount in config.resources_per_worker.items():
         available = [node.resources.get(name, 0) for node in nodes]
         if num_workers > sum(_num_fitting(offer, amount) for offer in available):
             raise RequestError(
-                f"compute.resources_per_worker requires {amount:g} {name} for each of {num_workers} replicas, but "
+                f"compute.resources_per_worker asks for {amount:g} {name} for each of {num_workers} replicas, but "
                 f"the cluster has {sum(available):g}: lower compute.num_workers or add nodes with {name}"
             )
 

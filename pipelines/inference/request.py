@@ -185,7 +185,7 @@ def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
             "set outputs.topk to 0 to write embeddings only"
         )
     if config.outputs.is_set("topk"):
-        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has only {model.num_classes} classes")
+        raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
     return model.num_classes
 
 

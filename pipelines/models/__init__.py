@@ -1,1 +1,1 @@
-"""The ECA ResNets of timm, and any other timm classifier: catalogue, weights, label names, fingerprint."""
+"""timm classifiers, the ECA ResNets above all: catalogue, weights, label names, fingerprint."""

@@ -1,4 +1,4 @@
-"""All that a job needs of a model. Imports neither torch nor timm: driver and replicas start in half the time."""
+"""Resolved model as jobs use it. Does not import torch or timm, which halves the start-up of driver and replicas."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a resolved model, without its weights.
+    """Facts about a resolved model, without its weights.
 
     Attributes:
-        name: timm's name, with the tag where one was given.
-        num_classes: length of the logits.
-        num_features: length of the embedding.
-        label_names: one a class.
-        class_ids: one a class, what the folders of a labelled set are named for.
-        transform: from decoded image to the model's input.
-        dtype: precision of the forward pass.
-        fingerprint: SHA-256 of weights, timm's version, model, transform and dtype.
+        name: timm's name, including the tag if one was given.
+        num_classes: Length of the logits.
+        num_features: Length of the embedding.
+        label_names: Name of each class.
+        class_ids: Folder name of each class in labelled sets.
+        transform: Eval transform, from the decoded image to the model's input.
+        dtype: Precision of the forward pass.
+        fingerprint: SHA-256 of the weights, timm's version, the model, the transform and the dtype.
     """
 
     name: str
@@ -36,15 +36,15 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class ModelBundle(ModelFacts):
-    """A model, resolved once for all replicas and shipped to them through Ray's object store.
+    """Model that is resolved once and sent to all replicas through Ray's object store.
 
     Attributes:
-        module: batch x 3 x H x W, normalized, to logits and features; on the CPU, in eval mode. In int8 an exported
-            program, as `torch.export.save` writes it.
+        module: Module on the CPU in eval mode, which maps normalized images (batch x 3 x H x W) to logits and features.
+            For int8, an exported program in the format of `torch.export.save`.
     """
 
     module: "nn.Module | bytes"
 
     def facts(self) -> ModelFacts:
-        """All but the module."""
+        """Return the facts without the module."""
         return ModelFacts(**{field.name: getattr(self, field.name) for field in fields(ModelFacts)})

@@ -1,4 +1,4 @@
-"""The family, and what its model cards say of the five it begins with."""
+"""Catalogue of the ECA family, with the figures of its model cards."""
 
 from dataclasses import dataclass
 
@@ -19,15 +19,15 @@ FAMILY = (
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The figures of a model card.
+    """Figures of a model card.
 
     Attributes:
-        num_macs: multiply-adds of one image of 256 x 256 pixels (the card calls them FLOPs).
-        state_dict_bytes: size of the weights file.
-        num_layers: where the card gives it.
-        image_size: side of the train and eval input, in pixels.
-        crop_pct: share of the resized image that the eval crop keeps.
-        interpolation: filter of the eval resize.
+        num_macs: Multiply-adds for one image of 256 x 256 pixels (the card calls them FLOPs).
+        state_dict_bytes: Size of the weights file.
+        num_layers: Number of layers; None if the card does not state it.
+        image_size: Side of the train and eval input in pixels.
+        crop_pct: Fraction of the resized image that the eval crop keeps.
+        interpolation: Filter of the eval resize.
     """
 
     num_macs: int
@@ -40,7 +40,7 @@ class ModelCard:
 
 CARD_IMAGE_SIZE = 256
 
-# timm's documentation, page "ECA-ResNet" (hfdocs/source/models/ecaresnet.mdx in its repository).
+# Source: page "ECA-ResNet" of timm's documentation (hfdocs/source/models/ecaresnet.mdx in its repository).
 MODEL_CARDS = {
     "ecaresnet101d": ModelCard(10_377_193_728, 178_815_067, 101),
     "ecaresnet101d_pruned": ModelCard(4_463_972_081, 99_852_736, 101),

@@ -1,4 +1,4 @@
-"""The `config.json` of a timm directory, checked before anything is built from it."""
+"""Parsing and validation of the `config.json` of a timm directory."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelines.errors import RequestError
 
-# Far beyond any model's input, and small enough for a batch in memory.
+# Much larger than the input of any model, but small enough for a batch to fit in memory.
 MAX_SIDE = 8192
 
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
@@ -17,7 +17,7 @@ LabelNames = list[str | int]
 
 
 class _PretrainedCfg(BaseModel):
-    """Values of timm's `pretrained_cfg` that decide what a model is fed. Null stands for timm's default."""
+    """Values of timm's `pretrained_cfg` that define the input of a model. Null stands for timm's default."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -36,7 +36,7 @@ class _PretrainedCfg(BaseModel):
 
 
 class _CheckpointConfig(BaseModel):
-    """A timm config: the architecture and, where they differ from the model's own, its values."""
+    """timm config: the architecture, and the values that differ from the model's own."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -46,23 +46,24 @@ class _CheckpointConfig(BaseModel):
 
 
 def parse_checkpoint_config(content: bytes, location: str) -> dict[str, Any]:
-    """Parse and check a `config.json`.
+    """Parse and validate a `config.json`.
 
     Args:
-        content: The bytes of the file.
-        location: The folder it lies in, for messages.
+        content: Content of the file.
+        location: URI of its folder, for messages.
 
     Returns:
-        The config as it stands in the file.
+        The config exactly as it is in the file.
 
     Raises:
-        RequestError: It is no JSON, names no architecture, or has a value of a wrong type or out of range.
+        RequestError: The file is not JSON, does not name an architecture, or has a value of a wrong type or out of
+            range.
     """
     try:
         text = content.decode("utf-8-sig")
         _CheckpointConfig.model_validate_json(text)
     except UnicodeDecodeError:
-        raise RequestError(f"{location}/config.json is not a timm config: it is no UTF-8 text") from None
+        raise RequestError(f"{location}/config.json is not a timm config: it is not UTF-8 text") from None
     except ValidationError as error:
         raise RequestError(f"{location}/config.json is not a timm config: {_reason(error)}") from None
     config: dict[str, Any] = json.loads(text)
@@ -72,6 +73,6 @@ def parse_checkpoint_config(content: bytes, location: str) -> dict[str, Any]:
 def _reason(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_context=False)[0]
     if found["loc"] == ("architecture",) and found["type"] == "missing":
-        return "it names no architecture"
+        return "it does not name an architecture"
     key = ".".join(str(part) for part in found["loc"])
     return f"{key}: {found['msg']}" if key else found["msg"]

@@ -1,4 +1,4 @@
-"""What makes two runs give the same rows, as one SHA-256."""
+"""Fingerprints: one SHA-256 over everything that decides the rows of a run."""
 
 import hashlib
 import json
@@ -9,7 +9,10 @@ import torch
 
 
 def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the tensors, whatever file they came from: names, dtypes, shapes and bytes, in order of name."""
+    """Return the SHA-256 of the tensors, independent of the file format.
+
+    It covers names, dtypes, shapes and bytes, in the order of the names.
+    """
     digest = hashlib.sha256()
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().contiguous()
@@ -19,5 +22,5 @@ def hash_state_dict(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able mapping, in one canonical spelling."""
+    """Return the SHA-256 of a JSON-serializable mapping in canonical form."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

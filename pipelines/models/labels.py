@@ -1,4 +1,4 @@
-"""Names of the classes."""
+"""Names and ids of the classes of a model."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MAX_CLASSES_SHOWN = 6
 
 
 def resolve_class_ids(label_names: tuple[str, ...]) -> tuple[str, ...]:
-    """What the folders of a labelled set are named for: the label names, or WordNet's ids for those of ImageNet."""
+    """Return the folder name of each class in labelled sets: its label name, or its WordNet id for ImageNet."""
     imagenet = ImageNetInfo("imagenet-1k")
     if label_names != tuple(imagenet.label_descriptions()):
         return label_names
@@ -22,11 +22,11 @@ def resolve_label_names(checkpoint_config: dict[str, Any], num_classes: int) -> 
     """Return the checkpoint's names, else timm's ImageNet descriptions for 1,000 classes, else the indices.
 
     Args:
-        checkpoint_config: The `config.json` of a timm directory; empty if there is none.
-        num_classes: Rows of the classifier; 0 if there is none.
+        checkpoint_config: Content of the `config.json` of a timm directory; empty if there is none.
+        num_classes: Number of classes; 0 if the model has no classifier.
 
     Raises:
-        RequestError: The checkpoint names another number of classes.
+        RequestError: The checkpoint names a different number of classes.
     """
     if not num_classes:
         return ()
@@ -43,17 +43,17 @@ def resolve_label_names(checkpoint_config: dict[str, Any], num_classes: int) -> 
 
 
 def match_by_order(label_names: tuple[str, ...], image_classes: list[str]) -> tuple[str, ...] | None:
-    """Name the classes of a model that names none: as many classes of images, in the order of timm's folder reader.
+    """Match the classes of images to a model without class names, in the order of timm's folder reader.
 
-    timm's own checkpoints hold no names. Its reader sorts folders naturally: `img2` before `img10`, without regard to
-    case.
+    timm's own checkpoints do not contain class names. Its folder reader sorts names naturally and without regard to
+    case: `img2` comes before `img10`.
 
     Args:
-        label_names: of the model; its indices where it names no classes.
-        image_classes: names of the classes of the images, in any order.
+        label_names: Label names of the model, which are its indices if it has no class names.
+        image_classes: Class names of the images, in any order.
 
     Returns:
-        One name for each logit, or None where the model has names or another number of classes.
+        The name of each class index, or None if the model has class names or a different number of classes.
     """
     if label_names != tuple(str(index) for index in range(len(image_classes))):
         return None
@@ -61,7 +61,7 @@ def match_by_order(label_names: tuple[str, ...], image_classes: list[str]) -> tu
 
 
 def describe_order(names: tuple[str, ...]) -> str:
-    """Say which class each index of a model was taken for."""
+    """Return a log line that shows the class name assigned to each index."""
     shown = [f"{index} = {name}" for index, name in enumerate(names)]
     some = shown if len(shown) <= MAX_CLASSES_SHOWN else [*shown[: MAX_CLASSES_SHOWN - 1], "...", shown[-1]]
-    return f"the weights name no classes; taken for the images' in timm's order: {', '.join(some)}"
+    return f"the weights contain no class names; assigned those of the images in timm's order: {', '.join(some)}"

@@ -1,7 +1,8 @@
-"""A model, resolved and folded in a process of its own.
+"""Separate process that resolves and prepares the model.
 
-Importing torch and timm takes longer than anything else that a driver does before Ray starts. Beside the driver, it
-costs no time while the driver looks at the stores, and folding none while Ray starts; the driver needs neither.
+Importing torch and timm takes longer than anything else that a driver does before Ray starts. In a separate process,
+the imports overlap with the driver's requests to the stores, and the preparation with the start of Ray. The driver
+itself does not need torch or timm.
 """
 
 import contextlib
@@ -29,59 +30,61 @@ if TYPE_CHECKING:
 
 
 class ModelProcess:
-    """Starts at once; answers when it is asked. Ends with its `with` block, or with the process that started it.
+    """Handle of the process, which starts immediately.
+
+    The process ends with the `with` block, or with the process that started it.
 
     Attributes:
-        pid: its process id.
+        pid: Id of the process.
     """
 
     def __init__(self, model: ModelConfig, preprocess: PreprocessConfig) -> None:
-        self._connection, theirs = Pipe()
+        self._connection, child_end = Pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
+            [sys.executable, "-m", __name__, str(child_end.fileno())],
+            pass_fds=(child_end.fileno(),),
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        theirs.close()
+        child_end.close()
         self.pid = self._process.pid
         self._connection.send((model, preprocess))
         self._receiver = ThreadPoolExecutor(1)
         self._facts = self._receiver.submit(self._receive)
         if model.dtype == "int8":
             self._quantized = self._receiver.submit(self._receive)
-        # At once: the bundle fills the pipe as soon as it is there, whatever the driver is doing then.
+        # Start to receive now: the bundle is larger than the pipe's buffer, so the process blocks until it is read.
         self._bundle = self._receiver.submit(self._receive)
 
     def facts(self) -> "ModelFacts":
-        """What was found.
+        """Wait for the facts about the model, and return them.
 
         Raises:
-            RequestError: the weights cannot be had, or do not fit the model or the image size.
-            RunError: the process died.
+            RequestError: The weights cannot be loaded, or do not fit the model or the image size.
+            RunError: The process died.
         """
         facts: ModelFacts = self._facts.result()
         return facts
 
     def quantized_facts(self, images: NDArray[np.uint8]) -> "ModelFacts":
-        """What is known of the model once it is quantized, which a model in int8 waits for.
+        """Quantize the model, and return its facts. An int8 model has no bundle before.
 
         Args:
-            images: num_images x H x W x 3 of the input.
+            images: Images of the input, num_images x H x W x 3, uint8.
 
         Raises:
-            RequestError: it cannot be, or comes out too far from float32.
-            RunError: the process died.
+            RequestError: The model cannot be quantized, or the result is too far from float32.
+            RunError: The process died.
         """
-        with contextlib.suppress(ConnectionError):  # it died: its answer, or that there is none, says why
+        with contextlib.suppress(ConnectionError):  # if the process died, its pending answer says why
             self._connection.send(images)
         facts: ModelFacts = self._quantized.result()
         return facts
 
     def pickled_bundle(self) -> bytes:
-        """The `ModelBundle` as replicas take it.
+        """Wait for the pickled `ModelBundle` for the replicas, and return it.
 
         Raises:
-            RunError: the process died.
+            RunError: The process died.
         """
         pickled: bytes = self._bundle.result()
         return pickled
@@ -90,7 +93,10 @@ class ModelProcess:
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise RunError(f"the process that reads the model ended with status {self._process.wait()}") from None
+            raise RunError(
+                f"the process that loads the model died with status {self._process.wait()}: run the same command "
+                "again, with more memory if the status is -9"
+            ) from None
         if isinstance(answer, RequestError):
             raise answer
         return answer
@@ -106,7 +112,7 @@ class ModelProcess:
 
 
 def serve(connection: Connection) -> None:
-    """Answer a `ModelProcess`: facts, or the error to raise, then the bundle."""
+    """Send a `ModelProcess` the facts or an error to raise, and then the bundle."""
     with paused_gc():
         from pipelines.models.resolve import prepare_bundle, resolve_bundle
 
@@ -130,9 +136,9 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the driver answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the driver handles it
     sys.stderr = cast("TextIO", SafeStream(sys.stderr))
     log_to_stderr()
     with contextlib.suppress(ConnectionError):  # the driver has ended
         serve(Connection(int(sys.argv[1])))
-    os._exit(0)  # torch's teardown takes half a second of a core that Ray needs to start
+    os._exit(0)  # skip the teardown of torch, which takes half a second of a core that Ray needs to start

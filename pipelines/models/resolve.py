@@ -1,4 +1,4 @@
-"""Everything about the model that the driver decides, once for all replicas."""
+"""Resolving a model once for all replicas: weights, transform, label names and fingerprint."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,10 +14,10 @@ from pipelines.models.weights import Weights, resolve_weights, timm_version
 
 
 def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBundle:
-    """Find and check weights, transform, label names and fingerprint.
+    """Load and check the weights, and resolve the transform, the label names and the fingerprint.
 
     Raises:
-        RequestError: the weights cannot be had, or do not fit the model or the image size.
+        RequestError: The weights cannot be loaded, or do not fit the model or the image size.
     """
     weights = resolve_weights(model)
     transform = resolve_transform(weights.pretrained_cfg, preprocess.image_size, preprocess.use_test_size)
@@ -37,9 +37,9 @@ def resolve_bundle(model: ModelConfig, preprocess: PreprocessConfig) -> ModelBun
 
 
 def prepare_bundle(bundle: ModelBundle) -> ModelBundle:
-    """The bundle as replicas take it: folded, and free of timm, so that they start without importing it."""
+    """Return the bundle optimized for inference, as a traced module that replicas can load without importing timm."""
     if isinstance(bundle.module, bytes):
-        return bundle  # quantized: folded by then
+        return bundle  # quantized modules are already folded
     return replace(bundle, module=prepare_for_inference(bundle.module))
 
 

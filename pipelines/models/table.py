@@ -1,4 +1,4 @@
-"""`jobs.models`: the model cards' figures beside what this installation measures."""
+"""The job `models`: the figures of the model cards next to those measured with this installation."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from pipelines.models.catalogue import CARD_IMAGE_SIZE, FAMILY, MODEL_CARDS
 
 
 def run(config: ModelsConfig) -> dict[str, Any]:
-    """Measure each model and print the table; returns the same figures as the summary.
+    """Measure each model, print the table, and return the same figures as the summary.
 
     Raises:
-        RequestError: timm does not know a name.
+        RequestError: timm does not have one of the models.
     """
     names = config.names or list(FAMILY)
     for name in names:
@@ -26,12 +26,12 @@ def run(config: ModelsConfig) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The figures of one model, counted on shapes alone.
+    """Measure one model, from shapes alone.
 
     Returns:
-        `num_params`, `num_macs` of one 256 x 256 image, `state_dict_bytes`, `input_size` and `crop_pct` (train) and
-        `test_input_size` and `test_crop_pct`, `interpolation`, `num_features`, `num_classes`, `tags`, and what the
-        model card says of `num_macs` and `state_dict_bytes` under `card`, None where it says nothing.
+        `name`, `num_params`, `num_macs` for one 256 x 256 image, `state_dict_bytes`, `input_size` and `crop_pct`
+        (train), `test_input_size` and `test_crop_pct`, `interpolation`, `num_features`, `num_classes`, `tags`, and
+        under `card` the model card's `num_macs` and `state_dict_bytes`, or None if there is no card.
     """
     module = build_on_meta(name)
     cfg = module.pretrained_cfg
@@ -55,7 +55,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def count_macs(module: torch.nn.Module, input_size: tuple[int, ...]) -> int:
-    """Multiply-adds of convolutions and matrix products for one image, on any device, `meta` included."""
+    """Return the multiply-adds of convolutions and matrix products for one image, on any device, including `meta`."""
     device = next(module.parameters()).device
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         module(torch.empty(1, 3, *input_size, device=device))
@@ -63,7 +63,7 @@ def count_macs(module: torch.nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def format_table(models: list[dict[str, Any]]) -> str:
-    """Rows of `measure` as text; the model card's figure in brackets after ours."""
+    """Format results of `measure` as a table, with the figures of the model card in brackets."""
     lines = [
         f"{'model':22}{'params':>9}  {'GMACs at 256 px (card)':26}{'state dict, MB (card)':26}"
         f"{'size, crop':14}{'test':14}{'features':>8}  tags"
@@ -72,13 +72,13 @@ def format_table(models: list[dict[str, Any]]) -> str:
         card = model["card"] or {}
         lines.append(
             f"{model['name']:22}{model['num_params'] / 1e6:8.1f}M  "
-            f"{_beside(model, card, 'num_macs', 1e9):26}{_beside(model, card, 'state_dict_bytes', 1e6):26}"
+            f"{_compare(model, card, 'num_macs', 1e9):26}{_compare(model, card, 'state_dict_bytes', 1e6):26}"
             f"{model['input_size']}, {model['crop_pct']:<8g} {model['test_input_size']}, {model['test_crop_pct']:<8g} "
             f"{model['num_features']:8}  {', '.join(model['tags']) or '-'}"
         )
     return "\n".join(lines)
 
 
-def _beside(model: dict[str, Any], card: dict[str, Any], key: str, unit: float) -> str:
-    said = f" ({card[key] / unit:.2f}, {100 * (model[key] / card[key] - 1):+.2f} %)" if card else ""
-    return f"{model[key] / unit:.2f}{said}"
+def _compare(model: dict[str, Any], card: dict[str, Any], key: str, unit: float) -> str:
+    comparison = f" ({card[key] / unit:.2f}, {100 * (model[key] / card[key] - 1):+.2f} %)" if card else ""
+    return f"{model[key] / unit:.2f}{comparison}"

@@ -1,4 +1,4 @@
-"""Every form of `model.weights`, turned into one: a checked state dict with the config that belongs to it."""
+"""Loading of `model.weights` in all its forms, into a checked state dict with its config."""
 
 import logging
 import tempfile
@@ -11,7 +11,7 @@ import torch
 
 from pipelines.config.sections import ModelConfig
 from pipelines.errors import RequestError
-from pipelines.models.build import TimmModule, build_on_meta, check_model_name, create, prefixes_of
+from pipelines.models.build import TimmModule, build_on_meta, check_model_name, create, prefixes_from_cfg
 from pipelines.models.checkpoint_config import parse_checkpoint_config
 from pipelines.models.hub import load_pretrained
 from pipelines.models.state_dict import read_state_dict, refuse_wrong_dtypes
@@ -21,7 +21,7 @@ from pipelines.storage.filesystem import download, list_names, read_bytes, trans
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 DIRECTORY_WEIGHTS = "model.safetensors"
 RANDOM_SEED = 0
-# Batch norm's count of training steps. Inference does not use it, and other frameworks have none.
+# Counter of training steps in batch norms. Inference does not use it, and other frameworks do not have it.
 COUNTER = "num_batches_tracked"
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that fit their architecture.
+    """Weights that are known to fit their architecture.
 
     Attributes:
-        name: timm's name, with the tag where one was given.
-        module: timm's, on the meta device: the architecture that the weights fit. It has no classes if the weights
-            have no classifier.
-        state_dict: On the CPU.
-        pretrained_cfg: timm's, of the checkpoint where it has one, else of the model.
-        checkpoint_config: `config.json` of a timm directory; empty otherwise.
+        name: timm's name, including the tag if one was given.
+        module: timm module on the meta device. It has no classes if the weights have no classifier.
+        state_dict: Tensors on the CPU.
+        pretrained_cfg: timm's config of the checkpoint if it has one, otherwise of the model.
+        checkpoint_config: Content of the `config.json` of a timm directory; empty for other forms.
     """
 
     name: str
@@ -50,10 +49,11 @@ class Weights:
 def resolve_weights(config: ModelConfig) -> Weights:
     """Find, load and check the weights that a config names.
 
-    Weights without a classifier are accepted: whoever needs classes has to look at the module's `num_classes`.
+    Weights without a classifier are accepted. Callers that need classes have to check `num_classes` of the module.
 
     Raises:
-        RequestError: Unknown model, nothing there, not a weights file, or weights of another architecture.
+        RequestError: The model is unknown, the weights do not exist, the file does not contain weights, or they belong
+            to a different architecture.
     """
     check_model_name(config.name)
     if config.weights == "pretrained":
@@ -83,8 +83,8 @@ def _from_directory(config: ModelConfig, location: str) -> Weights:
     check_model_name(architecture)
     name = config.name if config.is_set("name") else architecture
     if name.partition(".")[0] != architecture:
-        raise RequestError(f"the weights at {location} are of {architecture}, but model.name is {name}")
-    # As timm reads its own directories: the checkpoint's values over the model's.
+        raise RequestError(f"the weights at {location} belong to {architecture}, but model.name is {name}")
+    # Like timm for its own directories: values of the checkpoint override those of the model.
     cfg = _model_cfg(name) | (checkpoint_config.get("pretrained_cfg") or {})
     state_dict = _load_file(uris.join(location, DIRECTORY_WEIGHTS))
     return _checked(config, name, state_dict, cfg, checkpoint_config)
@@ -92,7 +92,7 @@ def _from_directory(config: ModelConfig, location: str) -> Weights:
 
 def _model_cfg(name: str) -> dict[str, Any]:
     cfg = timm.get_pretrained_cfg(name)
-    assert cfg is not None, "timm knows the name"
+    assert cfg is not None, "check_model_name accepted the name"
     return dict(cfg.to_dict())
 
 
@@ -109,8 +109,8 @@ def _checked(
     checkpoint_config: dict[str, Any],
 ) -> Weights:
     module = build_on_meta(name, _num_classes(name, state_dict))
-    if _names_of_values(module.state_dict()) - state_dict.keys():
-        state_dict = _without_wrapper(name, state_dict, config.weights)
+    if _weight_names(module.state_dict()) - state_dict.keys():
+        state_dict = _unwrap(name, state_dict, config.weights)
         module = build_on_meta(name, _num_classes(name, state_dict))
     expected = module.state_dict()
     state_dict = state_dict | _reset_counters(expected, state_dict)
@@ -118,7 +118,7 @@ def _checked(
     refuse_wrong_dtypes(expected, state_dict, config.weights)
     broken = [key for key, _ in module.named_parameters() if not state_dict[key].float().isfinite().all()]
     if broken:
-        raise RequestError(f"the weights {config.weights} hold NaN or infinite values, in {broken[0]}")
+        raise RequestError(f"the weights {config.weights} contain NaN or infinite values, in {broken[0]}")
     return Weights(name, module, state_dict, pretrained_cfg, checkpoint_config)
 
 
@@ -129,43 +129,43 @@ def _refuse_other_architecture(
     unexpected = sorted(found.keys() - expected.keys())
     reshaped = sorted(key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape)
     counts = [
-        f"{len(keys)} {what} (such as {keys[0]!r})"
-        for keys, what in ((missing, "missing"), (unexpected, "unknown"), (reshaped, "of another shape"))
+        f"{len(keys)} {problem} (such as {keys[0]!r})"
+        for keys, problem in ((missing, "missing"), (unexpected, "unknown"), (reshaped, "with a different shape"))
         if keys
     ]
     if counts:
         raise RequestError(f"the weights {config.weights} do not fit {name}: tensors {', '.join(counts)}")
 
 
-def _without_wrapper(name: str, state_dict: dict[str, torch.Tensor], location: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model inside a wrapper, if exactly one wrapper holds all of its backbone.
+def _unwrap(name: str, state_dict: dict[str, torch.Tensor], location: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of the model without the prefix of a wrapper, if exactly one prefix has the whole backbone.
 
-    Wrappers put a prefix before the names: `timm_model.` (Hugging Face), `model.` (Lightning), `backbone.` (DINO).
+    Wrappers add a prefix to the names: `timm_model.` (Hugging Face), `model.` (Lightning), `backbone.` (DINO).
 
     Raises:
-        RequestError: Several wrappers do, such as `encoder_q.` and `encoder_k.` (MoCo).
+        RequestError: Several prefixes have the whole backbone, such as `encoder_q.` and `encoder_k.` (MoCo).
     """
-    backbone = _names_of_values(build_on_meta(name, num_classes=0).state_dict())
+    backbone = _weight_names(build_on_meta(name, num_classes=0).state_dict())
     first = min(backbone)
     prefixes = {key.removesuffix(first) for key in state_dict if key.endswith(f".{first}")}
     fitting = sorted(prefix for prefix in prefixes if all(prefix + key in state_dict for key in backbone))
     if not fitting:
         return state_dict
     if len(fitting) > 1:
-        raise RequestError(f"{location} holds several models, under {', '.join(fitting)}: save the one that you mean")
+        raise RequestError(f"{location} contains several models, under {', '.join(fitting)}: save only one of them")
     inner = {key.removeprefix(fitting[0]): value for key, value in state_dict.items() if key.startswith(fitting[0])}
     num_others = len(state_dict) - len(inner)
-    log.info("took the tensors %s* of %s for %s; others: %d", fitting[0], location, name, num_others)
+    log.info("using the tensors %s* in %s as %s; ignored other tensors: %d", fitting[0], location, name, num_others)
     return inner
 
 
-def _names_of_values(names: Iterable[str]) -> set[str]:
+def _weight_names(names: Iterable[str]) -> set[str]:
     return {name for name in names if not name.endswith(COUNTER)}
 
 
 def _num_classes(name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
-    """Return the rows of the classifier, 0 if there is none, or None (the model's own) if its shape does not say."""
-    prefixes = prefixes_of(_model_cfg(name))
+    """Return the number of classes, 0 without a classifier, or None (the model's own) if its shape does not tell."""
+    prefixes = prefixes_from_cfg(_model_cfg(name))
     if not any(key.startswith(prefixes) for key in state_dict):
         return 0
     weight = state_dict.get(f"{prefixes[0]}weight")
@@ -173,7 +173,7 @@ def _num_classes(name: str, state_dict: dict[str, torch.Tensor]) -> int | None:
 
 
 def _reset_counters(expected: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return zeros for the counters that are missing or have another type, as torch itself does for old files."""
+    """Return zeros for counters that are missing or have a wrong type, as torch itself does for old files."""
     counters = [key for key in expected if key.endswith(COUNTER)]
     return {
         key: torch.zeros((), dtype=torch.int64)
@@ -183,5 +183,5 @@ def _reset_counters(expected: dict[str, torch.Tensor], state_dict: dict[str, tor
 
 
 def timm_version() -> str:
-    """Return the version of timm, part of the fingerprint."""
+    """Return the version of timm, which is part of the fingerprint."""
     return str(timm.__version__)

@@ -81,8 +81,8 @@ def test_given_values_override_the_defaults() -> None:
     ("config", "nodes", "message"),
     [
         (ComputeConfig(num_workers=500), [Node(2, 0)], "compute.num_workers = 500, but the cluster has 2 CPUs"),
-        (ComputeConfig(use_gpu=True), [Node(2, 0)], "requires 1 GPUs, one per replica, but the cluster has 0"),
-        (ComputeConfig(use_gpu=True, num_workers=9), [Node(64, 8)], "requires 9 GPUs, .* has 8"),
+        (ComputeConfig(use_gpu=True), [Node(2, 0)], "asks for 1 GPUs, one per replica, but the cluster has 0"),
+        (ComputeConfig(use_gpu=True, num_workers=9), [Node(64, 8)], "asks for 9 GPUs, .* has 8"),
         (ComputeConfig(num_cpus_per_worker=2), [Node(2, 0)], "do not fit the cluster's 2 CPUs"),
         (ComputeConfig(num_cpus_per_worker=8), [Node(4, 0)] * 4, "do not fit the cluster's 16 CPUs on 4 nodes"),
         (ComputeConfig(), [Node(0, 0)], "no CPUs"),
@@ -136,15 +136,15 @@ def test_range_of_replicas_is_limited_to_what_fits_unless_the_cluster_may_grow()
     plan = plan_compute(config, [Node(16, 4)])
     assert (plan.min_workers, plan.num_workers) == (2, 4)
     assert plan_compute(config, [Node(16, 4)], may_grow=True).num_workers == 8
-    with pytest.raises(RequestError, match="requires 2 GPUs"):
+    with pytest.raises(RequestError, match="asks for 2 GPUs"):
         plan_compute(config, [Node(16, 1)], may_grow=True)
 
 
 def test_missing_custom_resource_is_refused_with_the_numbers() -> None:
-    with pytest.raises(RequestError, match=r"requires 1 inferentia .*, but the cluster has 0"):
+    with pytest.raises(RequestError, match=r"asks for 1 inferentia .*, but the cluster has 0"):
         plan_compute(INFERENTIA, [Node(8, 0)])
     config = ComputeConfig(resources_per_worker={"inferentia": 1}, num_workers=5)
-    with pytest.raises(RequestError, match="requires 1 inferentia for each of 5 replicas, but the cluster has 4"):
+    with pytest.raises(RequestError, match="asks for 1 inferentia for each of 5 replicas, but the cluster has 4"):
         plan_compute(config, MIXED)
 
 

@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "output inside the input": ({"output.uri": "IMAGES/out"}, {}, "lies inside input.uri"),
     "foreign output": ({"output.uri": "IMAGES/.."}, {}, "is not empty"),
     "more CPUs than available": ({"compute.num_workers": "500"}, {}, "compute.num_workers = 500"),
-    "more GPUs than available": ({"compute.use_gpu": "true", "compute.num_workers": "9"}, {}, "requires 9 GPUs"),
+    "more GPUs than available": ({"compute.use_gpu": "true", "compute.num_workers": "9"}, {}, "asks for 9 GPUs"),
     "int8 on GPUs": ({"model.dtype": "int8", "compute.use_gpu": "true"}, {}, "GPUs"),
     "compiling for CPUs": ({"model.compile": "true"}, {}, "model.compile is for GPUs"),
     "topk above the classes": ({"model.weights": "SEVEN", "outputs.topk": "8"}, {}, "the model has 7 classes"),

@@ -1,4 +1,4 @@
-"""Accelerators: what can be tested without one, and the CPU as one."""
+"""Accelerators, as far as they can be tested without a GPU, and the CPU as an accelerator."""
 
 import numpy as np
 import pytest
@@ -35,17 +35,17 @@ def test_each_device_has_its_accelerator() -> None:
     assert type(choose_accelerator(torch.device("cuda"))) is CudaAccelerator
 
 
-def test_the_cpu_uploads_and_downloads_at_once() -> None:
+def test_cpu_uploads_and_downloads_synchronously() -> None:
     cpu = choose_accelerator(CPU)
     uploaded = cpu.side_stream().upload(torch.arange(4))
-    made = cpu.side_stream().run(lambda: uploaded * 2)
-    (downloaded,) = cpu.download([made]).wait()
+    doubled = cpu.side_stream().run(lambda: uploaded * 2)
+    (downloaded,) = cpu.download([doubled]).wait()
     assert np.array_equal(downloaded, [0, 2, 4, 6])
     assert cpu.used_bytes() is None
     assert not cpu.runs_one_batch_at_a_time
 
 
-def test_work_is_retried_once_with_freed_memory() -> None:
+def test_work_is_retried_once_after_memory_is_freed() -> None:
     device = SmallMemory(CPU)
     assert device.retry_with_freed_memory(device.work).tolist() == [1, 1, 1]
     with pytest.raises(RuntimeError, match="something else"):
@@ -75,7 +75,7 @@ def test_torchs_own_error_means_out_of_memory() -> None:
     assert not Accelerator(CPU).is_out_of_memory(RuntimeError("out of memory"))
 
 
-def test_a_gpu_that_torch_cannot_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_torch_cannot_use_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(accelerators.TEST_DEVICE_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

@@ -1,3 +1,5 @@
+"""Catalogue, weights in all their forms, label names, transforms and fingerprints."""
+
 import json
 import time
 from pathlib import Path
@@ -26,7 +28,7 @@ SMALL = "ecaresnet26t"
 
 @pytest.fixture(scope="module")
 def small_model() -> Any:
-    """A model of 7 classes."""
+    """Model with 7 classes."""
     torch.manual_seed(0)
     return timm.create_model(SMALL, num_classes=7).eval()
 
@@ -36,7 +38,7 @@ def weights_at(location: object, **options: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize("name", MODEL_CARDS)
-def test_measured_figures_match_the_card(name: str) -> None:
+def test_measured_figures_match_the_model_card(name: str) -> None:
     card, measured = MODEL_CARDS[name], measure(name)
     assert measured["num_macs"] == pytest.approx(card.num_macs, rel=0.02)
     assert measured["state_dict_bytes"] == pytest.approx(card.state_dict_bytes, rel=0.002)
@@ -47,14 +49,14 @@ def test_measured_figures_match_the_card(name: str) -> None:
         assert str(card.num_layers) in name
 
 
-def test_the_table_shows_card_and_measurement() -> None:
+def test_table_shows_card_and_measurement() -> None:
     table = format_table([measure("ecaresnet50d_pruned")])
     assert "ecaresnet50d_pruned" in table
     assert "3.29 (3.25, +1.23 %)" in table
     assert "2022" in table
 
 
-def test_the_family_is_timms() -> None:
+def test_family_exists_in_timm() -> None:
     assert set(FAMILY) <= set(timm.list_models())
     assert set(MODEL_CARDS) <= set(FAMILY)
 
@@ -81,23 +83,23 @@ def test_every_form_of_weights_gives_the_same_fingerprint(small_model: Any, tmp_
     write_bytes("s3://scratch/w.safetensors", (tmp_path / "w.safetensors").read_bytes())
     for name in ("model.safetensors", "config.json"):
         write_bytes(f"s3://scratch/directory/{name}", (directory / name).read_bytes())
-    places = [tmp_path / name for name in ("w.safetensors", "w.pth", "w.pth.tar", "directory")]
+    locations = [tmp_path / name for name in ("w.safetensors", "w.pth", "w.pth.tar", "directory")]
     bundles = [
-        resolve_bundle(weights_at(place), PreprocessConfig())
-        for place in (*places, "s3://scratch/w.safetensors", "s3://scratch/directory/")
+        resolve_bundle(weights_at(location), PreprocessConfig())
+        for location in (*locations, "s3://scratch/w.safetensors", "s3://scratch/directory/")
     ]
     assert len({bundle.fingerprint for bundle in bundles}) == 1
     assert {bundle.num_classes for bundle in bundles} == {7}
 
 
-def test_the_exponential_average_is_preferred(small_model: Any, tmp_path: Path) -> None:
-    average = {key: value + 1 for key, value in small_model.state_dict().items()}
-    torch.save({"state_dict": small_model.state_dict(), "state_dict_ema": average}, tmp_path / "w.pth.tar")
+def test_ema_weights_are_preferred(small_model: Any, tmp_path: Path) -> None:
+    ema = {key: value + 1 for key, value in small_model.state_dict().items()}
+    torch.save({"state_dict": small_model.state_dict(), "state_dict_ema": ema}, tmp_path / "w.pth.tar")
     found = resolve_weights(weights_at(tmp_path / "w.pth.tar"))
-    assert hash_state_dict(found.state_dict) == hash_state_dict(average)
+    assert hash_state_dict(found.state_dict) == hash_state_dict(ema)
 
 
-def test_a_directory_brings_model_transform_and_labels(small_model: Any, tmp_path: Path) -> None:
+def test_directory_provides_model_transform_and_labels(small_model: Any, tmp_path: Path) -> None:
     safetensors.torch.save_file(small_model.state_dict(), tmp_path / "model.safetensors")
     labels = [f"class {index}" for index in range(7)]
     cfg = {"input_size": [3, 96, 96], "crop_pct": 1.0, "mean": [0.5, 0.5, 0.5]}
@@ -108,7 +110,7 @@ def test_a_directory_brings_model_transform_and_labels(small_model: Any, tmp_pat
     assert bundle.label_names == tuple(labels)
     assert bundle.transform.input_size == (96, 96)
     assert (bundle.transform.crop_pct, bundle.transform.mean) == (1.0, (0.5, 0.5, 0.5))
-    with pytest.raises(RequestError, match=r"are of ecaresnet26t, but model\.name is ecaresnet50d"):
+    with pytest.raises(RequestError, match=r"belong to ecaresnet26t, but model\.name is ecaresnet50d"):
         resolve_weights(ModelConfig(name="ecaresnet50d", weights=str(tmp_path)))
 
 
@@ -128,7 +130,7 @@ def test_every_part_of_the_identity_changes_the_fingerprint(small_model: Any, tm
 
 
 class RunsCode:
-    """What a hostile pickle looks like."""
+    """Object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path("/nonexistent/marker").touch, ())
@@ -173,7 +175,7 @@ def test_missing_weights_and_models_are_refused(tmp_path: Path) -> None:
         resolve_weights(ModelConfig(name="ecaresnet50t.best"))
 
 
-def test_the_hub_out_of_reach_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_reported_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **options: Any) -> None:
         assert options["timeout"] <= 5
         raise ConnectionError("nobody answers")
@@ -185,19 +187,19 @@ def test_the_hub_out_of_reach_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> N
     assert time.monotonic() - started < 10
 
 
-def test_random_weights_are_the_same_each_time() -> None:
+def test_random_weights_are_reproducible() -> None:
     config = ModelConfig(name="ecaresnet26t", weights="random")
     first, second = (hash_state_dict(resolve_weights(config).state_dict) for _ in range(2))
     assert first == second
 
 
-def test_folders_may_be_named_for_the_labels_or_for_wordnets_ids() -> None:
+def test_class_ids_are_wordnet_ids_for_imagenet_and_label_names_otherwise() -> None:
     imagenet = resolve_label_names({}, 1000)
     assert resolve_class_ids(imagenet)[:2] == ("n01440764", "n01443537")
     assert resolve_class_ids(("cat", "dog")) == ("cat", "dog")
 
 
-def test_label_names() -> None:
+def test_label_names_come_from_checkpoint_imagenet_or_indices() -> None:
     assert resolve_label_names({}, 1000)[0] == "tench, Tinca tinca"
     assert resolve_label_names({}, 3) == ("0", "1", "2")
     assert resolve_label_names({"label_names": ["a", "b"]}, 2) == ("a", "b")
@@ -205,7 +207,7 @@ def test_label_names() -> None:
         resolve_label_names({"label_names": ["a"]}, 2)
 
 
-def test_transform_sizes() -> None:
+def test_transform_uses_train_size_test_size_or_given_size() -> None:
     cfg = timm.create_model("ecaresnet50d").pretrained_cfg
     assert isinstance(cfg, dict)
     default = resolve_transform(cfg, None, False)
@@ -215,7 +217,7 @@ def test_transform_sizes() -> None:
     assert resolve_transform(cfg, 160, False).input_size == (160, 160)
 
 
-def test_an_image_size_that_the_model_refuses() -> None:
+def test_image_size_that_the_model_does_not_accept_is_refused() -> None:
     config = ModelConfig(name="vit_tiny_patch16_224", weights="random")
-    with pytest.raises(RequestError, match=r"does not take images of 100 x 100"):
+    with pytest.raises(RequestError, match=r"does not accept images of 100 x 100"):
         resolve_bundle(config, PreprocessConfig(image_size=100))

@@ -1,4 +1,4 @@
-"""Graphs made ready for inference, beside timm's modules."""
+"""Models prepared for inference, compared with the original timm modules."""
 
 import copy
 import gc
@@ -16,7 +16,7 @@ from pipelines.models.cpu.packing import pack_convolutions
 from pipelines.models.cpu.winograd import WinogradConv2d, load_library
 from pipelines.models.prepare import prepare_for_inference
 
-# With channel gates, with squeeze and excitation, with depthwise convolutions, without any convolution but the first.
+# Models with channel gates, with squeeze and excitation, with depthwise convolutions, and with only one convolution.
 MODELS = ["test_resnet", "ecaresnet26t", "seresnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
 
 
@@ -27,7 +27,7 @@ def images() -> torch.Tensor:
 
 
 def with_random_batch_norms(name: str) -> Any:
-    """A model whose batch norms change what passes: those of a new one don't."""
+    """Return a model whose batch norms change their input. Those of a new model do not."""
     torch.manual_seed(0)
     module: Any = timm.create_model(name).eval()
     for layer in module.modules():
@@ -40,39 +40,39 @@ def with_random_batch_norms(name: str) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
-def test_prepared_and_packed_models_give_what_timms_gives(name: str, images: torch.Tensor) -> None:
+def test_prepared_and_packed_models_equal_the_timm_model(name: str, images: torch.Tensor) -> None:
     module = with_random_batch_norms(name)
     expected = module(images)
     model = prepare_for_inference(module).to(memory_format=torch.channels_last)
     prepared = model(images)
     pack_convolutions(model)
     tolerance = 1e-4 * float(expected.abs().max())
-    for found in (prepared, model(images), model(images)):  # the second pass finds nothing changed by the first
+    for found in (prepared, model(images), model(images)):  # twice: the first pass must not change the model
         assert torch.allclose(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["ecaresnet26t", "seresnet18", "mobilenetv3_small_050"])
 @torch.inference_mode()
-def test_the_compiler_takes_a_prepared_model_in_one_piece(name: str, images: torch.Tensor) -> None:
+def test_prepared_model_compiles_without_graph_breaks(name: str, images: torch.Tensor) -> None:
     prepared = prepare_for_inference(with_random_batch_norms(name))
-    whole = torch.compile(prepared, fullgraph=True, dynamic=False, backend="eager")  # raises where it would be cut
-    assert torch.equal(whole(images[:2]), prepared(images[:2]))
+    compiled = torch.compile(prepared, fullgraph=True, dynamic=False, backend="eager")  # raises at a graph break
+    assert torch.equal(compiled(images[:2]), prepared(images[:2]))
 
 
 @torch.inference_mode()
-def test_gated_and_added_activations_take_no_memory_of_their_own(images: torch.Tensor) -> None:
+def test_gates_and_shortcuts_are_computed_in_place(images: torch.Tensor) -> None:
     prepared = prepare_for_inference(with_random_batch_norms("ecaresnet26t"))
     assert isinstance(prepared, fx.GraphModule)
     targets = [node.target for node in prepared.graph.nodes]
     num_blocks = 8
     assert targets.count("MultiplyInPlace") == targets.count("AddInPlace") == num_blocks
-    kept = images.clone()
+    original = images.clone()
     prepared(images)
-    assert torch.equal(images, kept)
+    assert torch.equal(images, original)
 
 
 class ReadsAgain(nn.Module):
-    """What is multiplied or added is needed once more, is no memory of its own, does not hold the result, or a size."""
+    """Products and sums that must not be in place: the operand is read again, is a view, is too small, or is a size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ReadsAgain(nn.Module):
         self.gate = nn.Conv2d(3, 8, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Batch x 3 x H x W."""
+        """Compute on batch x 3 x H x W."""
         features = self.convolution(images)
         view = features.flatten(2)
         gate = self.gate(images.mean((2, 3), keepdim=True))
@@ -95,19 +95,19 @@ class ReadsAgain(nn.Module):
 
 
 @torch.inference_mode()
-def test_what_is_read_again_is_not_overwritten(images: torch.Tensor) -> None:
+def test_tensors_that_are_read_again_are_not_overwritten(images: torch.Tensor) -> None:
     module = ReadsAgain().eval()
-    expected, kept = module(images), images.clone()
+    expected, original = module(images), images.clone()
     prepared = prepare_for_inference(copy.deepcopy(module))
     assert torch.allclose(prepared(images), expected, atol=1e-5)
     pack_convolutions(prepared)
     assert torch.allclose(prepared(images), expected, atol=1e-5)
-    assert torch.equal(images, kept)
+    assert torch.equal(images, original)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @torch.inference_mode()
-def test_packing_changes_no_more_than_rounding(images: torch.Tensor, dtype: torch.dtype, rounding: float) -> None:
+def test_packing_changes_only_the_rounding(images: torch.Tensor, dtype: torch.dtype, rounding: float) -> None:
     model = (
         prepare_for_inference(with_random_batch_norms("ecaresnet26t")).to(dtype).to(memory_format=torch.channels_last)
     )
@@ -117,11 +117,12 @@ def test_packing_changes_no_more_than_rounding(images: torch.Tensor, dtype: torc
     layers = packed_layers(model)
     if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert len(layers) == num_convolutions
-        assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # the stem's, and two of each block
+        assert sum(layer.has_relu for layer in layers) == 3 + 2 * 8  # three in the stem, and two in each block
     else:
         assert not layers
-    num_filtered = sum(isinstance(layer, WinogradConv2d) for layer in layers)
-    assert num_filtered == (2 + 5 if dtype == torch.float32 and load_library() else 0)  # the stem's, and of stride 1
+    num_winograd = sum(isinstance(layer, WinogradConv2d) for layer in layers)
+    # Two in the stem, and five in blocks with stride 1.
+    assert num_winograd == (2 + 5 if dtype == torch.float32 and load_library() else 0)
     tolerance = rounding * float(expected.abs().max())
     assert torch.allclose(model(images.to(dtype)), expected, rtol=0, atol=tolerance)
 
@@ -130,10 +131,9 @@ def packed_layers(model: nn.Module) -> list[PackedConv2d | WinogradConv2d]:
     return [layer for layer in model.modules() if isinstance(layer, PackedConv2d | WinogradConv2d)]
 
 
-def test_weights_are_held_once_even_where_nothing_is_collected() -> None:
-    model = pickle.loads(
-        pickle.dumps(prepare_for_inference(with_random_batch_norms("ecaresnet26t")))
-    )  # as a replica gets it
+def test_packing_frees_the_original_weights_without_garbage_collection() -> None:
+    # Replicas also unpickle the model.
+    model = pickle.loads(pickle.dumps(prepare_for_inference(with_random_batch_norms("ecaresnet26t"))))
     weights = [weakref.ref(layer.weight) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     num_before = num_values(weights)
     gc.disable()
@@ -149,7 +149,7 @@ def num_values(weights: list[weakref.ref[torch.Tensor]]) -> int:
 
 
 class Unusual(nn.Module):
-    """Convolutions that can't be packed, and a ReLU whose input is read by another too."""
+    """Convolutions that cannot be packed, and a ReLU whose input has another reader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Unusual(nn.Module):
         self.act = nn.ReLU()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Batch x 3 x H x W."""
+        """Compute on batch x 3 x H x W."""
         plain = self.plain(images)
         result: torch.Tensor = self.act(plain) - plain + self.same(images) + self.mirrored(images)
         result += self.plain(-images)
@@ -167,7 +167,7 @@ class Unusual(nn.Module):
 
 
 @torch.inference_mode()
-def test_what_cannot_be_packed_stays(images: torch.Tensor) -> None:
+def test_unsupported_convolutions_are_left_unchanged(images: torch.Tensor) -> None:
     module = Unusual().eval()
     expected = module(images)
     model = prepare_for_inference(copy.deepcopy(module))
@@ -175,14 +175,14 @@ def test_what_cannot_be_packed_stays(images: torch.Tensor) -> None:
     assert torch.allclose(model(images), expected, atol=1e-5)
     assert len(packed_layers(model)) == 2
     pack_convolutions(module)
-    assert not packed_layers(module), "not traced"
+    assert not packed_layers(module), "a module that is not traced must not be packed"
 
 
 @torch.inference_mode()
-def test_what_is_no_number_is_seen(images: torch.Tensor) -> None:
-    half = prepare_for_inference(with_random_batch_norms("test_resnet")).half()  # which overflows
+def test_nan_is_not_hidden_by_packing(images: torch.Tensor) -> None:
+    half = prepare_for_inference(with_random_batch_norms("test_resnet")).half()  # overflows
     module = with_random_batch_norms("test_resnet")
-    module.layer2[0].bn1.running_var[0] = -1.0  # whose root is no number
+    module.layer2[0].bn1.running_var[0] = -1.0  # has no real square root
     broken = prepare_for_inference(module)
     for model in (half, broken):
         pack_convolutions(model)

@@ -1,4 +1,4 @@
-"""The process that resolves a model beside the driver."""
+"""Separate process that resolves the model."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig(name=SMALL, weights=str(path))
 
 
-def test_it_gives_what_this_process_would(config: ModelConfig) -> None:
+def test_process_returns_the_same_model_as_a_local_call(config: ModelConfig) -> None:
     here = resolve_bundle(config, PreprocessConfig())
     with ModelProcess(config, PreprocessConfig()) as process:
         assert process.facts() == here.facts()
@@ -39,20 +39,20 @@ def test_it_gives_what_this_process_would(config: ModelConfig) -> None:
             torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
 
 
-def test_a_refusal_comes_through() -> None:
+def test_request_error_is_raised_in_the_driver() -> None:
     unknown = ModelProcess(ModelConfig(name="ecaresnot"), PreprocessConfig())
     with unknown as process, pytest.raises(RequestError, match="knows no model 'ecaresnot'"):
         process.facts()
 
 
-def test_its_death_is_told(config: ModelConfig) -> None:
+def test_death_of_the_process_is_reported_with_its_status(config: ModelConfig) -> None:
     with ModelProcess(config, PreprocessConfig()) as process:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(RunError, match="status -9"):
             process.facts()
 
 
-def test_it_ends_with_the_block_and_with_its_starter(config: ModelConfig) -> None:
+def test_process_ends_with_the_block_and_with_its_parent(config: ModelConfig) -> None:
     with ModelProcess(config, PreprocessConfig()) as process:
         pid = process.pid
     assert not is_running(pid)
@@ -61,9 +61,9 @@ def test_it_ends_with_the_block_and_with_its_starter(config: ModelConfig) -> Non
         f"p = ModelProcess(ModelConfig(name={SMALL!r}, weights={config.weights!r}), PreprocessConfig()); "
         "print(p.pid, flush=True); time.sleep(60)"
     )
-    starter = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert starter.stdout is not None
-    pid = int(starter.stdout.readline())
-    starter.kill()
-    starter.wait()
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
     wait_until_gone(pid)

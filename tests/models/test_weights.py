@@ -1,4 +1,4 @@
-"""Weights files as they come from elsewhere: old, wrapped, without a classifier, damaged and hostile."""
+"""Weights files from other sources: old, wrapped, without a classifier, damaged and hostile."""
 
 import json
 import tracemalloc
@@ -46,7 +46,7 @@ def bundle_of(model: ModelConfig) -> ModelBundle:
 
 
 def outputs_of(bundle: ModelBundle) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and features of the same noise."""
+    """Return logits and features for a fixed batch of noise."""
     assert isinstance(bundle.module, torch.nn.Module)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -58,7 +58,7 @@ def outputs_of(bundle: ModelBundle) -> tuple[torch.Tensor, torch.Tensor]:
     ("suffix", "counter"),
     [(".pth", None), (".safetensors", torch.ones(1, dtype=torch.int64)), (".safetensors", torch.tensor(5.0))],
 )
-def test_batch_norms_need_no_counter(counter: torch.Tensor | None, suffix: str, tmp_path: Path) -> None:
+def test_batch_norm_counters_are_optional(counter: torch.Tensor | None, suffix: str, tmp_path: Path) -> None:
     state = state_of()
     counters = [key for key in state if key.endswith("num_batches_tracked")]
     assert counters
@@ -82,7 +82,7 @@ def test_batch_norms_need_no_counter(counter: torch.Tensor | None, suffix: str, 
         ),
     ],
 )
-def test_a_backbone_without_classifier_gives_the_same_embeddings(name: str, tmp_path: Path) -> None:
+def test_backbone_without_classifier_gives_the_same_embeddings(name: str, tmp_path: Path) -> None:
     whole = state_of(name)
     names = timm.create_model(name, num_classes=0).state_dict().keys()
     size = PreprocessConfig(image_size=None if name in ("test_vit", "levit_128s") else 64)
@@ -102,18 +102,18 @@ def test_a_backbone_without_classifier_gives_the_same_embeddings(name: str, tmp_
     assert torch.equal(*features)
 
 
-def test_classes_are_refused_where_the_weights_have_no_classifier(tmp_path: Path) -> None:
+def test_classes_are_refused_if_the_weights_have_no_classifier(tmp_path: Path) -> None:
     bundle = bundle_of(save(state_of(num_classes=0), tmp_path / "backbone.pth"))
     base: dict[str, Any] = {"input": {"uri": "/in"}, "output": {"uri": "/out"}}
     assert resolve_topk(InferConfig.model_validate(base | {"outputs": {"topk": 0}}), bundle) == 0
     for outputs in ({}, {"topk": 1}):
         with pytest.raises(RequestError, match=r"no classifier.*outputs\.topk to 0"):
             resolve_topk(InferConfig.model_validate(base | {"outputs": outputs}), bundle)
-    with pytest.raises(RequestError, match="no classifier"):
+    with pytest.raises(RequestError, match="needs a classifier"):
         quantize_bundle(bundle, torch.zeros(2, 64, 64, 3, dtype=torch.uint8).numpy(), ModelConfig().quantization)
 
 
-def test_a_directory_of_a_backbone_needs_no_label_names(tmp_path: Path) -> None:
+def test_label_names_of_a_directory_without_classifier_are_ignored(tmp_path: Path) -> None:
     safetensors.torch.save_file(state_of(num_classes=0), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": NAME, "label_names": ["a", "b"]}))
     assert bundle_of(ModelConfig(weights=str(tmp_path))).label_names == ()
@@ -126,20 +126,20 @@ def test_a_directory_of_a_backbone_needs_no_label_names(tmp_path: Path) -> None:
 def test_weights_inside_a_wrapper_are_found(prefix: str, num_classes: int, tmp_path: Path) -> None:
     state = state_of(num_classes=num_classes)
     wrapped = {f"{prefix}{key}": value for key, value in state.items()}
-    if prefix != "module.":  # which timm strips, wherever it is: no wrapper is left that could be told from the others
+    if prefix != "module.":  # timm strips this prefix, so other tensors could not be told from those of the model
         wrapped["projector.weight"], wrapped["queue"] = torch.zeros(2, 2), torch.zeros(3)
     found = resolve_weights(save({"state_dict": wrapped}, tmp_path / "w.pth"))
     assert found.state_dict.keys() == state.keys()
     assert all(torch.equal(found.state_dict[key], value) for key, value in state.items())
 
 
-def test_a_file_of_several_models_is_refused(tmp_path: Path) -> None:
+def test_file_with_several_models_is_refused(tmp_path: Path) -> None:
     state = {f"{prefix}{key}": value for prefix in ("encoder_k.", "encoder_q.") for key, value in state_of().items()}
     with pytest.raises(RequestError, match=r"several models, under encoder_k\., encoder_q\."):
         resolve_weights(save(state, tmp_path / "w.pth"))
 
 
-def test_other_tensors_beside_those_of_the_model_are_refused(tmp_path: Path) -> None:
+def test_unknown_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"1 unknown \(such as 'odd\\x1b'\)"):
         resolve_weights(save(state_of() | {"odd\x1b": torch.zeros(1)}, tmp_path / "w.pth"))
 
@@ -174,19 +174,19 @@ def quantized(tensor: torch.Tensor) -> torch.Tensor:
         (all_changed(lambda tensor: tensor.to(torch.int8)), "int8"),
         (changed("fc.bias", lambda tensor: tensor.bool()), "bool"),
         (changed("fc.weight", lambda tensor: tensor.to(torch.float8_e4m3fn)), "float8"),
-        (changed("fc.weight", lambda tensor: tensor.sum()), "of another shape"),
-        (changed("fc.bias", lambda tensor: tensor.sum()), "of another shape"),
-        (changed("fc.weight", lambda tensor: tensor[:0]), "of another shape|unknown"),
+        (changed("fc.weight", lambda tensor: tensor.sum()), "with a different shape"),
+        (changed("fc.bias", lambda tensor: tensor.sum()), "with a different shape"),
+        (changed("fc.weight", lambda tensor: tensor[:0]), "with a different shape|unknown"),
         (changed("fc.bias", lambda tensor: tensor * torch.inf), "NaN or infinite"),
-        (lambda: {"state_dict": 5}, "no dictionary"),
-        (lambda: [1, 2], "no dictionary"),
-        (lambda: 5, "no dictionary"),
-        (lambda: {1: torch.zeros(1)}, "no dictionary"),
+        (lambda: {"state_dict": 5}, "not a dictionary"),
+        (lambda: [1, 2], "not a dictionary"),
+        (lambda: 5, "not a dictionary"),
+        (lambda: {1: torch.zeros(1)}, "not a dictionary"),
         (lambda: {"epoch": 5, "lr": 0.1}, "no tensors"),
         (lambda: {}, "no tensors"),
     ],
 )
-@pytest.mark.filterwarnings("error")  # torch's warnings would be lines on the terminal
+@pytest.mark.filterwarnings("error")  # warnings of torch would reach the user's terminal
 def test_hostile_tensors_are_refused_in_one_line(make: Callable[[], Any], message: str, tmp_path: Path) -> None:
     model = save(make(), tmp_path / "w.pth")
     with pytest.raises(RequestError, match=message) as caught:
@@ -195,7 +195,7 @@ def test_hostile_tensors_are_refused_in_one_line(make: Callable[[], Any], messag
 
 
 @pytest.mark.parametrize("make", [lambda: expanded(700_000, 1), lambda: expanded(3, 500)])
-def test_a_file_that_expands_is_refused_before_it_takes_the_memory(make: Callable[[], State], tmp_path: Path) -> None:
+def test_expanding_file_is_refused_before_it_fills_the_memory(make: Callable[[], State], tmp_path: Path) -> None:
     model = save(make(), tmp_path / "w.pth")
     tracemalloc.start()
     try:
@@ -207,14 +207,14 @@ def test_a_file_that_expands_is_refused_before_it_takes_the_memory(make: Callabl
 
 
 def expanded(num_rows: int, num_copies: int) -> State:
-    """A classifier of many rows, and further tensors, that repeat one value each by a stride of 0."""
+    """Return a state dict with a large classifier and other tensors that repeat a single value with a stride of 0."""
     state = state_of()
     width = state["fc.weight"].shape[1]
     state |= {"fc.weight": torch.zeros(1).expand(num_rows, width), "fc.bias": torch.zeros(1).expand(num_rows)}
     return state | {f"copy{number}": torch.zeros(1).expand(10**6) for number in range(num_copies - 1)}
 
 
-def test_a_compressed_archive_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_compressed_archive_is_refused_before_it_is_read(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(50_000_000, dtype=torch.uint8)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -281,7 +281,7 @@ def resolve_with(directory: Path, content: bytes) -> ModelBundle:
 
 
 @pytest.mark.parametrize("key", [*KEYS, *(f"pretrained_cfg.{key}" for key in CFG_KEYS)])
-def test_a_config_of_wrong_types_is_one_clear_line(key: str, directory: Path) -> None:
+def test_config_with_wrong_types_is_refused_in_one_line(key: str, directory: Path) -> None:
     num_refused = 0
     for value in ODD_VALUES:
         config: dict[str, Any] = {"architecture": NAME, "pretrained_cfg": {"input_size": [3, 64, 64]}}
@@ -322,13 +322,13 @@ def bundle_or_reason(directory: Path, content: bytes) -> ModelBundle | str:
         b'{"architecture": "\\u001b[31m"}',
     ],
 )
-def test_a_damaged_config_is_one_clear_line(content: bytes, directory: Path) -> None:
+def test_damaged_config_is_refused_in_one_line(content: bytes, directory: Path) -> None:
     with pytest.raises(RequestError) as caught:
         resolve_with(directory, content)
     assert str(caught.value).isprintable()
 
 
-def test_a_config_with_nulls_and_unknown_keys_is_taken(directory: Path) -> None:
+def test_config_with_nulls_and_unknown_keys_is_accepted(directory: Path) -> None:
     cfg = {"input_size": [3, 64, 64], "crop_mode": None, "test_input_size": None, "url": "", "tag": "x"}
     config = {"architecture": NAME, "num_classes": 3, "label_names": ["a", 2, "c"], "pretrained_cfg": cfg, "more": 1}
     bundle = resolve_with(directory, b"\xef\xbb\xbf" + json.dumps(config).encode())

@@ -1,4 +1,4 @@
-"""Accelerators: devices, their streams, memory and precisions. The CPU is one too."""
+"""Accelerators: devices with their streams, memory and precisions. The CPU is one too."""
 
 import os
 
@@ -8,7 +8,7 @@ from pipelines.errors import RunError
 from pipelines.models.accelerators.base import Accelerator as Accelerator
 from pipelines.models.accelerators.cuda import CudaAccelerator
 
-# For tests only: device of replicas that hold a GPU which was declared to Ray and does not exist.
+# For tests only: device for replicas whose GPU was declared to Ray but does not exist.
 TEST_DEVICE_VARIABLE = "ECARAY_TEST_DEVICE"
 
 
@@ -21,7 +21,7 @@ def replica_accelerator(use_gpu: bool) -> Accelerator:
     """Return the accelerator of this process: the GPU that Ray assigned to it, or the CPU.
 
     Args:
-        use_gpu: Whether Ray assigned a GPU to this process.
+        use_gpu: True if Ray assigned a GPU to this process.
 
     Raises:
         RunError: Ray assigned a GPU that torch cannot use.

@@ -1,4 +1,4 @@
-"""GPUs that torch reaches as `cuda`. Not measured on a GPU yet."""
+"""GPUs that torch exposes as `cuda`. Not measured on a GPU yet."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 from pipelines.models.accelerators.base import Accelerator, Download, SideStream
 
-# Messages of cuDNN and cuBLAS that mean "out of memory".
-OTHER_MESSAGES = ("unable to find an engine", "ALLOC_FAILED")
+# Error messages of cuDNN and cuBLAS that mean "out of memory".
+OUT_OF_MEMORY_MESSAGES = ("unable to find an engine", "ALLOC_FAILED")
 
 
 class CudaSideStream(SideStream):
-    """CUDA stream of its own."""
+    """Side stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -22,14 +22,14 @@ class CudaSideStream(SideStream):
     def run(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run `work` on the stream. The current stream waits for the result; the host does not."""
         with torch.cuda.stream(self._stream):
-            made = work()
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._stream)
-        made.record_stream(computing)  # keeps its memory from being reused before that stream is done with it
-        return made
+            result = work()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        result.record_stream(current)  # so that its memory is not reused before the current stream is done with it
+        return result
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor on the device; from the host it goes through pinned memory."""
+        """Return a copy of the tensor on the device. Host tensors are copied through pinned memory."""
         if tensor.is_cuda:
             return tensor.to(self.device)
         return self.run(lambda: tensor.pin_memory().to(self.device, non_blocking=True))
@@ -40,7 +40,7 @@ class CudaDownload(Download):
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         super().__init__(tensors)
-        # A blocking event sleeps while it waits. Otherwise each thread of a replica would keep a core busy.
+        # Waiting for a blocking event sleeps. Otherwise each thread of a replica would keep a core busy.
         self._is_done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._is_done.record()
 
@@ -60,7 +60,7 @@ class CudaAccelerator(Accelerator):
         return CudaSideStream(self.device)
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        """Start to copy tensors to host memory."""
+        """Start copying tensors to host memory."""
         return CudaDownload(tensors)
 
     def synchronize(self) -> None:
@@ -68,18 +68,18 @@ class CudaAccelerator(Accelerator):
         torch.cuda.synchronize(self.device)
 
     def used_bytes(self) -> int:
-        """Return the memory of the GPU that is in use, by all processes."""
+        """Return the GPU memory in use by all processes, in bytes."""
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
     def release_cached_memory(self) -> None:
-        """Return memory to the GPU that torch keeps for later."""
+        """Release the GPU memory that torch caches."""
         torch.cuda.empty_cache()
 
     def is_out_of_memory(self, error: RuntimeError) -> bool:
-        """Return whether an error of torch, cuDNN or cuBLAS says that the memory of the GPU is full."""
-        return super().is_out_of_memory(error) or any(message in str(error) for message in OTHER_MESSAGES)
+        """Return whether an error of torch, cuDNN or cuBLAS means that the GPU is out of memory."""
+        return super().is_out_of_memory(error) or any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
 
     def supports(self, dtype: torch.dtype) -> bool:
-        """Return whether the GPU computes in a precision; before Ampere, bfloat16 is emulated."""
+        """Return whether the GPU supports a precision natively. GPUs before Ampere only emulate bfloat16."""
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,1 +1,1 @@
-"""Models on CPUs: packed and Winograd convolutions, int8, compiled code."""
+"""Optimizations for CPUs: packed and Winograd convolutions, int8 quantization, compiled programs."""

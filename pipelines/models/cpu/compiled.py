@@ -1,4 +1,4 @@
-"""Exported programs, compiled ahead of time for the CPUs of this machine, once for all its processes and runs."""
+"""Ahead-of-time compilation of exported programs, cached for all processes and runs on a machine."""
 
 import contextlib
 import hashlib
@@ -17,26 +17,27 @@ from pipelines.runtime.cache import cached, use_private_compiler_cache
 from pipelines.runtime.cpu import cpu_flags, why_no_int8
 
 Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""Batch x H x W x 3, uint8, to logits and features."""
+"""Function from images (batch x H x W x 3, uint8) to logits and features."""
 
 
 def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) -> Forward:
-    """A forward pass of one shape. Calls wait for each other: the compiled code holds Python's lock.
+    """Compile the forward pass for one shape. Concurrent calls wait for each other, because the code holds the GIL.
 
     Args:
-        program: of `torch.export.save`.
-        shape: of the images, batch x H x W x 3.
-        num_threads: that share a batch.
+        program: Exported program in the format of `torch.export.save`.
+        shape: Shape of the images, batch x H x W x 3.
+        num_threads: Number of threads that share a batch.
 
     Raises:
-        RunError: this machine cannot do it.
+        RunError: This machine cannot run int8.
     """
     if reason := why_no_int8():
-        raise RunError(f"a node cannot run the model in int8: {reason}")
-    about = (program, shape, num_threads, torch.__version__, sorted(cpu_flags()))
-    key = hashlib.sha256(b"|".join(part if isinstance(part, bytes) else repr(part).encode() for part in about))
+        raise RunError(f"this node cannot run model.dtype = int8: {reason}")
+    parts = (program, shape, num_threads, torch.__version__, sorted(cpu_flags()))
+    key = hashlib.sha256(b"|".join(part if isinstance(part, bytes) else repr(part).encode() for part in parts))
     path = cached(f"{key.hexdigest()}.pt2", lambda path: _compile_to(path, program, shape, num_threads))
-    # What `torch._inductor.aoti_load_package` calls, after importing the compiler: 1.5 s of a core in each replica.
+    # `torch._inductor.aoti_load_package` calls the same loader, but imports the compiler first, which takes 1.5 s of a
+    # core in each replica.
     loader = AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,15 +49,15 @@ def compile_program(program: bytes, shape: tuple[int, ...], num_threads: int) ->
 
 @contextlib.contextmanager
 def quiet_compiler() -> Iterator[None]:
-    """Keep from the user what torch's exporter and compiler say to each other's developers."""
-    before = logging.root.manager.disable
+    """Silence the warnings of torch's exporter and compiler, which mean nothing to users."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)
 
 
 def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads: int) -> None:
@@ -65,9 +66,10 @@ def _compile_to(path: Path, program: bytes, shape: tuple[int, ...], num_threads:
     with torch.no_grad(), quiet_compiler():
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401 - registers the operators
 
-        module: Any = torch.export.load(io.BytesIO(program)).module()  # the driver's own, through Ray's object store
+        # The program comes from our own driver, through Ray's object store.
+        module: Any = torch.export.load(io.BytesIO(program)).module()
         exported = torch.export.export(module, (images,))
-        # Freezing packs the weights for the kernels.
+        # Freezing packs the weights into the layout of the kernels.
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs={"freezing": True, "cpp.threads": num_threads}
         )

@@ -1,19 +1,20 @@
-"""A model's convolutions, exchanged for the fastest of their kind on CPUs."""
+"""Replacement of a model's convolutions by their fastest implementations for CPUs."""
 
 import torch
 from torch import fx, nn
 
 from pipelines.models.cpu.onednn import PackedConv2d
-from pipelines.models.cpu.winograd import WinogradConv2d, can_filter, load_library
+from pipelines.models.cpu.winograd import WinogradConv2d, is_supported, load_library
 
 
 def pack_convolutions(model: nn.Module) -> None:
-    """Pack the convolutions of a traced model; in others none, for what follows their layers is not known.
+    """Replace the convolutions of a traced model by packed ones, together with the ReLUs that follow them.
 
-    In place: were there a second module, the weights would lie in memory twice for as long as the first one does.
+    Other models are left unchanged, because their graph is not known. The model is modified in place: with a second
+    module, the weights would be in memory twice.
 
     Args:
-        model: on the CPU, in the precision and layout to compute in. It can't be pickled or cast afterwards.
+        model: Model on the CPU, in the precision and layout to compute in. It cannot be pickled or cast afterwards.
     """
     if not (isinstance(model, fx.GraphModule) and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return
@@ -33,7 +34,7 @@ def pack_convolutions(model: nn.Module) -> None:
 
 
 def _pack(convolution: nn.Conv2d, has_relu: bool) -> nn.Module:
-    if can_filter(convolution) and (library := load_library()):
+    if is_supported(convolution) and (library := load_library()):
         return WinogradConv2d(convolution, has_relu, library)
     return PackedConv2d(convolution, has_relu)
 
@@ -41,16 +42,17 @@ def _pack(convolution: nn.Conv2d, has_relu: bool) -> nn.Module:
 def _can_pack(convolution: nn.Conv2d) -> bool:
     if isinstance(convolution.padding, str) or convolution.padding_mode != "zeros":
         return False
-    if not all(values.isfinite().all() for values in convolution.parameters()):  # of a folded variance below zero
+    # Folding a batch norm with a negative variance gives weights that are NaN.
+    if not all(values.isfinite().all() for values in convolution.parameters()):
         return False
     if convolution.weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # Not float16: what overflows in it ends as NaN, and should be seen.
+    # Not float16: an overflow has to show up as NaN, which the fused ReLU would turn into 0.
     return convolution.weight.dtype == torch.float32
 
 
 def _relu_after(node: fx.Node, model: fx.GraphModule) -> fx.Node | None:
-    """The ReLU that is the only one to read a node's result."""
+    """Return the ReLU that is the only reader of a node, or None."""
     if len(node.users) != 1:
         return None
     (user,) = node.users

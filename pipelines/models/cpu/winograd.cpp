@@ -1,9 +1,10 @@
-// Convolutions of 3 x 3 with stride 1 and padding 1 by Winograd's minimal filtering, F(4 x 4, 3 x 3), in float32, on the
-// thread that calls. The method is that of Lavin and Gray, "Fast algorithms for convolutional neural networks" (2016).
+// 3 x 3 convolutions with stride 1 and padding 1 by Winograd's minimal filtering, F(4 x 4, 3 x 3), in float32, on the
+// calling thread. The method is that of Lavin and Gray, "Fast algorithms for convolutional neural networks" (2016).
 //
-// A tile of 4 x 4 output pixels takes 6 x 6 input pixels. Both transforms evaluate and interpolate polynomials at the
-// points 0, 1, -1, 1/2, -2 and infinity: half the rounding error of the usual 2 and -2. Between them lie 36 matrix
-// products, one for each pair of points, with a quarter of the multiplications of the convolution itself.
+// A tile of 4 x 4 output pixels depends on 6 x 6 input pixels. The transforms evaluate and interpolate polynomials at
+// the points 0, 1, -1, 1/2, -2 and infinity, which has half the rounding error of the usual 2 and -2. Between the two
+// transforms are 36 matrix products, one for each pair of points, with a quarter of the multiplications of the
+// convolution itself.
 //
 // Images are channels-last: image x row x column x channel.
 
@@ -14,17 +15,18 @@
 
 namespace {
 
-// A block of a product, kRows x 2 vectors, fills the registers.
+// A block of kRows x 2 vectors of a product fills the vector registers.
 #ifdef __AVX512F__
 constexpr long kLanes = 16, kRows = 12;
 #else
 constexpr long kLanes = 8, kRows = 6;
 #endif
 constexpr long kTile = 4, kWindow = 6, kPoints = kWindow * kWindow;
-// Tiles that pass through the three steps together: enough to read the weights seldom, few enough to stay in the cache.
+// Number of tiles that go through the three steps together: enough to read the weights rarely, and few enough to stay
+// in the cache.
 constexpr long kChunk = 72;
-static_assert(kChunk % kRows == 0, "blocks of rows are whole");
-// Channels whose products are summed up by themselves: of one long sum, the rounding errors are twice as large.
+static_assert(kChunk % kRows == 0, "a chunk consists of whole blocks of rows");
+// Number of channels per partial sum. A single long sum would have rounding errors twice as large.
 constexpr long kSummed = 32;
 
 using Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias)) = float;
@@ -50,12 +52,13 @@ struct Convolution {
   // Channels are padded to whole vectors.
   long in_stride() const { return round_up(in_channels, kLanes); }
   long out_stride() const { return round_up(out_channels, kLanes); }
-  // All tiles of a chunk at one pair of points. One vector more keeps the 36 planes out of each other's cache lines.
+  // Size of a plane: all tiles of a chunk at one pair of points. The extra vector keeps the 36 planes from mapping to
+  // the same cache sets.
   long in_plane() const { return kChunk * in_stride() + kLanes; }
   long out_plane() const { return kChunk * out_stride() + kLanes; }
 };
 
-// The corner of a tile's output pixels.
+// Top left output pixel of a tile.
 struct Corner {
   long image, row, column;
 
@@ -67,7 +70,7 @@ struct Corner {
   }
 };
 
-// A tile's square of pixels; those outside of the image are at `outside`.
+// Find the pixels of a tile. Pixels outside of the image point to `outside`.
 template <long kSide, typename Float>
 void find_pixels(const Convolution& how, Corner corner, long margin, Float* images, long channels, Float* outside,
                  Float** pixels) {
@@ -81,7 +84,7 @@ void find_pixels(const Convolution& how, Corner corner, long margin, Float* imag
   }
 }
 
-// Six values of a line to the six points.
+// Evaluate the six values of a line at the six points.
 inline __attribute__((always_inline)) void evaluate(const Vector* line, Vector* points) {
   const Vector even = line[4] - line[2], odd = line[3] - line[1];
   const Vector sum = even + 1.5f * line[3], difference = odd + 1.5f * line[2];
@@ -93,7 +96,7 @@ inline __attribute__((always_inline)) void evaluate(const Vector* line, Vector* 
   points[5] = line[5] - line[3] - odd + 1.5f * even;
 }
 
-// From the six points to four values of a line.
+// Interpolate the four output values of a line from the six points.
 inline __attribute__((always_inline)) void interpolate(const Vector* points, Vector* line) {
   const Vector sum = points[1] + points[2], difference = points[1] - points[2];
   line[0] = points[0] + sum + (points[3] + points[4]);
@@ -102,10 +105,11 @@ inline __attribute__((always_inline)) void interpolate(const Vector* points, Vec
   line[3] = difference + 0.125f * points[3] - 8.0f * points[4] + points[5];
 }
 
-// A window of 6 x 6 vectors to a square of kSide: its columns by `transform`, then the rows of what comes out.
+// Apply `transform` to the columns of a window of 6 x 6 vectors, then to the rows of the result, which is a square of
+// kSide x kSide vectors.
 template <long kSide, typename Transform, typename Read, typename Write>
 inline __attribute__((always_inline)) void transform_window(Transform transform, Read read, Write write) {
-  Vector columns[kWindow * kSide];  // a column's results are a line of it
+  Vector columns[kWindow * kSide];  // each line holds the results of one column
 #pragma GCC unroll 6
   for (long j = 0; j < kWindow; ++j) {
     Vector column[kWindow];
@@ -124,7 +128,7 @@ inline __attribute__((always_inline)) void transform_window(Transform transform,
   }
 }
 
-// One vector of channels of a tile, to 36 planes. `read` takes a pixel's.
+// Transform one vector of channels of a tile to the 36 planes. `read` loads the vector of a pixel.
 template <typename Read>
 inline __attribute__((always_inline)) void transform_pixels(const float* const* pixels, Read read, float* planes,
                                                             long plane) {
@@ -150,7 +154,7 @@ void transform_input(const Convolution& how, const float* images, const float* z
   }
 }
 
-// kRows tiles by kVectors vectors of output channels.
+// Multiply kRows tiles by the weights of kVectors vectors of output channels.
 template <long kVectors>
 void multiply_block(const float* tiles, long tile_stride, long depth, const float* weights, float* product,
                     long product_stride) {
@@ -182,7 +186,7 @@ void multiply(const Convolution& how, const float* planes, const float* weights,
     for (long c = 0, width; c < how.out_stride(); c += width, weights += how.in_channels * width) {
       width = block_width(how, c);
       const auto multiply_them = width == kLanes ? multiply_block<1> : multiply_block<2>;
-      for (long t = 0; t < num_tiles; t += kRows) {  // the last block may take tiles of an earlier chunk along
+      for (long t = 0; t < num_tiles; t += kRows) {  // the last block may include stale tiles of an earlier chunk
         multiply_them(planes + t * how.in_stride(), how.in_stride(), how.in_channels, weights,
                       products + t * how.out_stride() + c, how.out_stride());
       }
@@ -190,7 +194,7 @@ void multiply(const Convolution& how, const float* planes, const float* weights,
   }
 }
 
-// One vector of channels of a tile, from 36 planes. `write` gives a pixel its own.
+// Transform one vector of channels of a tile back from the 36 planes. `write` stores the vector of a pixel.
 template <typename Write>
 inline __attribute__((always_inline)) void transform_product(const float* planes, long plane, Vector bias, bool has_relu,
                                                              float* const* pixels, Write write) {
@@ -221,7 +225,7 @@ void transform_output(const Convolution& how, const float* planes, const float* 
   }
 }
 
-// Memory that a thread keeps from one convolution to the next.
+// Return a buffer that the thread reuses for its next convolution, or null if there is no memory.
 float* scratch(size_t num_floats) {
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
@@ -243,12 +247,12 @@ float* scratch(size_t num_floats) {
 
 extern "C" {
 
-// Floats that the packed weights of a layer take.
+// Return the number of floats in the packed weights of a layer.
 long winograd_packed_size(long in_channels, long out_channels) {
   return kPoints * in_channels * round_up(out_channels, kLanes);
 }
 
-// Weights at the points, point x in x out, to the order in which they are read.
+// Pack transformed weights, point x in x out, in the order in which `multiply` reads them.
 void winograd_pack(const float* weights, long in_channels, long out_channels, float* packed) {
   const Convolution how = {0, 0, 0, in_channels, out_channels};
   for (long point = 0; point < kPoints; ++point, weights += in_channels * out_channels) {
@@ -263,7 +267,8 @@ void winograd_pack(const float* weights, long in_channels, long out_channels, fl
   }
 }
 
-// Image x row x column x channel, to the same with the layer's channels. 0, or 1 where there is no memory left.
+// Convolve images, image x row x column x in channels, to `output` with the out channels. Return 0, or 1 if there is no
+// memory.
 int winograd_convolve(const float* images, const float* packed, const float* bias, float* output, long num_images,
                       long height, long width, long in_channels, long out_channels, int has_relu) {
   const Convolution how = {num_images, height, width, in_channels, out_channels};

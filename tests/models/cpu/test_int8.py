@@ -1,4 +1,4 @@
-"""A model in int8: near to float32, refused where it is not, compiled once."""
+"""Models in int8: close to float32 or refused, and compiled only once."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +64,7 @@ def batch(images: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(images[: SHAPE[0]])
 
 
-def test_it_is_near_to_float32(bundle: ModelBundle, forward: Forward, batch: torch.Tensor) -> None:
+def test_results_are_close_to_float32(bundle: ModelBundle, forward: Forward, batch: torch.Tensor) -> None:
     assert isinstance(bundle.module, torch.nn.Module)
     normalize = Normalizer(bundle.transform.mean, bundle.transform.std)
     with torch.no_grad():
@@ -74,13 +74,13 @@ def test_it_is_near_to_float32(bundle: ModelBundle, forward: Forward, batch: tor
         assert torch.cosine_similarity(ours, exact).min() > 0.98
 
 
-def test_a_row_does_not_depend_on_its_place(forward: Forward, batch: torch.Tensor) -> None:
+def test_row_does_not_depend_on_its_position_in_the_batch(forward: Forward, batch: torch.Tensor) -> None:
     for shift in range(1, len(batch)):
         for moved, stayed in zip(forward(batch.roll(shift, 0)), forward(batch)):
             assert torch.equal(moved.roll(-shift, 0), stayed)
 
 
-def test_threads_give_the_same_rows(forward: Forward, batch: torch.Tensor) -> None:
+def test_concurrent_calls_give_the_same_rows(forward: Forward, batch: torch.Tensor) -> None:
     logits, features = forward(batch)
     with ThreadPoolExecutor(4) as threads:
         for other_logits, other_features in threads.map(forward, [batch] * 8):
@@ -88,7 +88,7 @@ def test_threads_give_the_same_rows(forward: Forward, batch: torch.Tensor) -> No
             assert torch.equal(other_features, features)
 
 
-def test_it_is_quantized_and_compiled_once(
+def test_model_is_quantized_and_compiled_once(
     bundle: ModelBundle, images: NDArray[np.uint8], quantized: ModelBundle, forward: Forward
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +100,7 @@ def test_it_is_quantized_and_compiled_once(
         compile_program(again.module, SHAPE, 2)
 
 
-def test_the_fingerprint_is_of_the_images_and_the_gate_too(
+def test_fingerprint_covers_the_images_and_the_min_agreement(
     bundle: ModelBundle, images: NDArray[np.uint8], quantized: ModelBundle
 ) -> None:
     others = [
@@ -112,15 +112,15 @@ def test_the_fingerprint_is_of_the_images_and_the_gate_too(
     assert len({quantized.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
-def test_what_strays_from_float32_is_refused(bundle: ModelBundle, images: NDArray[np.uint8]) -> None:
-    # Ranges set by black images cut off what photographs hold. Of each four, two calibrate and two judge.
+def test_model_that_disagrees_with_float32_is_refused(bundle: ModelBundle, images: NDArray[np.uint8]) -> None:
+    # Ranges calibrated on black images clip the values of photographs. Of every four images, two are for calibration.
     mixed = images[:64].copy()
     mixed[0::4] = mixed[1::4] = 0
-    with pytest.raises(RequestError, match=r"gives the top-1 of float32 on .* of 32 images of the input, less than"):
+    with pytest.raises(RequestError, match=r"same top-1 as float32 on .* of 32 images of the input, less than"):
         quantize_bundle(bundle, mixed, QuantizationConfig(min_agreement=1))
 
 
-def test_a_model_that_cannot_be_exported_is_refused(bundle: ModelBundle, images: NDArray[np.uint8]) -> None:
+def test_model_that_cannot_be_exported_is_refused(bundle: ModelBundle, images: NDArray[np.uint8]) -> None:
     class Branching(torch.nn.Module):
         def forward(self, batch: torch.Tensor) -> torch.Tensor:
             return batch if batch.sum() > 0 else -batch

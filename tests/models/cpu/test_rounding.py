@@ -1,4 +1,4 @@
-"""Where programs in int8 round: what convolutions give is never read in float32, and results stay."""
+"""Placement of quantize operations: no consumer reads a quantized activation in float32, and results stay close."""
 
 import copy
 
@@ -10,14 +10,14 @@ from torch import fx, nn
 
 from pipelines.models.cpu.compiled import quiet_compiler
 from pipelines.models.cpu.int8 import _quantize
-from pipelines.models.cpu.rounding import simplify_rounding
+from pipelines.models.cpu.rounding import simplify_quantization
 
 aten = torch.ops.aten
 RELUS = {aten.relu.default, aten.relu_.default}
 
 
 class Gated(nn.Module):
-    """A convolution with a channel gate and a shortcut, and one that reads the sum."""
+    """Convolution with a channel gate and a shortcut, and a convolution that reads the sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Gated(nn.Module):
         self.gate = EcaModule(16)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Batch x 16 x height x width."""
+        """Compute on batch x 16 x height x width."""
         shortcut = self.first(images).relu()
         gated = self.gate(self.second(shortcut))
         gated += shortcut
@@ -33,15 +33,15 @@ class Gated(nn.Module):
         return pooled
 
 
-class WrittenOver(nn.Module):
-    """An activation that is written over once a convolution has read it."""
+class Overwritten(nn.Module):
+    """Activation that is overwritten after a convolution has read it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Batch x 16 x height x width."""
+        """Compute on batch x 16 x height x width."""
         activation = self.first(images)
         read = self.last(activation).mean((2, 3))
         written: torch.Tensor = activation.add_(1).mean((2, 3)) + read
@@ -49,14 +49,14 @@ class WrittenOver(nn.Module):
 
 
 class Returned(nn.Module):
-    """An activation that is a result too, as embeddings are."""
+    """Activation that is also an output, like an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch x 16 x height x width."""
+        """Compute on batch x 16 x height x width."""
         activation = self.first(images).relu()
         return self.last(activation), activation
 
@@ -71,34 +71,34 @@ def before_and_after(module: nn.Module, batch: torch.Tensor) -> tuple[fx.GraphMo
     with torch.no_grad(), quiet_compiler():
         before = _quantize(module.eval(), [batch])
         after = copy.deepcopy(before)
-        simplify_rounding(after)
+        simplify_quantization(after)
     return before, after
 
 
-def is_rounding(node: fx.Node) -> bool:
+def is_quantize(node: fx.Node) -> bool:
     return node.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
 
 
-def readers_in_float32(program: fx.GraphModule) -> list[fx.Node]:
-    """Of convolutions that feed more than the program's end."""
-    read: list[fx.Node] = []
+def float32_readers(program: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes that read the activation of a convolution in float32 although it is quantized for others."""
+    readers: list[fx.Node] = []
     for node in program.graph.find_nodes(op="call_function", target=aten.conv2d.default):
         (last,) = [user for user in node.users if user.target in RELUS] or [node]
-        if any(is_rounding(user) for user in last.users):
-            read += [user for user in last.users if not is_rounding(user)]
-    return read
+        if any(is_quantize(user) for user in last.users):
+            readers += [user for user in last.users if not is_quantize(user)]
+    return readers
 
 
-def test_activations_are_read_rounded_and_rounded_once(batch: torch.Tensor) -> None:
+def test_all_consumers_read_int8_and_fused_products_are_not_quantized(batch: torch.Tensor) -> None:
     before, after = before_and_after(Gated(), batch)
-    assert {node.target for node in readers_in_float32(before)} >= {aten.mean.dim, aten.expand_as.default}
-    assert readers_in_float32(after) == []
+    assert {node.target for node in float32_readers(before)} >= {aten.mean.dim, aten.expand_as.default}
+    assert float32_readers(after) == []
     (product,) = after.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
-    assert not any(is_rounding(user) for user in product.users)
+    assert not any(is_quantize(user) for user in product.users)
     assert aten.expand_as.default in {factor.target for factor in product.args}
 
 
-def test_results_stay(batch: torch.Tensor) -> None:
+def test_results_change_by_less_than_a_quantization_step(batch: torch.Tensor) -> None:
     module = Gated()
     before, after = before_and_after(module, batch)
     with torch.no_grad():
@@ -109,29 +109,29 @@ def test_results_stay(batch: torch.Tensor) -> None:
     assert (rounded - exact).abs().max() < step
 
 
-def test_what_is_written_over_is_left_alone(batch: torch.Tensor) -> None:
-    before, after = before_and_after(WrittenOver(), batch)
+def test_overwritten_activation_is_left_unchanged(batch: torch.Tensor) -> None:
+    before, after = before_and_after(Overwritten(), batch)
     with torch.no_grad():
         assert torch.equal(before(batch), after(batch))
 
 
-def test_what_is_returned_is_not_rounded(batch: torch.Tensor) -> None:
+def test_returned_activation_is_not_quantized(batch: torch.Tensor) -> None:
     before, after = before_and_after(Returned(), batch)
     with torch.no_grad():
         for theirs, ours in zip(before(batch), after(batch)):
             assert torch.equal(theirs, ours)
 
 
-def test_what_was_rounded_to_be_written_over_is_left_alone(batch: torch.Tensor) -> None:
-    def add_to_rounded(images: torch.Tensor) -> torch.Tensor:
+def test_overwritten_dequantized_value_is_left_unchanged(batch: torch.Tensor) -> None:
+    def add_to_dequantized(images: torch.Tensor) -> torch.Tensor:
         activation: torch.Tensor = aten.relu.default(images)
-        how = (1 / 255, 0, 0, 255, torch.uint8)
-        rounded = torch.ops.quantized_decomposed.quantize_per_tensor.default(activation, *how)
-        read = torch.ops.quantized_decomposed.dequantize_per_tensor.default(rounded, *how)
-        total: torch.Tensor = aten.add_.Tensor(read, images)
+        parameters = (1 / 255, 0, 0, 255, torch.uint8)
+        quantized = torch.ops.quantized_decomposed.quantize_per_tensor.default(activation, *parameters)
+        dequantized = torch.ops.quantized_decomposed.dequantize_per_tensor.default(quantized, *parameters)
+        total: torch.Tensor = aten.add_.Tensor(dequantized, images)
         return total + activation.neg()
 
-    before = fx.symbolic_trace(add_to_rounded)
+    before = fx.symbolic_trace(add_to_dequantized)
     after = copy.deepcopy(before)
-    simplify_rounding(after)
+    simplify_quantization(after)
     assert torch.equal(before(batch), after(batch))
