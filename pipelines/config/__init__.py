@@ -1,4 +1,4 @@
-"""What the jobs can be told: pydantic schemas, and the way from command line and YAML to them.
+"""Configs of the jobs: pydantic schemas, and parsing of the command line and YAML files.
 
-Importable without torch and without ray, so that `--help` and a wrong key answer at once.
+Importable without torch and without Ray, so that `--help` and the error for a wrong key appear immediately.
 """

@@ -1,4 +1,4 @@
-"""The base of every schema: unknown keys refused, values fixed, field docstrings kept for `--help`."""
+"""Base class of all schemas: frozen, without unknown keys, and with field docstrings for `--help`."""
 
 from typing import Any, get_args
 
@@ -6,20 +6,20 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A group of keys. The string under a field says its effect, its unit and what the default means."""
+    """Group of keys. The docstring below a field states its effect, its unit and the meaning of its default."""
 
-    # JSON, in which outputs keep the config, has no infinity.
+    # Outputs store the config as JSON, which has no infinity or NaN.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, defer_build=True, allow_inf_nan=False
     )
 
     def is_set(self, field: str) -> bool:
-        """Whether the user gave `field`, rather than leaving it at its default."""
+        """Return whether the user set `field`, even if to its default."""
         return field in self.model_fields_set
 
 
 def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Return the dotted names of all keys under a schema, each with its pydantic `FieldInfo`, in order."""
+    """Return the dotted names of all keys of a schema in order, each with its pydantic `FieldInfo`."""
     leaves: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
@@ -31,7 +31,7 @@ def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def required_leaves(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted names of the keys that have to be given, in order; sections with a default have none."""
+    """Return the dotted names of the required keys in order. Sections with a default have no required keys."""
     leaves: list[str] = []
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
@@ -41,7 +41,7 @@ def required_leaves(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the schema of a section, also of one that may be None; None for other keys."""
+    """Return the schema of a section, including optional sections, or None for other keys."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -1,7 +1,7 @@
-"""The command line: `--section.key VALUE` pairs, and the text of a value to what its key's type takes.
+"""Parsing of the command line: `--section.key VALUE` pairs, and the text of each value.
 
-pydantic-settings is not used here: it takes every value that begins with `[` or `{` for JSON and splits text at commas,
-so that shell patterns change their meaning.
+pydantic-settings is not used, because it parses every value that begins with `[` or `{` as JSON and splits text at
+commas, which breaks shell patterns.
 """
 
 import difflib
@@ -21,10 +21,10 @@ MAX_SHOWN_CHARACTERS = 200
 
 
 def split_arguments(schema: type[BaseModel], argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Split arguments into the `--config` files and the texts given for each key, both in their order.
+    """Split arguments into the `--config` files and the texts of each key, both in the given order.
 
     Raises:
-        RequestError: an unknown key, a key without a value, or a value without a key.
+        RequestError: A key is unknown, a key has no value, or a value has no key.
     """
     fields = leaf_fields(schema)
     files: list[str] = []
@@ -34,7 +34,7 @@ def split_arguments(schema: type[BaseModel], argv: Sequence[str]) -> tuple[list[
         token = rest.pop(0)
         flag, has_value, value = token.partition("=")
         if not token.startswith("--"):
-            raise RequestError(f"cannot make sense of {show(token)}: keys are given as --section.key VALUE")
+            raise RequestError(f"unexpected argument {show(token)}: give keys as --section.key VALUE")
         key = flag.removeprefix("--")
         if flag != CONFIG_FLAG and key not in fields:
             raise RequestError(unknown_key(key, list(fields)))
@@ -50,37 +50,43 @@ def split_arguments(schema: type[BaseModel], argv: Sequence[str]) -> tuple[list[
 
 
 def unknown_key(key: str, valid: Sequence[str], where: str = "") -> str:
-    """Return the message that refuses `key`: the nearest valid key, and those of its section."""
+    """Return the error message for an unknown key, with the most similar key and all keys of the section.
+
+    Args:
+        key: Unknown key.
+        valid: All valid keys.
+        where: Text that says where the key was found, with a leading space.
+    """
     key = escape_control(key)[:MAX_SHOWN_CHARACTERS]
-    near = difflib.get_close_matches(key, valid, n=1)
-    hint = f", did you mean {near[0]}?" if near else "."
+    similar = difflib.get_close_matches(key, valid, n=1)
+    hint = f", did you mean {similar[0]}?" if similar else "."
     section = key.partition(".")[0]
     listed = [name for name in valid if name.startswith(f"{section}.")] or valid
     return f"unknown key {key}{where}{hint} Valid keys: {', '.join(listed)}"
 
 
 def show(value: object) -> str:
-    """Return `value` as an error message may show it: short, without secrets or control characters."""
+    """Return `value` as text that is safe in error messages: short, without secrets and control characters."""
     text = repr(mask(value)) if isinstance(value, str) else mask(repr(value))
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."
 
 
 def parse_value(key: str, annotation: Any, texts: list[str]) -> Any:
-    """Return what a key's type is validated from; numbers stay text, which pydantic reads.
+    """Parse the texts of a key into a value that pydantic can validate. Numbers stay text, which pydantic converts.
 
     Args:
-        key: the dotted name, for messages.
-        annotation: the type of the key.
-        texts: every value given for it. The last one counts, but lists and mappings collect them all.
+        key: Dotted name of the key, for messages.
+        annotation: Type of the key.
+        texts: All texts given for the key. The last one counts, except that lists and mappings collect all of them.
 
     Raises:
-        RequestError: the text of a list or mapping cannot be parsed.
+        RequestError: The text of a list or mapping cannot be parsed.
     """
     kinds = _alternatives(annotation)
     if type(None) in kinds and texts[-1] == "null":
         return None
     if list[str] in kinds:
-        # A shell pattern is one value, whatever it begins with and whether or not it holds a comma.
+        # A shell pattern is a single value, even if it begins with a bracket or contains a comma.
         return [item for text in texts for item in _strings_of(text)]
     origins = {get_origin(kind) for kind in kinds}
     if dict in origins:
@@ -93,7 +99,7 @@ def parse_value(key: str, annotation: Any, texts: list[str]) -> Any:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """Return the members of a union, or the type itself, without `Annotated`."""
+    """Return the members of a union, or the type itself. `Annotated` is unwrapped."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -113,7 +119,7 @@ def _items(key: str, text: str) -> list[Any]:
         return [item.strip() for item in text.split(",")]
     found = _json(text)
     if not isinstance(found, list):
-        raise RequestError(f"{key} = {show(text)}: not a JSON list, such as [4,16]")
+        raise RequestError(f"{key} = {show(text)}: expected a JSON list, such as [4,16]")
     return found
 
 
@@ -124,7 +130,7 @@ def _mapping(key: str, text: str) -> dict[str, Any]:
             return {name.strip(): value.strip() for name, _, value in pairs}
     found = _json(text)
     if not isinstance(found, dict):
-        raise RequestError(f"""{key} = {show(text)}: not a JSON object, such as {{"NAME": 1}}""")
+        raise RequestError(f"""{key} = {show(text)}: expected a JSON object, such as {{"NAME": 1}}""")
     return found
 
 

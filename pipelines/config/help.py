@@ -1,4 +1,4 @@
-"""Help text of a job: every key with its type, its default and the docstring of its field."""
+"""Help text of a job: every key with its type, default and field docstring."""
 
 import textwrap
 import types
@@ -14,15 +14,15 @@ WIDTH = 100
 
 
 def format_help(schema: type[BaseModel], prog: str) -> str:
-    """Return the help text of a job, made from its schema."""
+    """Return the help text of a job, generated from its schema."""
     lines = [
         f"usage: python -m {prog} [--config FILE]... [--section.key VALUE]... [--dry-run]",
         "",
         *textwrap.wrap(" ".join((schema.__doc__ or "").split()), WIDTH),
         "",
-        "  --config FILE    YAML file or pipe with the keys below; may be given several times, later files win",
-        "  --dry-run        print the resolved config and stop",
-        "  --help           print this text and stop",
+        "  --config FILE    YAML file or pipe with the keys below; may be repeated, and later files take precedence",
+        "  --dry-run        print the resolved config and exit",
+        "  --help           print this help and exit",
     ]
     section, required = None, required_leaves(schema)
     for key, field in leaf_fields(schema).items():

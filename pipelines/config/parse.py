@@ -1,6 +1,6 @@
-"""From a command line and YAML files to a checked config.
+"""Parsing of the command line and YAML files into a validated config.
 
-Precedence: defaults < each `--config` file in turn < command line. The environment is no source.
+Precedence: defaults < each `--config` file in turn < command line. Environment variables are not read.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Schema = TypeVar("Schema", bound=BaseModel)
-# Enough to mend a config; a list of a thousand wrong items would otherwise be a thousand errors.
+# Enough to fix a config. Without a limit, a list of a thousand wrong items would give a thousand errors.
 MAX_ERRORS = 5
 
 
 def parse_config(schema: type[Schema], argv: Sequence[str]) -> Schema:
-    """Check `argv` and the YAML files it names against `schema`.
+    """Parse `argv` and the YAML files that it names, and validate them against `schema`.
 
     Args:
-        schema: the job's schema.
-        argv: arguments without the program's name: `--config FILE` (any number) and `--section.key VALUE`.
+        schema: Schema of the job.
+        argv: Arguments without the program name: any number of `--config FILE` and `--section.key VALUE`.
 
     Raises:
-        RequestError: an unknown key, a value that does not fit, a missing key or file.
+        RequestError: A key is unknown, a value is invalid, or a key or file is missing.
     """
     files, texts = split_arguments(schema, argv)
     keys: dict[str, Any] = {}
@@ -42,13 +42,13 @@ def parse_config(schema: type[Schema], argv: Sequence[str]) -> Schema:
     try:
         return schema.model_validate(keys)
     except ValidationError as error:
-        # A default that is computed from other keys says nothing new if these are wrong.
+        # A default that could not be computed is only a consequence of wrong values for other keys.
         details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
         raise RequestError(_explain_all(schema, details)) from None
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of both; where both have one, mappings are merged and `over` wins otherwise."""
+    """Return the keys of both. If both have a key, mappings are merged, and for other values `over` wins."""
     merged = dict(under)
     for key, value in over.items():
         earlier = merged.get(key)
@@ -64,7 +64,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _explain_all(schema: type[BaseModel], details: list["ErrorDetails"]) -> str:
-    # The members of a union fail one by one, on the same key.
+    # Each member of a union reports its own error, for the same key.
     by_key: dict[str, list[ErrorDetails]] = {}
     for detail in details:
         by_key.setdefault(_key_of(schema, detail), []).append(detail)
@@ -74,7 +74,7 @@ def _explain_all(schema: type[BaseModel], details: list["ErrorDetails"]) -> str:
 
 
 def _key_of(schema: type[BaseModel], detail: "ErrorDetails") -> str:
-    """Return the key that an error is about, without positions in lists and members of unions."""
+    """Return the key of an error, without list positions and union members."""
     key = ".".join(str(part) for part in detail["loc"] if not isinstance(part, int))
     return next((leaf for leaf in leaf_fields(schema) if key.startswith(f"{leaf}.")), key)
 

@@ -1,6 +1,6 @@
-"""URIs as text: their protocol, the home directory in them, and the secrets that they must not hold.
+"""URIs as text: their protocol, the home directory, and the secrets that they must not contain.
 
-Pure string handling that configs need, so that a bad URI is refused before anything slow is imported.
+This module only handles strings, so that configs can refuse a bad URI before anything slow is imported.
 `pipelines.storage.uris` builds on it.
 """
 
@@ -8,14 +8,14 @@ import os
 import re
 from urllib.parse import unquote_plus
 
-# Other names by which fsspec and Hadoop know a protocol.
+# Other names of protocols in fsspec and Hadoop.
 ALIASES = {"local": "file", "s3a": "s3", "s3n": "s3"}
-# Protocols of fsspec that read from a second file system, which a URI without a chain does not name.
+# Protocols of fsspec that read from a second file system, which only a chained URI can name.
 WRAPPERS = ("blockcache", "cached", "dir", "filecache", "libarchive", "reference", "simplecache", "tar", "zip")
-# Protocols whose URIs put a container, not a user, before the `@`.
+# Protocols whose URIs have a container before the `@`, not a user.
 CONTAINER_PROTOCOLS = ("abfs", "abfss", "wasb", "wasbs")
-# Whole words of a parameter's name, and parts of one, that mark its value as a secret: S3's, Google's, Azure's,
-# CloudFront's, Alibaba's and Akamai's signed URLs, OAuth's tokens, and what services call their keys.
+# Whole words in a parameter name, and parts of a name, that mark its value as a secret. They cover signed URLs of S3,
+# Google, Azure, CloudFront, Alibaba and Akamai, OAuth tokens, and common names of API keys.
 SECRET_WORDS = {"auth", "bearer", "hdnea", "hdntl", "hdnts", "hmac", "jwt", "key", "pass", "pwd", "sas", "sig", "sign"}
 SECRET_PARTS = (
     *("token", "secret", "passw", "passphrase", "signature", "credential", "session"),
@@ -41,11 +41,11 @@ def check_uri(uri: str) -> str:
     """Return `uri` with `~` expanded.
 
     Raises:
-        ValueError: the URI holds a secret, chains file systems, or names a home directory that is not known.
+        ValueError: The URI contains a secret, chains file systems, or names an unknown home directory.
     """
     refuse_secrets(uri)
     if "\0" in uri:
-        raise ValueError("a URI may not hold a NUL character")
+        raise ValueError("a URI must not contain a NUL character")
     is_chain = "::" in uri and re.search(r"^[\w+.-]+::|::[\w+.-]+://", uri)
     if is_chain or protocol_of(uri) in WRAPPERS:
         raise ValueError(
@@ -55,10 +55,10 @@ def check_uri(uri: str) -> str:
 
 
 def expand_home(uri: str) -> str:
-    """Return `uri` with a leading `~` or `~user` of a local path replaced by that home directory.
+    """Return `uri` with a leading `~` or `~user` of a local path replaced by the home directory.
 
     Raises:
-        ValueError: no home directory is known.
+        ValueError: The home directory is unknown.
     """
     if not uri.startswith("~"):
         return uri
@@ -71,22 +71,24 @@ def expand_home(uri: str) -> str:
 
 
 def refuse_secrets(uri: str) -> None:
-    """Refuse a URI that holds a user, a password or a parameter with a secret.
+    """Refuse a URI that contains a user, a password or a parameter with a secret.
 
     Raises:
-        ValueError: says which; the message holds no part of the secret.
+        ValueError: The URI contains one of them. The message does not contain any part of the secret.
     """
     found = _URI.match(uri)
     if not found or not _MAY_HOLD_SECRET.search(uri):
         return
     if _userinfo_end(protocol_of(uri), found["rest"]):
-        raise ValueError("a URI may not hold a user or password: give credentials by the standard variables")
+        raise ValueError(
+            "a URI must not contain a user or password: pass credentials in the standard environment variables"
+        )
     for parameter in _PARAMETER.finditer(found["rest"]):
         if _names_secret(parameter["name"]):
             name = escape_control(parameter["name"])
             raise ValueError(
-                f"a URI may not hold a signature, token or key (its parameter {name}): it would be written down with "
-                "every row; name the object without it and give credentials by the standard variables"
+                f"a URI must not contain a signature, token or key (its parameter {name}), because it would be stored "
+                "with every row: remove it, and pass credentials in the standard environment variables"
             )
 
 
@@ -94,7 +96,7 @@ def mask(text: str) -> str:
     """Return `text` with the user, password and secret parameters of every URI in it replaced by `***`.
 
     Args:
-        text: a URI, or a message that mentions some.
+        text: A URI, or a message that contains URIs.
     """
     whole = _URI.fullmatch(text)
     return _masked(whole) if whole else _URI_IN_TEXT.sub(_masked, text)
@@ -117,13 +119,17 @@ def _masked(found: re.Match[str]) -> str:
 
 
 def _userinfo_end(protocol: str, rest: str) -> int:
-    """Position of the `@` that ends a user and password in what follows `://`; 0 if there is none.
+    """Return the position of the `@` that ends the user and password; 0 if there is none.
 
-    A password may hold an unescaped `/`, and a key may hold an `@`. The text before the first `/` decides: with a `:`
-    that begins no port, everything up to the last `@` is taken for user and password.
+    A password may contain an unescaped `/`, and an object key may contain an `@`. The text before the first `/`
+    decides: if it has a `:` that does not begin a port, everything up to the last `@` counts as user and password.
+
+    Args:
+        protocol: Protocol of the URI.
+        rest: Text after `://`.
     """
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if authority.startswith("arn:"):  # an access point of S3
+    if authority.startswith("arn:"):  # an S3 access point
         return 0
     if "@" in authority:
         user = authority.rpartition("@")[0]

@@ -1,3 +1,5 @@
+"""URIs in configs: secrets, chained file systems and home directories."""
+
 import pytest
 
 from pipelines.config.export import ExportConfig
@@ -56,7 +58,7 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("uri", SECRETS)
-def test_a_secret_in_a_uri_is_refused_without_being_printed(uri: str) -> None:
+def test_secret_in_a_uri_is_refused_without_being_printed(uri: str) -> None:
     for schema, key in (
         (InferConfig, "input.uri"),
         (InferConfig, "output.uri"),
@@ -74,7 +76,7 @@ def test_a_secret_in_a_uri_is_refused_without_being_printed(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", SECRETS)
-def test_mask_hides_the_secret_in_a_uri_and_in_a_message_about_it(uri: str) -> None:
+def test_mask_hides_secrets_in_uris_and_messages(uri: str) -> None:
     assert "S3CRET" not in mask(uri)
     assert "***" in mask(uri)
     if " " not in uri:
@@ -82,13 +84,13 @@ def test_mask_hides_the_secret_in_a_uri_and_in_a_message_about_it(uri: str) -> N
 
 
 @pytest.mark.parametrize("uri", HARMLESS)
-def test_uris_without_secrets_pass_as_they_are(uri: str) -> None:
+def test_uris_without_secrets_are_unchanged(uri: str) -> None:
     assert check_uri(uri) == uri
     assert mask(uri) == uri
     assert mask(f"cannot read {uri}: no") == f"cannot read {uri}: no"
 
 
-def test_a_secret_is_not_printed_wherever_it_was_typed() -> None:
+def test_secret_is_never_printed_for_any_argument() -> None:
     uri = "https://h/x?sig=S3CRET"
     for arguments in (["--preprocess.mode", uri], [uri], ["--config", uri], [f"--compute.num_workers={uri}"]):
         with pytest.raises(RequestError) as caught:
@@ -97,12 +99,12 @@ def test_a_secret_is_not_printed_wherever_it_was_typed() -> None:
 
 
 @pytest.mark.parametrize("uri", ["zip://a.jpg::s3://b/x.zip", "simplecache::s3://b/x", "zip:///data/x.zip", "dir://x"])
-def test_chains_of_file_systems_are_refused(uri: str) -> None:
+def test_chained_file_systems_are_refused(uri: str) -> None:
     with pytest.raises(RequestError, match=r"input\.uri = .*chained file systems"):
         parse_config(InferConfig, ["--input.uri", uri, "--output.uri", "out"])
 
 
-def test_a_tilde_is_the_home_directory_in_every_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded_in_every_uri(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     infer = parse_config(InferConfig, ["--input.uri=~", "--output.uri=~/out", "--model.weights=~/w.pth"])
     assert (infer.input.uri, infer.output.uri) == ("/home/someone", "/home/someone/out")
@@ -115,6 +117,6 @@ def test_a_tilde_is_the_home_directory_in_every_uri(monkeypatch: pytest.MonkeyPa
     assert (export.checkpoint.uri, export.output.uri) == ("/home/someone/c", "/home/someone/d")
 
 
-def test_an_unknown_home_directory_is_refused() -> None:
+def test_unknown_home_directory_is_refused() -> None:
     with pytest.raises(RequestError, match="no home directory is known for ~nobody-of-that-name"):
         parse_config(InferConfig, ["--input.uri", "~nobody-of-that-name/x", "--output.uri", "out"])
