@@ -81,14 +81,15 @@ def refuse_secrets(uri: str) -> None:
         return
     if _userinfo_end(protocol_of(uri), found["rest"]):
         raise ValueError(
-            "a URI must not contain a user or password: pass credentials in the standard environment variables"
+            "a URI must not contain a user or password: remove it, and pass credentials by environment variables, "
+            "profile or role"
         )
     for parameter in _PARAMETER.finditer(found["rest"]):
         if _names_secret(parameter["name"]):
             name = escape_control(parameter["name"])
             raise ValueError(
                 f"a URI must not contain a signature, token or key (its parameter {name}), because it would be stored "
-                "with every row: remove it, and pass credentials in the standard environment variables"
+                "with every row: remove it, and pass credentials by environment variables, profile or role"
             )
 
 

@@ -1,7 +1,7 @@
-"""Fetch and decode stage: rows of the manifest to uint8 images of the model's input size, or to JPEGs for a GPU. 1:1.
+"""Fetch and decode stage: rows of the manifest to uint8 images of the model's input size, or to JPEGs for a GPU.
 
 One task does both, so that encoded bytes and full-size images never leave the process. Decoding overlaps with the
-requests that are still in flight.
+requests that are still in flight. Rows map 1:1.
 """
 
 import time

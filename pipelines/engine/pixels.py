@@ -1,4 +1,4 @@
-"""Pixels of a batch as one tensor. Images that arrive as JPEG are decoded on the device. 1:1."""
+"""Pixels of a batch as one tensor. Images that arrive as JPEG are decoded on the device. Rows map 1:1."""
 
 import threading
 from collections.abc import Iterator

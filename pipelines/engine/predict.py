@@ -1,4 +1,4 @@
-"""Predict stage: uint8 images to top-k and embedding, in one replica. 1:1."""
+"""Predict stage: uint8 images to top-k and embedding, in one replica. Rows map 1:1."""
 
 import contextlib
 import logging

@@ -10,7 +10,7 @@ from pipelines.runtime.garbage_collector import paused_gc
 
 
 class PredictorActor:
-    """Actor that loads the model bundle from the object store once and predicts with it. 1:1."""
+    """Actor that loads the model bundle from the object store once and predicts with it. Rows map 1:1."""
 
     def __init__(self, bundle_ref: "ray.ObjectRef[bytes]", options: PredictOptions) -> None:
         with paused_gc():

@@ -37,7 +37,7 @@ class Source(Protocol):
         """Number of tasks."""
 
     def rows_of(self, task: int) -> pa.Table:
-        """Return `id`, `uri` and the other input columns of one task."""
+        """Return the rows of one task, with `id`, `uri` and the other input columns."""
 
 
 def rows_per_task(num_rows: int, batch_size: int, num_threads: int, max_rows: int = MAX_ROWS_PER_TASK) -> int:
