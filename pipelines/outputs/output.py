@@ -187,9 +187,9 @@ class Output:
         pandas and Arrow also read subfolders, and skip names that begin with `_` or `.`. Other readers accept the
         suffix in upper case too.
         """
-        listing = list_objects(self.uri, ["_*", ".*"])
+        listing = list_objects(self.uri, [])
         paths = [uri.removeprefix(self.uri).lstrip("/") for uri in listing.table["uri"].to_pylist()]
-        return [path for path in paths if path.lower().endswith(".parquet")]
+        return [path for path in paths if path.lower().endswith(".parquet") and not path.startswith(("_", "."))]
 
     # Writing rows.
 

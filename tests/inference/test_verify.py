@@ -64,6 +64,7 @@ def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 def test_good_output_passes_on_the_command_line(output: Path) -> None:
     done = run_command("jobs.verify", "--output.uri", str(output))
     assert done.returncode == 0, done.stderr
+    assert "exclude" not in done.stderr
     summary = summary_of(done.stdout)
     assert (summary["num_inputs"], summary["num_ok"], summary["num_failed"]) == (17, 16, 1)
     assert 8 <= summary["num_sampled"] <= 16
@@ -91,6 +92,13 @@ def test_added_and_missing_files_are_found(output: Path) -> None:
         verify(output)
     path.unlink()
     with pytest.raises(RunError, match=f"3 problems, the first is: {path.name}: the file is missing"):
+        verify(output)
+
+
+def test_an_output_without_files_is_found(output: Path) -> None:
+    for path in output.glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(RunError, match=r"problems, the first: .*\.parquet: it is gone"):
         verify(output)
 
 
