@@ -111,11 +111,17 @@ class Manifest:
         """Read all rows in order of id: the columns of `MANIFEST_SCHEMA`, the locators and the carried columns.
 
         Raises:
-            DamagedFileError: A file is damaged or missing.
+            DamagedFileError: A file is damaged or missing, or the files do not hold `num_inputs` rows.
         """
         with ThreadPoolExecutor(NUM_READERS) as pool:
             files = [_file_uri(self.folder_uri, self.info, index) for index in range(self.info.num_files)]
-            return pa.concat_tables(pool.map(_read_file, files))
+            table = pa.concat_tables(pool.map(_read_file, files))
+        if table.num_rows != self.num_inputs:
+            raise DamagedFileError(
+                f"{_info_uri(self.folder_uri)} is damaged (num_inputs is {self.num_inputs}, but its files "
+                f"contain {table.num_rows} rows): {ADVICE}"
+            )
+        return table
 
     def rows(self, ids: NDArray[np.int64]) -> pa.Table:
         """Read the rows of some ids, with all columns but `size_bytes`.

@@ -126,8 +126,8 @@ def _refuse_unknown_ids(table: pa.Table, num_inputs: int, uri: str) -> None:
     ids = table["id"].to_numpy()
     if len(ids) and not 0 <= ids.min() <= ids.max() < num_inputs:
         raise DamagedFileError(
-            f"{uri} contains ids from {ids.min()} to {ids.max()}, but the manifest has {num_inputs} inputs: the file "
-            "belongs to another output; move it there, or delete it"
+            f"{uri} contains ids from {ids.min()} to {ids.max()}, but the manifest has {num_inputs} inputs: move the "
+            "file away if it belongs to another output; else restore _manifest from a copy"
         )
 
 

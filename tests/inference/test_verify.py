@@ -155,6 +155,14 @@ def test_damaged_record_is_reported_in_one_line(output: Path, name: str, content
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("num_inputs", [10, 18])
+def test_a_manifest_of_another_number_of_inputs_is_damaged(output: Path, num_inputs: int) -> None:
+    path = output / "_manifest" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_inputs": num_inputs}))
+    with pytest.raises(RunError, match=f"{path} is damaged .num_inputs is {num_inputs}, but its files contain 17"):
+        verify(output)
+
+
 @pytest.mark.parametrize("name", ["_files.json", "_manifest/manifest.json"])
 def test_missing_record_is_named(output: Path, name: str) -> None:
     (output / name).unlink()
