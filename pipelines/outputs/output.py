@@ -66,7 +66,7 @@ class Output:
                     remove_late_files(lease.fence)
 
     def abort_unfinished_uploads(self) -> None:
-        """Abort multipart uploads that killed runs left in the object store."""
+        """Abort multipart uploads, and remove local files, that killed runs left unfinished."""
         abort_unfinished_uploads(self.uri)
 
     # Run record.

@@ -20,6 +20,8 @@ from pipelines.storage.retry import describe_error, is_transient
 
 # Packages whose exceptions count as storage errors.
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "obstore", "azure", "google", "gcsfs", "httpx", "requests")
+# `write_bytes` gives a local file such a name until its content is complete.
+ASIDE_NAME = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def open_filesystem(uri: str, is_written: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -1,5 +1,7 @@
-"""Cleanup of unfinished multipart uploads."""
+"""Cleanup of unfinished multipart uploads and local files."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from cluster.local.object_store import ObjectStore
 from pipelines.storage.filesystem import open_filesystem
 from pipelines.storage.uploads import abort_unfinished_uploads
+from tests.support.infer import REPOSITORY
 
 
 @pytest.fixture
@@ -43,5 +46,19 @@ def test_store_that_denies_the_calls_causes_a_warning(store: ObjectStore, caplog
     assert "could not be aborted" in caplog.text
 
 
-def test_local_folder_has_no_uploads_to_abort(tmp_path: Path) -> None:
-    assert abort_unfinished_uploads(str(tmp_path)) == 0
+WRITE = """
+import os, sys
+from pipelines.storage.filesystem import write_bytes
+write_bytes(sys.argv[1], b"x", check=lambda: os._exit(9))
+"""
+
+
+def test_unfinished_files_of_a_killed_process_are_removed_and_no_others(tmp_path: Path) -> None:
+    others = {".DS_Store", ".hidden.parquet", "part-1.parquet"}
+    for name in others:
+        (tmp_path / name).touch()
+    killed = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / "part-2.parquet")], cwd=REPOSITORY)
+    assert killed.returncode == 9
+    assert len(list(tmp_path.iterdir())) == 4
+    assert abort_unfinished_uploads(str(tmp_path)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == others
