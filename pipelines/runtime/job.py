@@ -13,11 +13,12 @@ from pydantic import BaseModel
 from pipelines.config.parse import parse_config
 from pipelines.errors import RequestError, RunError
 from pipelines.runtime.logs import log_to_stderr, safe_streams
-from pipelines.runtime.signals import interrupt_on_sigterm
+from pipelines.runtime.signals import announce_sigterm, interrupt_on_sigterm
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+RESUME = "run the same command again to resume"
 
 
 def main(
@@ -33,6 +34,7 @@ def main(
     stderr changes neither the run nor its exit status.
     """
     with safe_streams():
+        announce_sigterm(lambda: print(f"{prog}: received SIGTERM; {RESUME}", file=sys.stderr, flush=True))
         status = run_job(prog, schema, run, dry_run=dry_run)
         logging.shutdown()
     os._exit(status)
@@ -82,7 +84,7 @@ def run_job(
     except RunError as error:
         return _report(prog, error, FAILED)
     except KeyboardInterrupt:
-        return _report(prog, "interrupted; run the same command again to resume", FAILED)
+        return _report(prog, f"interrupted; {RESUME}", FAILED)
     except Exception:
         traceback.print_exc()
         return _report(prog, "the run failed with an unexpected error; see the traceback above", FAILED)

@@ -25,8 +25,11 @@ RAY_NOISE = (
     r"Dataset \S+ execution finished",
 )
 # Lines that Ray's C++ code prints on the driver's stderr although nothing is wrong: the first for every pool of
-# restartable actors, the second for every interrupted job.
-RAY_CPP_NOISE = re.compile("has constructor arguments in the object store|Attempting to recover [0-9]+ lost objects")
+# restartable actors, the second for every interrupted job, the third if the interrupt also ended Ray itself.
+RAY_CPP_NOISE = re.compile(
+    "has constructor arguments in the object store|Attempting to recover [0-9]+ lost objects"
+    "|Failed to push error to driver for task"
+)
 # Ray prefixes lines of workers with `(RayTrainWorker pid=123, ip=10.0.0.7) `, and marks deduplicated lines.
 WORKER_PREFIX = re.compile(r"^\((?:[\w.<>() ]+ )?pid=\d+(?:, ip=[\w.:]+)?\) ")
 REPEATED = re.compile(r"\x1b\[32m( \[repeated \d+x across cluster\][^\x1b]*)\x1b\[0m")

@@ -64,6 +64,7 @@ def run(config):
     for number in range(3):
         print("line", number, file=sys.stderr, flush=True)
     os.write(2, b"[E] core_worker.cc:1: an actor has constructor arguments in the object store and max_restarts > 0\\n")
+    os.write(2, b"[E] task_manager.cc:3: Failed to push error to driver for task d6fea90c\\n")
     os.write(2, b"[E] core_worker.cc:2: the raylet died \\x1b[31m\\n")
     os.write(2, b"no newline at the end")
     with open(os.environ["DONE"], "w") as file:
