@@ -37,8 +37,9 @@ REQUESTS = (
     "ray.rpc.InternalKVGcsService/InternalKVKeys",
     "ray.rpc.NodeManagerService/GetNodeStats",
     "ray.rpc.CoreWorkerService/GetCoreWorkerStats",
-    "ray.rpc.ObjectManagerService/FreeObjects",
+    "ray.rpc.ObjectManagerService/Pull",
     "ray.rpc.ReporterService/ReportOCMetrics",
+    "ray.rpc.RayletDriver/ClusterInfo",
 )
 REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED)
 
