@@ -13,7 +13,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from pipelines.config.base import leaf_fields
-from pipelines.config.uri import escape_control, mask
+from pipelines.config.text import escape_controls
+from pipelines.config.uri import mask
 from pipelines.errors import RequestError
 
 CONFIG_FLAG = "--config"
@@ -57,7 +58,7 @@ def unknown_key(key: str, valid: Sequence[str], where: str = "") -> str:
         valid: All valid keys.
         where: Text that says where the key was found, with a leading space.
     """
-    key = escape_control(key)[:MAX_SHOWN_CHARACTERS]
+    key = escape_controls(key)[:MAX_SHOWN_CHARACTERS]
     similar = difflib.get_close_matches(key, valid, n=1)
     hint = f", did you mean {similar[0]}?" if similar else "."
     section = key.partition(".")[0]

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines.config.base import leaf_fields, required_leaves
 from pipelines.config.command_line import parse_value, show, split_arguments, unknown_key
-from pipelines.config.uri import escape_control, mask
+from pipelines.config.text import escape_controls
+from pipelines.config.uri import mask
 from pipelines.config.yaml_file import read_config_file
 from pipelines.errors import RequestError
 
@@ -86,6 +87,6 @@ def _explain(schema: type[BaseModel], key: str, details: list["ErrorDetails"]) -
     if kind == "missing":
         needed = [leaf for leaf in required_leaves(schema) if leaf.startswith(f"{key}.")]
         return f"missing: {' and '.join('--' + leaf for leaf in needed or [key])}"
-    reasons = [escape_control(mask(detail["msg"].removeprefix("Value error, "))) for detail in details[:MAX_ERRORS]]
+    reasons = [escape_controls(mask(detail["msg"].removeprefix("Value error, "))) for detail in details[:MAX_ERRORS]]
     reason = ", or ".join(dict.fromkeys(reasons))
-    return f"{escape_control(key)} = {show(details[0]['input'])}: {reason}" if key else reason
+    return f"{escape_controls(key)} = {show(details[0]['input'])}: {reason}" if key else reason

@@ -8,6 +8,8 @@ import os
 import re
 from urllib.parse import unquote_plus
 
+from pipelines.config.text import escape_controls
+
 # Other names of protocols in fsspec and Hadoop.
 ALIASES = {"local": "file", "s3a": "s3", "s3n": "s3"}
 # Protocols of fsspec that read from a second file system, which only a chained URI can name.
@@ -86,7 +88,7 @@ def refuse_secrets(uri: str) -> None:
         )
     for parameter in _PARAMETER.finditer(found["rest"]):
         if _names_secret(parameter["name"]):
-            name = escape_control(parameter["name"])
+            name = escape_controls(parameter["name"])
             raise ValueError(
                 f"a URI must not contain a signature, token or key (its parameter {name}), because it would be stored "
                 "with every row: remove it, and pass credentials by environment variables, profile or role"
@@ -101,11 +103,6 @@ def mask(text: str) -> str:
     """
     whole = _URI.fullmatch(text)
     return _masked(whole) if whole else _URI_IN_TEXT.sub(_masked, text)
-
-
-def escape_control(text: str) -> str:
-    """Return `text` with control and other unprintable characters escaped, safe to show on a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _masked(found: re.Match[str]) -> str:

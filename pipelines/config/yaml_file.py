@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from pipelines.config.uri import escape_control, mask
+from pipelines.config.text import escape_controls
+from pipelines.config.uri import mask
 from pipelines.errors import RequestError
 
 # A config has about a hundred keys. The limits bound time and memory for files that are not configs: `/dev/zero`, deep
@@ -39,7 +40,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     Raises:
         RequestError: The file cannot be read, is not YAML, or contains no keys.
     """
-    shown = escape_control(mask(path))
+    shown = escape_controls(mask(path))
     try:
         with open(os.path.expanduser(path), "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -52,7 +53,7 @@ def read_config_file(path: str) -> dict[str, Any]:
     except RecursionError:
         raise RequestError(f"config file {shown} is nested too deeply") from None
     except Exception as error:  # PyYAML lets errors of int(), float() and datetime() through
-        reason = escape_control(mask(" ".join(str(error).split())))[:MAX_REASON_CHARACTERS]
+        reason = escape_controls(mask(" ".join(str(error).split())))[:MAX_REASON_CHARACTERS]
         raise RequestError(f"config file {shown} is not valid YAML for a config: {reason}") from None
     if not isinstance(keys, dict):
         raise RequestError(f"config file {shown} contains no keys: write `section:` with `key: value` lines below it")

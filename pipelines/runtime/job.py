@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from pipelines.config.parse import parse_config
+from pipelines.config.uri import mask
 from pipelines.errors import RequestError, RunError
 from pipelines.runtime.logs import log_to_stderr, safe_streams
 from pipelines.runtime.signals import announce_sigterm, interrupt_on_sigterm
@@ -94,5 +95,5 @@ def run_job(
 
 
 def _report(prog: str, reason: object, status: int) -> int:
-    print(f"{prog}: error: {' '.join(str(reason).split())}", file=sys.stderr, flush=True)
+    print(f"{prog}: error: {mask(' '.join(str(reason).split()))}", file=sys.stderr, flush=True)
     return status

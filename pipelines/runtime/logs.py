@@ -9,10 +9,10 @@ import re
 import select
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TextIO, cast
 
+from pipelines.config.text import escape_controls
 from pipelines.runtime.ray_compat import hide_harmless_warnings
 
 # Lines of Ray's own processes that would bury ours. Ray Train queries the dashboard, which is not always running, and
@@ -50,25 +50,6 @@ def log_to_stderr() -> None:
     for name in ("aiobotocore", "botocore"):  # every process would log where it found credentials
         logging.getLogger(name).setLevel(logging.WARNING)
     hide_harmless_warnings()
-
-
-def escape_controls(text: str) -> str:
-    """Replace control characters, such as those in a file name, with Python escapes. Newlines and tabs stay.
-
-    Terminals execute escape sequences, and Unicode format characters such as U+202E change the order of the text.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
-        else _escape(character)
-        for character in text
-    )
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 class SafeStream(io.TextIOBase):
@@ -114,7 +95,7 @@ class SafeStream(io.TextIOBase):
         text = REPEATED.sub(r"\1", text[len(clear) :])
         body = text.rstrip("\r\n")
         end = text[len(body) :]
-        return clear + escape_controls(body if is_terminal else WORKER_PREFIX.sub("", body)) + end
+        return clear + escape_controls(body if is_terminal else WORKER_PREFIX.sub("", body), keep="\n\t") + end
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Mapping
 
-from pipelines.config.uri import escape_control, expand_home
+from pipelines.config.text import escape_controls
+from pipelines.config.uri import expand_home
 from pipelines.config.uri import mask as mask
 from pipelines.config.uri import protocol_of as protocol_of
 from pipelines.errors import RequestError
@@ -33,7 +34,7 @@ def normalize(uri: str) -> str:
         try:
             path = os.path.abspath(expand_home(path))
         except ValueError as error:
-            raise RequestError(f"{escape_control(uri)}: {error}") from None
+            raise RequestError(f"{escape_controls(uri)}: {error}") from None
         return path[1:] if path.startswith("//") else path
     return f"{protocol_of(uri)}://{_without_dots(uri).rstrip('/')}"
 
@@ -47,7 +48,7 @@ def _local_path(uri: str) -> str:
         return path
     if authority.startswith(("~", ".")):  # `file://~/images` is not a valid URI, but its meaning is clear
         return authority + path
-    raise RequestError(f"{escape_control(uri)} names the machine {authority!r}: write file:///PATH, or the path alone")
+    raise RequestError(f"{escape_controls(uri)} names the machine {authority!r}: write file:///PATH, or the path alone")
 
 
 def _without_dots(uri: str) -> str:
@@ -61,7 +62,7 @@ def _without_dots(uri: str) -> str:
     kept: list[str] = []
     for segment in segments:
         if segment == ".." and not kept:
-            raise RequestError(f"{escape_control(mask(uri))} leads above {bucket}")
+            raise RequestError(f"{escape_controls(mask(uri))} leads above {bucket}")
         if segment == "..":
             kept.pop()
         elif segment != ".":

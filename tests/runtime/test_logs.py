@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from pipelines.runtime.logs import CLEAR_LINE, SafeStream, escape_controls
+from pipelines.config.text import escape_controls
+from pipelines.runtime.logs import CLEAR_LINE, SafeStream
 from pipelines.runtime.progress import Progress
 from tests.support.infer import REPOSITORY
 
@@ -26,8 +27,8 @@ def printed(text: str, stream: io.StringIO) -> str:
 
 
 def test_control_characters_are_escaped() -> None:
-    assert escape_controls(HOSTILE) == ESCAPED
-    assert escape_controls("caf\u00e9 \U0001f408\tand\nmore") == "caf\u00e9 \U0001f408\tand\nmore"
+    assert escape_controls(HOSTILE, keep="\n\t") == ESCAPED
+    assert escape_controls("caf\u00e9 \U0001f408\tand\nmore", keep="\n\t") == "caf\u00e9 \U0001f408\tand\nmore"
     assert escape_controls("\udcff.jpg") == r"\udcff.jpg"
 
 
