@@ -47,7 +47,7 @@ def test_idset_detects_overlapping_ids() -> None:
 
 def test_idset_refuses_ids_out_of_range() -> None:
     for ids in ([-1], [3, 10]):
-        with pytest.raises(ValueError, match="among 10"):
+        with pytest.raises(ValueError, match="set of size 10"):
             IdSet(10).add(np.array(ids))
 
 
