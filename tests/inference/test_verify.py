@@ -98,7 +98,7 @@ def test_added_and_missing_files_are_found(output: Path) -> None:
 def test_an_output_without_files_is_found(output: Path) -> None:
     for path in output.glob("*.parquet"):
         path.unlink()
-    with pytest.raises(RunError, match=r"problems, the first: .*\.parquet: it is gone"):
+    with pytest.raises(RunError, match=r"problems, the first: .*\.parquet: the file is missing"):
         verify(output)
 
 
@@ -173,7 +173,7 @@ def test_missing_record_is_named(output: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["_run.json", "_manifest/manifest.json"])
 def test_record_of_a_newer_version_is_refused(output: Path, name: str) -> None:
     (output / name).write_text('{"format": 99, "identity": 5}')
-    with pytest.raises(RequestError, match=f"{name} has format 99, and this version of ecaray reads formats up to"):
+    with pytest.raises(RequestError, match=f"{name} has format 99, but this version of ecaray reads formats up to"):
         verify(output)
 
 
