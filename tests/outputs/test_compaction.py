@@ -1,6 +1,7 @@
 """Compaction: it keeps every row exactly once, wherever it is interrupted."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cluster.local.object_store import ObjectStore
 from cluster.local.ray_head import RayHead
 from pipelines.errors import RequestError
 from pipelines.outputs import compaction, writer
+from pipelines.outputs import lease as lease_module
+from pipelines.outputs.commit import Commit
 from pipelines.outputs.commit_log import OLD_COMPACTION_FILE, CommitLog, Merge, remove_late_files
 from pipelines.outputs.compaction import merge_files, plan_compaction
 from pipelines.outputs.contents import Done, find_done
@@ -202,6 +205,22 @@ def test_file_written_after_a_takeover_is_removed(output: str, fence: Fence, mon
     with pytest.raises(LeaseLostError):  # later merges do not even start
         merge_files(fence, merges[1])
     assert find_done(output, NUM_ROWS, epoch=3).names == set(list_files(output))
+
+
+def test_file_that_lands_shortly_after_a_takeover_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a killed driver live on for some seconds, and an upload of theirs may end after the takeover."""
+    monkeypatch.setattr(lease_module, "STRAGGLERS_S", 1.0)
+    late = tmp_path / "part-000000000000-e000000.parquet"
+    with Lease(str(tmp_path)) as lease:
+        lease.acquire()
+        lease.is_takeover = True
+        commit = Commit(str(tmp_path), lease, find_done(str(tmp_path), NUM_ROWS, lease.fence.epoch))
+        commit.begin()
+        upload = threading.Timer(0.3, late.write_bytes, (b"late",))
+        upload.start()
+        commit.tidy(lambda: None)
+        upload.join()
+    assert not late.exists()
 
 
 def test_late_file_that_the_successor_committed_is_kept(
