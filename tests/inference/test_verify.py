@@ -98,7 +98,7 @@ def test_added_and_missing_files_are_found(output: Path) -> None:
 def test_an_output_without_files_is_found(output: Path) -> None:
     for path in output.glob("*.parquet"):
         path.unlink()
-    with pytest.raises(RunError, match=r"problems, the first: .*\.parquet: the file is missing"):
+    with pytest.raises(RunError, match=r"problems, the first is: .*\.parquet: the file is missing"):
         verify(output)
 
 
