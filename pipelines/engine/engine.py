@@ -146,7 +146,8 @@ class Engine:
         plan = self.plan
         device = "1 GPU" if plan.num_gpus_per_worker else f"{plan.num_threads_per_worker} CPU threads"
         height, width = self.facts.transform.input_size
+        replicas = "replica" if plan.num_workers == 1 else "replicas"
         return (
             f"{num_images:,} images for {self.facts.name} at {height} x {width}; "
-            f"{plan.num_workers} replicas with {device} each, batch size {plan.batch_size}"
+            f"{plan.num_workers} {replicas} with {device} each, batch size {plan.batch_size}"
         )

@@ -116,7 +116,7 @@ def infer(output: Path, model: ResolvedModel) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infer_run, "ray_session_in_background", lambda start_now: contextlib.nullcontext(lambda: None))
         patch.setattr("pipelines.engine.chain.stream", _stream)
-        patch.setattr("pipelines.engine.chain.writing", lambda writer, num_rows, plan: _write(writer))
+        patch.setattr("pipelines.engine.chain.write_stage", lambda writer, num_rows, plan: _write(writer))
         return infer_run.run(config, model)  # type: ignore[arg-type]
 
 
