@@ -16,6 +16,7 @@ from pipelines.errors import RequestError
 from pipelines.inputs.labelled import read_labelled
 from pipelines.inputs.listing import list_objects
 from pipelines.storage.bulk import fetch_many
+from tests.support.other_users import let_others_enter
 
 NOBODY = 65534
 
@@ -155,8 +156,7 @@ def without_root() -> Iterator[None]:
 
 def test_unreadable_folder_is_one_failed_input(tmp_path: Path, caplog: Any, request: pytest.FixtureRequest) -> None:
     root = write(tmp_path / "in", "a.jpg", "private/b.jpg", "unsearchable/c.jpg")
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+    let_others_enter(tmp_path)
     (root / "private").chmod(0o000)
     (root / "unsearchable").chmod(0o744)
     request.getfixturevalue("without_root")

@@ -23,6 +23,7 @@ from pipelines.storage.bulk import list_keys, read_object, store_object
 from pipelines.storage.documents import to_json
 from pipelines.storage.filesystem import list_names, write_bytes
 from tests.support.infer import REPOSITORY
+from tests.support.other_users import let_others_enter
 
 ELSEWHERE = {"host": "elsewhere", "machine": "another"}
 
@@ -176,9 +177,8 @@ with lease_module.Lease(sys.argv[1]) as lease:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="must be root to mount /proc and to become another user")
 def test_run_hidden_by_proc_is_judged_by_its_heartbeats(tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o077 == 0:
-            folder.chmod(folder.stat().st_mode | 0o077)
+    let_others_enter(tmp_path)
+    tmp_path.chmod(0o777)
     mount = 'mount -t proc -o hidepid=2 proc /proc; exec "$0" -c "$1" "$2"'
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", mount, sys.executable, HIDDEN_RUN, str(tmp_path)],

@@ -10,6 +10,7 @@ import pytest
 from pipelines.runtime import cache
 from pipelines.runtime.cache import cached, private_folder, use_private_compiler_cache
 from tests.support.infer import REPOSITORY
+from tests.support.other_users import let_others_enter
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="creates files of another user, which requires root")
@@ -36,9 +37,7 @@ def reset_warnings() -> None:
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with the mode of /tmp that is `XDG_CACHE_HOME`, below folders that all users can enter."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if not folder.stat().st_mode & 0o005:
-            folder.chmod(0o755)
+    let_others_enter(tmp_path)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o1777)
     (tmp_path / "fallback").mkdir()
