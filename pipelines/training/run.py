@@ -22,6 +22,7 @@ from pipelines.runtime.malloc import KEEP_FREED_MEMORY
 from pipelines.runtime.nodes import Node, can_grow, list_nodes, this_machine
 from pipelines.runtime.ray_session import is_cluster_named, ray_session, refuse_if_ray_cannot_start
 from pipelines.storage import uris
+from pipelines.storage.bulk import list_keys
 from pipelines.storage.filesystem import (
     open_filesystem,
     remove_folder,
@@ -129,7 +130,8 @@ def _remove_orphaned_checkpoints(output: Output, result: Any, fence: Fence) -> N
     kept = {posixpath.basename(checkpoint.path.rstrip("/")) for checkpoint in known if checkpoint is not None}
     kept.add(CHECKPOINTS_FILE)  # a run that is killed before its `_run.json` goes on from what this names
     for name in output.list_names():
-        if name.startswith(CHECKPOINT_PREFIX) and name not in kept:
+        # SeaweedFS still lists the folders of checkpoints that Ray Train has deleted, as empty ones.
+        if name.startswith(CHECKPOINT_PREFIX) and name not in kept and list_keys(output.uri_of(name)):
             log.info("removing %s, which an interrupted attempt left behind", name)
             fence.check()
             remove_folder(output.uri_of(name))
