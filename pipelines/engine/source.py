@@ -157,7 +157,8 @@ class PendingInputs:
         start, stop = self._starts[task : task + 2].tolist()
         rows = self._manifest.rows(self._done.missing(start, stop))
         is_retried = pa.array(self._retried.contains(rows["id"].to_numpy()))
-        return rows.set_column(2, "etag", pc.if_else(is_retried, "", rows["etag"]))
+        position = rows.column_names.index("etag")  # readers choose the order of their columns
+        return rows.set_column(position, "etag", pc.if_else(is_retried, "", rows["etag"]))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,15 @@ def test_retried_rows_have_no_etag(tmp_path: Path) -> None:
     assert source.rows_of(0).to_pydict() == {"id": [1, 2, 3], "uri": ["b", "c", "d"], "etag": ["e2", "", "e4"]}
 
 
+def test_retried_rows_keep_their_locators_in_any_order_of_columns(tmp_path: Path) -> None:
+    columns = {"uri": ["a", "b"], "offset": [7, 8], "etag": ["e1", "e2"], "size_bytes": pa.array([1, 1], pa.int64())}
+    written = manifest.write_manifest(str(tmp_path), "/images", [], Listing(pa.table(columns), 0))
+    retried = IdSet(2)
+    retried.add(np.array([1]))
+    source = PendingInputs(written, IdSet(2), retried, np.array([0, 2]))
+    assert source.rows_of(0).to_pydict() == {"id": [0, 1], "uri": ["a", "b"], "offset": [7, 8], "etag": ["e1", ""]}
+
+
 def test_finished_output_has_no_pending_tasks(tmp_path: Path) -> None:
     done = IdSet(100)
     done.add(np.arange(100))
