@@ -5,7 +5,6 @@ machine is refused before any input is read. The model is prepared while Ray sta
 """
 
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,6 @@ from pipelines.runtime.ray_session import is_cluster_named
 if TYPE_CHECKING:
     import ray.data
 
-log = logging.getLogger(__name__)
-
 
 class Engine:
     """Engine that fetches, decodes and predicts.
@@ -39,17 +36,20 @@ class Engine:
         config: Config of the job.
         process: Process that is resolving the model.
 
+    Attributes:
+        is_quantized: True if the job has to call `quantize` with images of the input.
+
     Raises:
         RequestError: The request does not fit this machine.
     """
 
     def __init__(self, config: EngineConfig, process: ModelProcess) -> None:
         self._config, self._process = config, process
-        self._is_compiled = config.model.dtype == "int8"
+        self.is_quantized = config.model.dtype == "int8"
         self._quantized: ModelFacts | None = None
         # The plan for a named cluster has to wait until Ray has connected to it.
-        self._plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], self._is_compiled)
-        if self._is_compiled:
+        self._plan = None if is_cluster_named() else plan_compute(config.compute, [this_machine()], self.is_quantized)
+        if self.is_quantized:
             refuse_unsupported_int8(config.compute.use_gpu, is_cluster_named())
 
     @property
@@ -60,11 +60,6 @@ class Engine:
             RequestError: The weights cannot be loaded, or do not fit the model or the image size.
         """
         return self._quantized or self._process.facts()
-
-    @property
-    def is_quantized(self) -> bool:
-        """True if the job has to call `quantize` with images of the input."""
-        return self._is_compiled
 
     def sample_positions(self, num_rows: int) -> NDArray[np.int64]:
         """Return the positions of the rows to quantize with, evenly spaced over `num_rows` rows."""
@@ -99,7 +94,7 @@ class Engine:
         Raises:
             RequestError: The request does not fit the cluster.
         """
-        return self._plan or plan_for_cluster(self._config.compute, self._is_compiled)
+        return self._plan or plan_for_cluster(self._config.compute, self.is_quantized)
 
     def options(self, topk: int, embedding: bool) -> PredictOptions:
         """Return the options of the replicas.

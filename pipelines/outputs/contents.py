@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 NUM_READERS = 8
 FILES_FILE = "_files.json"
 ADVICE = "run the same command again to recreate it"
+# For part and failed files.
+FILE_ADVICE = "delete it and run the same command again to recompute its rows"
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,7 @@ def _read_all(output_uri: str, names: Iterable[str]) -> dict[str, "pa.Table | Da
 def _read_ids(output_uri: str, name: str) -> "pa.Table | DamagedFileError | None":
     columns = ["id", "error_kind", "error_message"] if is_failed(name) else ["id"]
     try:
-        return read_own_table(
-            uris.join(output_uri, name), columns, "delete it and run the same command again to recompute its rows"
-        )
+        return read_own_table(uris.join(output_uri, name), columns, FILE_ADVICE)
     except FileNotFoundError:
         return None
     except DamagedFileError as damage:

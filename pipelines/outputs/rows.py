@@ -7,12 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pyarrow as pa
 
 from pipelines.errors import RequestError
-from pipelines.outputs.contents import list_committed
+from pipelines.outputs.contents import FILE_ADVICE, list_committed
 from pipelines.outputs.file_names import is_failed
 from pipelines.storage import uris
 from pipelines.storage.tables import read_own_schema, read_own_table
 
-ADVICE = "delete it and run the same command again to recompute its rows"
 # Number of files read ahead of the caller. A compacted file has 64 to 256 MB.
 NUM_READ_AHEAD = 2
 NUM_READERS = 8
@@ -47,7 +46,7 @@ def _files_and_columns(output_uri: str, columns: list[str] | None, failed: bool)
     names = [name for name in list_committed(output_uri) if is_failed(name) == failed]
     if not names:
         return [], columns or []
-    known = read_own_schema(uris.join(output_uri, names[0]), ADVICE).names
+    known = read_own_schema(uris.join(output_uri, names[0]), FILE_ADVICE).names
     unknown = [column for column in columns or [] if column not in known]
     if unknown:
         raise RequestError(f"{output_uri} has no column {unknown[0]!r}; it has: {', '.join(known)}")
@@ -55,4 +54,4 @@ def _files_and_columns(output_uri: str, columns: list[str] | None, failed: bool)
 
 
 def _read_file(output_uri: str, name: str, columns: list[str]) -> pa.Table:
-    return read_own_table(uris.join(output_uri, name), columns, ADVICE)
+    return read_own_table(uris.join(output_uri, name), columns, FILE_ADVICE)
