@@ -48,6 +48,9 @@ RELEASE_TIMEOUT_S = 5.0
 STRAGGLERS_S = 10.0
 # A process asks the store for the current epoch at most once per this time.
 FENCE_AGE_S = 1.0
+# Raises KeyboardInterrupt in the main thread if the lease is lost. SIGINT would not do: a shell script starts its
+# background jobs (`&`) with SIGINT ignored.
+INTERRUPT = signal.SIGUSR2
 ADVICE = "check that no other run is using this output, then delete the file"
 
 
@@ -181,6 +184,8 @@ class Lease:
             remove(uris.join(self._output_uri, OLD_LOCK_FILE))
         self._acquired_at_s = _seconds_since_boot()
         self._acquired_in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._acquired_in_main_thread:
+            signal.signal(INTERRUPT, signal.default_int_handler)  # and never restored: by default it ends the process
         loops = (self._send_heartbeats, self._watch_heartbeats)
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
@@ -292,7 +297,7 @@ class Lease:
             return
         self._loss = reason
         if self._acquired_in_main_thread:  # interrupt the main thread, which may be waiting for Ray for minutes
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
 
     def _content(self, released: bool = False) -> bytes:
         self._num_beats += 1

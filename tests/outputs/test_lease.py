@@ -250,13 +250,14 @@ def test_run_whose_heartbeats_fail_stops_before_others_may_take_over(
 
 
 FROZEN_RUN = """
-import sys, time
+import signal, sys, time
 import pipelines.outputs.lease as lease_module
 lease_module.HEARTBEAT_INTERVAL_S, lease_module.HEARTBEAT_TIMEOUT_S, lease_module.GIVE_UP_S = 0.2, 0.8, 0.6
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell script
 with lease_module.Lease(sys.argv[1]) as lease:
     lease.acquire()
-    print("acquired", flush=True)
     try:
+        print("acquired", flush=True)
         time.sleep(float(sys.argv[2]))
         print("continued", flush=True)
     except KeyboardInterrupt:
