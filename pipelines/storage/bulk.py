@@ -148,18 +148,23 @@ def read_columns(uri: str, columns: list[str] | None) -> pa.Table:
 
     Only the byte ranges of those columns are fetched from an object store.
     """
-    with _open_seekable(uri) as file:
+    with open_seekable(uri) as file:
         return pq.read_table(file, columns=columns, partitioning=None)
 
 
 def read_schema(uri: str) -> pa.Schema:
     """Read the schema of a Parquet file."""
-    with _open_seekable(uri) as file:
+    with open_seekable(uri) as file:
         return pq.read_schema(file)
 
 
 @contextlib.contextmanager
-def _open_seekable(uri: str) -> Iterator[Any]:
+def open_seekable(uri: str) -> Iterator[Any]:
+    """Open an object for reads at any position, each of which requests only its own bytes from a store.
+
+    Yields:
+        A binary file, or the path of a local file.
+    """
     bucket, key = uris.split_bucket(uri)
     if uris.is_local(uri):
         yield uri
@@ -210,7 +215,7 @@ def _fetch(position: int, uri: str, etag: str, max_bytes: int, budget: ByteBudge
         held.shrink(len(content))
     except Exception as error:  # any client error fails one image, never the run
         held.shrink(0)
-        return Fetched(position, _item_error(error, uri), retries.num)
+        return Fetched(position, item_error(error, uri), retries.num)
     return Fetched(position, content or ItemError("empty", "the object holds no bytes"), retries.num)
 
 
@@ -245,7 +250,8 @@ def _read_once(uri: str, etag: str, max_bytes: int, held: Reservation) -> bytes:
     return read_with_fsspec(uri, max_bytes, held, etag)
 
 
-def _item_error(error: BaseException, uri: str) -> ItemError:
+def item_error(error: BaseException, uri: str) -> ItemError:
+    """Return the error of a row whose object could not be read."""
     if isinstance(error, ItemError):
         return error
     if isinstance(error, FileNotFoundError | NotADirectoryError):

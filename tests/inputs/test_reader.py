@@ -91,6 +91,22 @@ def test_locators_stay_in_the_manifest_and_other_columns_are_carried(
     assert rows["member"].to_pylist() == [listing.table["member"][index].as_py() for index in (2, 5)]
 
 
+def test_reader_yields_an_error_for_each_file_that_it_cannot_read(zip_reader: ZipReader, archive: Path) -> None:
+    rows = zip_reader.list(ListRequest(str(archive), ["odd/*"])).table
+    assert rows.num_rows == NUM_IMAGES // 2
+    with zipfile.ZipFile(archive) as file:
+        info = file.getinfo(rows["member"][1].as_py())
+        largest = max(file.getinfo(name).file_size for name in rows["member"].to_pylist())
+    content = bytearray(archive.read_bytes())
+    content[info.header_offset + 200] ^= 1
+    archive.write_bytes(bytes(content))
+    kinds = {found.position: getattr(found.content, "kind", None) for found in zip_reader.read(rows, largest)}
+    assert kinds == {position: "corrupt" if position == 1 else None for position in range(NUM_IMAGES // 2)}
+    assert "too_many_bytes" in {getattr(found.content, "kind", None) for found in zip_reader.read(rows, largest - 1)}
+    archive.unlink()
+    assert {getattr(found.content, "kind", None) for found in zip_reader.read(rows, largest)} == {"not_found"}
+
+
 def test_infer_reads_through_a_registered_reader(
     zip_reader: ZipReader, archive: Path, folder: Path, tmp_path: Path, ray_server: RayHead
 ) -> None:
