@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 LIMIT := timeout --kill-after=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu checks docs bench lock clean
+.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu mutants checks docs bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -40,6 +40,12 @@ test-multinode: setup  ## run jobs on five hosts in network namespaces, with fau
 
 test-gpu: setup  ## run the tests that need a GPU
 	$(LIMIT) 1800 $(RUN) -m pytest -m gpu || [ $$? -eq 5 ]
+
+mutants: setup  ## change the code in thousands of places, and list the changes that no fast test notices; takes hours
+	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
+		-r pyproject.toml --extra mutants --constraints requirements.lock
+	$(VENV)/bin/mutmut run
+	$(VENV)/bin/mutmut results
 
 checks: setup  ## check format, lint and types
 	$(VENV)/bin/ruff format --check .
@@ -74,4 +80,4 @@ lock: setup  ## update requirements.lock
 		--no-emit-index-url --no-emit-find-links --constraints requirements.constraints -o requirements.lock
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .demo docs/_build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .demo docs/_build mutants .mypy_cache .pytest_cache .ruff_cache

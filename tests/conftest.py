@@ -38,8 +38,10 @@ EXIT_STATUS = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that start neither Ray nor a store nor a whole job as `unit`."""
+    """Mark tests that start neither Ray nor a store nor a whole job as `unit`, and those on a Ray head as `ray`."""
     for item in items:
+        if "ray_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
         if not (_uses_services(item) or any(item.get_closest_marker(name) for name in NOT_UNIT)):
             item.add_marker("unit")
 
@@ -65,7 +67,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     Threads of Ray, Arrow and obstore outlive the tests. If one wakes up while modules are torn down, a run whose tests
     all passed can end with a segmentation fault.
     """
-    if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):  # pytest-xdist ends its workers
+    ends_by_itself = hasattr(config, "workerinput") or "mutmut" in sys.modules  # a process of pytest-xdist or mutmut
+    if EXIT_STATUS in config.stash and not ends_by_itself:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[EXIT_STATUS])
