@@ -17,9 +17,10 @@ from pipelines.outputs import Output
 from pipelines.outputs.commit_log import Commits
 from pipelines.outputs.lease import Holder
 from pipelines.outputs.run_record import PROGRESS_FORMAT, RUN_FILE, RunRecord
-from pipelines.outputs.schema import failed_schema, parts_schema
+from pipelines.outputs.schema import failed_schema
 from tests.support.infer import REPOSITORY
 from tests.support.label_counts_job import LabelCountsConfig, count_labels
+from tests.support.schemas import schema_of_parts
 
 DOCS = REPOSITORY / "docs"
 TOP_PAGES = [REPOSITORY / name for name in ("README.md", "BENCHMARKS.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -152,7 +153,7 @@ def test_output_format_lists_every_column() -> None:
     cells = [
         name for row in table_rows("output-format.md", "part-*.parquet") for name in re.findall(r"`(\w+)`", row[0])
     ]
-    assert cells == parts_schema(topk=1, embedding_size=1).names
+    assert cells == schema_of_parts(1, 1).names
     text = (DOCS / "output-format.md").read_text()
     assert all(f"`{name}` ({field.type})" in text for name, field in zip(failed_schema().names, failed_schema()))
 
@@ -198,7 +199,7 @@ def test_example_job_counts_labels(tmp_path: Path) -> None:
         lease.acquire()
         output.write_run({"identity": {}, "config": {}})
         commit = output.begin(lease, output.find_done(4, lease.fence.epoch))
-        commit.add(commit.writer(parts_schema(topk=1, embedding_size=0), {})(pa.table(rows)).to_pylist()[0])
+        commit.add(commit.writer(schema_of_parts(1, 0), {})(pa.table(rows)).to_pylist()[0])
     counted = [
         count_labels(LabelCountsConfig.model_validate({"output": {"uri": output.uri}, "min_prob": min_prob}))
         for min_prob in (0, 0.5)

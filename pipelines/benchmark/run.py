@@ -33,10 +33,11 @@ from pipelines.config.benchmark import BenchmarkConfig
 from pipelines.engine.engine import Engine
 from pipelines.engine.quantization_sample import evenly_spaced
 from pipelines.errors import RequestError, RunError, root_cause
-from pipelines.inference.request import file_metadata, resolve_topk
+from pipelines.inference.request import file_metadata, resolve_outputs
 from pipelines.inputs.reader import Listing, ListRequest, Reader
 from pipelines.inputs.registry import choose_reader
 from pipelines.models.process import ModelProcess
+from pipelines.outputs.columns import chosen_columns
 from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.malloc import KEEP_FREED_MEMORY
@@ -90,8 +91,8 @@ def run(config: BenchmarkConfig, model: ModelProcess) -> dict[str, Any]:
     engine.pickled_bundle()
     stopwatch.lap("model, beside the listing")
     rows_uri = uris.join(output_uri, ROWS_FOLDER)
-    num_features = facts.num_features if config.outputs.embedding else 0
-    writer = PartWriter(rows_uri, parts_schema(resolve_topk(config, facts), num_features), file_metadata(facts))
+    columns = chosen_columns(resolve_outputs(config, facts))
+    writer = PartWriter(rows_uri, parts_schema(columns, facts), file_metadata(facts))
     with ray_session():
         plan = engine.plan
         num_cpus = sum(node.num_cpus for node in list_nodes())

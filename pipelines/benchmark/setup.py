@@ -9,8 +9,9 @@ from pipelines.engine.engine import Engine
 from pipelines.engine.options import PredictOptions
 from pipelines.engine.plan import ComputePlan
 from pipelines.engine.source import Tasks, plan_tasks, rows_per_file
-from pipelines.inference.request import resolve_topk
+from pipelines.inference.request import resolve_outputs
 from pipelines.inputs.reader import Reader
+from pipelines.outputs.columns import chosen_columns
 from pipelines.outputs.writer import PartWriter
 
 # Every process of a stage receives the URIs of these images. On GPUs, the fastest stage takes some seconds for them.
@@ -49,7 +50,7 @@ class Setup:
     @property
     def options(self) -> PredictOptions:
         """Options of the replicas."""
-        return self.engine.options(resolve_topk(self.config, self.engine.facts), self.config.outputs.embedding)
+        return self.engine.options(chosen_columns(resolve_outputs(self.config, self.engine.facts)))
 
     @property
     def tasks(self) -> Tasks:

@@ -22,6 +22,7 @@ from pipelines.errors import RequestError, RunError, root_cause
 from pipelines.inputs.labelled import LabelledImages, read_labelled
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
+from pipelines.outputs.columns import TopK
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.ray_session import ray_session, refuse_if_ray_cannot_start
 
@@ -108,7 +109,7 @@ class Counts:
 
 def _count(engine: Engine, images: LabelledImages, targets: NDArray[np.int64]) -> Counts:
     plan = engine.plan
-    options = engine.options(topk=min(TOPK, engine.facts.num_classes), embedding=False)
+    options = engine.options((TopK(min(TOPK, engine.facts.num_classes)),))
     inputs = images.rows()
     source = TableSource(inputs, plan_tasks(inputs.num_rows, plan.batch_size, plan.num_threads).starts)
     counter = HitCounter(ray.put(targets))

@@ -22,6 +22,7 @@ from pipelines.engine.source import Source
 from pipelines.inputs.reader import Reader
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.process import ModelProcess
+from pipelines.outputs.columns import ModelColumns
 from pipelines.runtime.nodes import this_machine
 from pipelines.runtime.ray_session import is_cluster_named
 
@@ -96,17 +97,11 @@ class Engine:
         """
         return self._plan or plan_for_cluster(self._config.compute, self.is_quantized)
 
-    def options(self, topk: int, embedding: bool) -> PredictOptions:
-        """Return the options of the replicas.
-
-        Args:
-            topk: Number of classes per row; 0 for no classes.
-            embedding: True if rows contain the pooled features.
-        """
+    def options(self, columns: tuple[ModelColumns, ...]) -> PredictOptions:
+        """Return the options of replicas that compute these columns."""
         return PredictOptions(
             batch_size=self.plan.batch_size,
-            topk=topk,
-            embedding=embedding,
+            columns=columns,
             use_gpu=self.plan.num_gpus_per_worker > 0,
             num_threads=self.plan.num_threads_per_worker,
             compile=self._config.model.compile,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipelines.outputs.columns import ModelColumns
+
 
 @dataclass(frozen=True)
 class PredictOptions:
@@ -9,8 +11,7 @@ class PredictOptions:
 
     Attributes:
         batch_size: Number of images per forward pass. Smaller batches are padded to it.
-        topk: Number of classes per image; 0 for no classes.
-        embedding: True if the output contains the pooled features.
+        columns: Columns to compute for each image.
         use_gpu: True to run on the GPU that Ray assigned to this process, False to run on the CPU.
         num_threads: Number of CPU threads. Each computes its own batch; a quantized model uses all of them for one.
         compile: True to compile the model with `torch.compile` for the one shape that all batches have.
@@ -18,8 +19,7 @@ class PredictOptions:
     """
 
     batch_size: int
-    topk: int
-    embedding: bool
+    columns: tuple[ModelColumns, ...]
     use_gpu: bool
     num_threads: int = 1
     compile: bool = False

@@ -3,13 +3,11 @@
 import contextlib
 import logging
 import threading
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
 from pipelines.engine.options import PredictOptions
 from pipelines.engine.pixels import PixelLoader, with_errors
@@ -21,6 +19,7 @@ from pipelines.models.cpu.compiled import Forward, compile_program
 from pipelines.models.cpu.packing import pack_convolutions
 from pipelines.models.layout import memory_format_for
 from pipelines.models.normalize import Normalizer
+from pipelines.outputs.columns import floating_fields, values_of
 from pipelines.runtime import metrics
 from pipelines.runtime.cache import use_private_compiler_cache
 
@@ -50,12 +49,13 @@ class Predictor:
         self.batch_size = options.batch_size
         self._accelerator = replica_accelerator(options.use_gpu)
         self.device = self._accelerator.device
-        self.schema = predictions_schema(options.topk, bundle.num_features if options.embedding else 0)
+        self._facts = bundle.facts()
+        self.schema = predictions_schema(options.columns, self._facts)
+        self._results_schema = pa.schema([field for field in self.schema if field.name not in IMAGES.names])
         self._side_stream = self._accelerator.side_stream()
         self._load_pixels = PixelLoader(bundle.transform, options.max_pixels, self._accelerator)
         is_exclusive = self._accelerator.runs_one_batch_at_a_time
         self._forward_lock = threading.Lock() if is_exclusive else contextlib.nullcontext()
-        self.label_names = pa.array(bundle.label_names, pa.string())
         self.dtype = bundle.dtype
         self.forward = self._load_forward(bundle)
 
@@ -89,7 +89,7 @@ class Predictor:
         """Convert `IMAGES` to `predictions_schema`. Carried columns and failed rows pass through."""
         batch, images = self._load_pixels(batch)
         with metrics.timed("forward"):
-            results = self._predict_images(images) if len(images) else self._empty_results()
+            results = self._predict_images(images) if len(images) else self._results_schema.empty_table()
         if (used_bytes := self._accelerator.used_bytes()) is not None:
             metrics.record_gpu_memory(used_bytes)
         return self._join(*self._fail_non_finite(batch, results))
@@ -125,7 +125,7 @@ class Predictor:
             batch_size: Number of images that the batch is padded to.
 
         Returns:
-            Table with the requested ones of the columns `index`, `prob`, `label` and `embedding`.
+            Table with the columns of the options.
         """
         num_images = len(images)
         metrics.count("ecaray_batch_images", num_images)
@@ -135,48 +135,25 @@ class Predictor:
         uploaded = self._side_stream.upload(images)
         with self._forward_lock:
             logits, features = self.forward(uploaded)
-            download = self._accelerator.download(self._select_outputs(logits[:num_images], features[:num_images]))
-        return self._columns(download.wait())
-
-    def _select_outputs(self, logits: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
-        """Return the requested outputs: probabilities and indices of the top-k, then the embedding."""
-        topk = list(logits.float().softmax(dim=-1).topk(self.options.topk)) if self.options.topk else []
-        return topk + ([features.float()] if self.options.embedding else [])
-
-    def _columns(self, results: list[NDArray[Any]]) -> pa.Table:
-        columns: dict[str, pa.Array] = {}
-        if self.options.topk:
-            columns |= self._topk_columns(*results[:2])
-        if self.options.embedding:
-            values = results[-1]
-            columns["embedding"] = pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])
-        return pa.table(columns)
-
-    def _topk_columns(self, prob: NDArray[np.float32], index: NDArray[np.int64]) -> dict[str, pa.Array]:
-        offsets = pa.array(np.arange(0, index.size + 1, self.options.topk), pa.int32())
-        flat = pa.array(index.reshape(-1).astype(np.int32))
-        return {
-            "index": pa.ListArray.from_arrays(offsets, flat),
-            "prob": pa.ListArray.from_arrays(offsets, pa.array(prob.reshape(-1))),
-            "label": pa.ListArray.from_arrays(offsets, self.label_names.take(flat)),
-        }
+            computed = [columns.compute(logits[:num_images], features[:num_images]) for columns in self.options.columns]
+            download = self._accelerator.download([tensor for tensors in computed for tensor in tensors])
+        values = iter(download.wait())
+        arrays: list[pa.Array] = []
+        for columns, tensors in zip(self.options.columns, computed):
+            arrays += columns.arrays([next(values) for _ in tensors], self._facts)
+        return pa.Table.from_arrays(arrays, schema=self._results_schema)
 
     def _fail_non_finite(self, batch: pa.Table, results: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Return the batch with an error in each row whose result is not finite, and the results without these rows."""
         is_finite = np.ones(len(results), bool)
-        for name in ("prob", "embedding"):
-            if len(results) and name in results.column_names:
-                values = results[name].combine_chunks().flatten().to_numpy()
-                is_finite &= np.isfinite(values.reshape(len(results), -1)).all(axis=1)
+        for field in floating_fields(results.schema) if len(results) else ():
+            values = np.concatenate([values_of(chunk) for chunk in results[field.name].chunks])
+            is_finite &= np.isfinite(values.reshape(len(results), -1)).all(axis=1)
         if is_finite.all():
             return batch, results
         ids = batch["id"].filter(pc.is_null(batch["error_kind"])).filter(pa.array(~is_finite)).to_pylist()
         error = ItemError("not_finite", f"the model's results for this image are not finite in {self.dtype}")
         return with_errors(batch, dict.fromkeys(ids, error)), results.filter(pa.array(is_finite))
-
-    def _empty_results(self) -> pa.Table:
-        names = [name for name in self.schema.names if name not in IMAGES.names]
-        return pa.schema([self.schema.field(name) for name in names]).empty_table()
 
     def _join(self, batch: pa.Table, results: pa.Table) -> pa.Table:
         # Position of each row's result. A failed row has null, for which `take` returns null.

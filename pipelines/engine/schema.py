@@ -1,7 +1,10 @@
 """Schemas of the tables that the stages exchange. Plain Arrow types only."""
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
+from pipelines.outputs.columns import Model, ModelColumns
 from pipelines.outputs.schema import ERROR_FIELDS, SOURCE_FIELDS, parts_schema
 
 RETRIES_FIELD = pa.field("num_retries", pa.int32())
@@ -16,11 +19,11 @@ IMAGES = pa.schema([*SOURCE_FIELDS, *PIXEL_FIELDS, *ERROR_FIELDS, RETRIES_FIELD,
 decodes. A good row has one of the two, a failed row has neither."""
 
 
-def predictions_schema(topk: int, embedding_size: int) -> pa.Schema:
+def predictions_schema(columns: Iterable[ModelColumns], model: Model) -> pa.Schema:
     """Return the schema of the rows that replicas pass to the last stage.
 
     Args:
-        topk: Number of classes per row; 0 omits `index`, `prob` and `label`.
-        embedding_size: Length of `embedding`; 0 omits it.
+        columns: Columns that the model computes.
+        model: Facts about the model.
     """
-    return pa.schema([*parts_schema(topk, embedding_size), *ERROR_FIELDS, RETRIES_FIELD, CLIPPED_FIELD])
+    return pa.schema([*parts_schema(columns, model), *ERROR_FIELDS, RETRIES_FIELD, CLIPPED_FIELD])

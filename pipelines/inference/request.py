@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.config.infer import InferConfig
+from pipelines.config.sections import OutputsConfig
 from pipelines.engine.engine import Engine
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inputs.manifest import Manifest
@@ -17,9 +18,10 @@ from pipelines.inputs.reader import Listing, ListRequest, Reader
 from pipelines.inputs.registry import choose_reader
 from pipelines.models.bundle import ModelFacts
 from pipelines.outputs import Output, run_record
+from pipelines.outputs.columns import chosen_columns, registered
 from pipelines.outputs.contents import Done
 from pipelines.outputs.lease import Lease
-from pipelines.outputs.schema import RESERVED_NAMES
+from pipelines.outputs.schema import RESERVED_NAMES, parts_schema
 from pipelines.storage import uris
 from pipelines.storage.filesystem import exists, translate_storage_errors
 
@@ -73,7 +75,7 @@ class Request:
         output: Output directory.
         model: Facts about the model, without its weights.
         manifest: Pinned inputs.
-        topk: Number of classes per row.
+        outputs: Section `outputs`, with the resolved number of classes per row.
         identity: Values that a later run must share to continue in the same output.
         done: Rows that the output already contains.
         is_finished: True if the output is complete, and there is nothing to retry or repair.
@@ -83,7 +85,7 @@ class Request:
     output: Output
     model: ModelFacts
     manifest: Manifest
-    topk: int
+    outputs: OutputsConfig
     identity: dict[str, Any]
     done: Done
     is_finished: bool
@@ -129,19 +131,19 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
     reader = manifest.reader if manifest else choose_reader(config.input.uri)
     pending_listing = None if manifest else lister.submit(reader.list, _list_request(config))
     lister.shutdown(wait=False)
-    topk = resolve_topk(config, engine.facts)
+    outputs = resolve_outputs(config, engine.facts)
     # The listing ends before the first write, so that a request without input leaves nothing behind. Later runs read
     # the manifest instead.
     listing = pending_listing.result() if pending_listing else None
     if listing is not None:
         uris.refuse_linked_overlap(output.uri, "input.uri", listing.linked)
-        _refuse_reserved_columns(listing, reader)
+        _refuse_reserved_columns(listing, reader, parts_schema(chosen_columns(outputs), engine.facts))
     sampled_ids: list[int] | None = None
     if engine.is_quantized:
         sampled_ids = _quantize(engine, reader, manifest, listing, _sampled_ids(found))
-    identity = identify(config, engine.facts, topk, sampled_ids)
+    identity = identify(config, engine.facts, outputs, sampled_ids)
     if found:
-        output.refuse_other_run(found, identity)
+        output.refuse_other_run(found, identity, InferConfig)
     with translate_storage_errors("write to", output.uri):
         lease.acquire()
     output.refuse_if_changed(found)
@@ -156,29 +158,29 @@ def resolve_request(state: OutputState, engine: Engine, lease: Lease) -> Request
     is_finished = state.is_complete and output.matches_record(done)
     if state.is_complete and not is_finished and config.failure.retry == "none":
         log.info("%s is marked as finished, but its files differ from its record: repairing it", output.uri)
-    return Request(config, output, engine.facts, manifest, topk, identity, done, is_finished)
+    return Request(config, output, engine.facts, manifest, outputs, identity, done, is_finished)
 
 
 def _list_request(config: InferConfig) -> ListRequest:
     return ListRequest(config.input.uri, config.input.exclude, config.input.trust_list)
 
 
-def _refuse_reserved_columns(listing: Listing, reader: Reader) -> None:
+def _refuse_reserved_columns(listing: Listing, reader: Reader, schema: pa.Schema) -> None:
     """Refuse carried columns whose names the output uses itself."""
     own = {"id", "uri", "etag", *reader.locators}
-    reserved = [name for name in listing.table.column_names if name in RESERVED_NAMES - own]
+    reserved = [name for name in listing.table.column_names if name in RESERVED_NAMES.union(schema.names) - own]
     if reserved:
         raise RequestError(f"the input column {reserved[0]!r} has the same name as an output column: rename it")
 
 
-def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
-    """Return the number of classes per row: `outputs.topk`, or all classes if the model has fewer than the default.
+def resolve_outputs(config: InferConfig, model: ModelFacts) -> OutputsConfig:
+    """Return the section `outputs`, with all classes as `topk` if the model has fewer than the default.
 
     Raises:
         RequestError: The model has no classifier, or fewer classes than the user asked for.
     """
     if config.outputs.topk <= model.num_classes:
-        return config.outputs.topk
+        return config.outputs
     if not model.num_classes:
         raise RequestError(
             f"the weights {config.model.weights} have no classifier, so there are no classes to write: "
@@ -186,7 +188,7 @@ def resolve_topk(config: InferConfig, model: ModelFacts) -> int:
         )
     if config.outputs.is_set("topk"):
         raise RequestError(f"outputs.topk = {config.outputs.topk}, but the model has {model.num_classes} classes")
-    return model.num_classes
+    return config.outputs.model_copy(update={"topk": model.num_classes})
 
 
 def _sampled_ids(found: dict[str, Any] | None) -> list[int] | None:
@@ -207,14 +209,17 @@ def _quantize(
     return engine.quantize(rows, reader)
 
 
-def identify(config: InferConfig, model: ModelFacts, topk: int, sampled_ids: list[int] | None) -> dict[str, Any]:
+def identify(
+    config: InferConfig, model: ModelFacts, outputs: OutputsConfig, sampled_ids: list[int] | None
+) -> dict[str, Any]:
     """Return the identity of a run: the values that two runs on one output must share."""
     sampled = {} if sampled_ids is None else {SAMPLED_IDS: sampled_ids}
     resolved = {
         "model.name": model.name,
         "fingerprint": model.fingerprint,
         run_record.LABEL_NAMES_KEY: run_record.label_names_digest(model.label_names),
-        "outputs.topk": topk,
+        "outputs.topk": outputs.topk,
+        run_record.REGISTERED_COLUMNS_KEY: [columns.name for columns in registered],
     }
     return run_record.identity_of(config, FREE_KEYS, resolved | sampled)
 

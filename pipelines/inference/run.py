@@ -24,6 +24,7 @@ from pipelines.inference.request import (
     resolve_request,
 )
 from pipelines.models.process import ModelProcess
+from pipelines.outputs.columns import chosen_columns
 from pipelines.outputs.commit import Commit
 from pipelines.outputs.lease import Lease
 from pipelines.outputs.schema import failed_schema, parts_schema
@@ -99,15 +100,13 @@ def _execute(
     plan, commit_rows = engine.plan, request.config.output.commit_rows
     tasks = plan_tasks(request.num_todo, plan.batch_size, plan.num_threads, commit_rows)
     source = PendingInputs(request.manifest, request.done.ids, request.done.retried, tasks.starts)
-    num_features = request.model.num_features if request.config.outputs.embedding else 0
-    carried = request.manifest.carried
+    columns, carried = chosen_columns(request.outputs), request.manifest.carried
     writer = commit.writer(
-        parts_schema(request.topk, num_features, carried), file_metadata(request.model), failed_schema(carried)
+        parts_schema(columns, request.model, carried), file_metadata(request.model), failed_schema(carried)
     )
     add_write = write_stage(writer, rows_per_file(request.num_todo, tasks.num_rows, commit_rows), plan)
-    options = engine.options(request.topk, request.config.outputs.embedding)
     try:
-        for write_result in engine.stream(source, request.manifest.reader, options, add_write):
+        for write_result in engine.stream(source, request.manifest.reader, engine.options(columns), add_write):
             commit.add(write_result)
             failures = list(write_result["failures"])
             progress.add(

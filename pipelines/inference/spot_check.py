@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipelines.config.infer import InferConfig
 from pipelines.engine.fetch_decode import make_decode
@@ -15,26 +14,33 @@ from pipelines.engine.quantization_sample import read_sample, refuse_unsupported
 from pipelines.errors import TRANSIENT_KINDS, ErrorKind, RequestError
 from pipelines.inference.request import SAMPLED_IDS
 from pipelines.inputs.manifest import Manifest
+from pipelines.outputs.columns import ModelColumns, Tolerance
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
-# Differences that another machine, a GPU or another batch size may cause: absolute for probabilities, relative to the
-# norm for embeddings.
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.05), "float16": (0.01, 0.01), "int8": (0.1, 0.1)}
+TOLERANCES = {
+    "float32": Tolerance(prob=1e-4, embedding=1e-3),
+    "bfloat16": Tolerance(0.05, 0.05),
+    "float16": Tolerance(0.01, 0.01),
+    "int8": Tolerance(0.1, 0.1),
+}
 # The JPEG decoder of a GPU rounds and upsamples chroma differently. It also fills in damaged images, which the CPU
 # decoder refuses.
-CUDA_TOLERANCES = (0.1, 0.1)
+CUDA_TOLERANCE = Tolerance(0.1, 0.1)
 CUDA_KINDS: tuple[ErrorKind, ...] = ("truncated", "corrupt")
 
 
-def spot_check(record: dict[str, Any], manifest: Manifest, rows: pa.Table) -> Iterator[str]:
+def spot_check(
+    record: dict[str, Any], manifest: Manifest, rows: pa.Table, columns: tuple[ModelColumns, ...]
+) -> Iterator[str]:
     """Recompute rows, and compare them with those of the output.
 
     Args:
         record: Content of `_run.json` of the output.
         manifest: Manifest of the output.
         rows: Good rows of the output.
+        columns: Columns of the output that the model computed.
 
     Yields:
         One line for each row that differs.
@@ -70,13 +76,12 @@ def spot_check(record: dict[str, Any], manifest: Manifest, rows: pa.Table) -> It
         )
     options = PredictOptions(
         BATCH_SIZE,
-        record["identity"]["outputs.topk"],
-        config.outputs.embedding,
+        columns,
         use_gpu=False,
         max_pixels=config.preprocess.max_pixels_on_device,
     )
     is_cuda = config.preprocess.mode == "cuda"
-    tolerances = CUDA_TOLERANCES if is_cuda else TOLERANCES[bundle.dtype]
+    tolerance = CUDA_TOLERANCE if is_cuda else TOLERANCES[bundle.dtype]
     inconclusive_kinds = (*TRANSIENT_KINDS, "changed") + (CUDA_KINDS if is_cuda else ())
     rows = rows.sort_by("id")
     pinned = manifest.rows(rows["id"].to_numpy())
@@ -85,24 +90,7 @@ def spot_check(record: dict[str, Any], manifest: Manifest, rows: pa.Table) -> It
         if new["error_kind"] in inconclusive_kinds:
             log.warning("could not recompute row %d: %s", old["id"], new["error_message"])
             continue
-        problem = new["error_kind"] or _difference(old, new, *tolerances)
+        differences = (group.difference(old, new, tolerance) for group in columns)
+        problem = new["error_kind"] or next(filter(None, differences), None)
         if problem:
             yield f"recomputed row {old['id']} differs: {problem}"
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any], prob: float, embedding: float) -> str | None:
-    if "prob" in old:
-        before, after = _floats(old["prob"]), _floats(new["prob"])
-        is_clear = len(after) < 2 or after[0] - after[1] > 2 * prob
-        if (is_clear and old["index"][0] != new["index"][0]) or np.abs(before - after).max() > prob:
-            return f"the probability of class {old['index'][0]} was {before[0]:.5f} and is now {after[0]:.5f}"
-    if "embedding" in old:
-        before, after = _floats(old["embedding"]), _floats(new["embedding"])
-        distance = float(np.linalg.norm(before - after) / np.linalg.norm(after))
-        if distance > embedding:
-            return f"the embedding differs by {distance:.2g} of its norm"
-    return None
-
-
-def _floats(values: list[float]) -> NDArray[np.float64]:
-    return np.array(values, np.float64)

@@ -17,16 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.config.sections import OutputsConfig
 from pipelines.config.verify import VerifyConfig
 from pipelines.errors import DamagedFileError, RequestError, RunError
 from pipelines.inference.spot_check import spot_check
 from pipelines.inputs.manifest import Manifest, find_manifest
 from pipelines.outputs import Output
+from pipelines.outputs.columns import ModelColumns, chosen_columns, floating_fields, registered, values_of
 from pipelines.outputs.contents import FILES_FILE
 from pipelines.outputs.file_names import kind_of
-from pipelines.outputs.run_record import RUN_FILE
+from pipelines.outputs.run_record import REGISTERED_COLUMNS_KEY, RUN_FILE
 from pipelines.outputs.schema import failed_schema, parts_schema
 from pipelines.outputs.writer import digest_of
 from pipelines.storage import uris
@@ -44,8 +46,17 @@ class _Identity(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     fingerprint: str
-    topk: int = Field(alias="outputs.topk", ge=0)
-    embedding: bool = Field(alias="outputs.embedding")
+    outputs: OutputsConfig
+    registered_columns: list[str] = Field(alias=REGISTERED_COLUMNS_KEY, default=[])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest_outputs(cls, identity: Any) -> Any:
+        """Collect the keys `outputs.*` of the identity in a section."""
+        if not isinstance(identity, dict):
+            return identity
+        names = [name for name in OutputsConfig.model_fields if f"outputs.{name}" in identity]
+        return identity | {"outputs": {name: identity[f"outputs.{name}"] for name in names}}
 
 
 class _Summary(BaseModel):
@@ -73,7 +84,7 @@ class InferRecord(Document):
     fingerprint: str
     transform: dict[str, Any]
     num_features: int
-    label_names: list[str]
+    label_names: tuple[str, ...]
     summary: _Summary
 
 
@@ -88,6 +99,8 @@ class Expected:
         digests: SHA-256 of each file by name.
         manifest: Manifest of the output.
         inputs: `uri` and carried columns of the manifest. The id of an input is its position.
+        columns: Columns that the model computed.
+        floating: Names of those with floating-point values.
         num_sampled: Number of good rows of each file to recompute.
     """
 
@@ -97,6 +110,8 @@ class Expected:
     digests: dict[str, str]
     manifest: Manifest
     inputs: pa.Table
+    columns: tuple[ModelColumns, ...]
+    floating: set[str]
     num_sampled: int
 
 
@@ -154,7 +169,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     problems = problems or _compare_summary(record, found)  # missing or extra files would make the counts differ too
     sample = _choose_sample(samples, config.sample.num_rows) if samples and not problems else None
     if sample is not None:
-        problems += spot_check(raw, expected.manifest, sample)
+        problems += spot_check(raw, expected.manifest, sample, expected.columns)
     for problem in problems:
         log.info("%s", problem)
     if problems:
@@ -173,7 +188,11 @@ def _read_record(output: Output) -> tuple[dict[str, Any], InferRecord]:
     found = output.find_run()
     if found is None or not output.is_complete():
         raise RequestError(f"{output.uri} is not the output of a finished jobs.infer run: check --output.uri")
-    return found, output.read_run(InferRecord)
+    record = output.read_run(InferRecord)
+    before, now = record.identity.registered_columns, [columns.name for columns in registered]
+    if before != now:
+        raise RequestError(f"{output.uri} has the registered columns {before}, but this process registered {now}")
+    return found, record
 
 
 def _read_expected(output: Output, record: InferRecord, num_sampled: int) -> Expected:
@@ -181,8 +200,7 @@ def _read_expected(output: Output, record: InferRecord, num_sampled: int) -> Exp
     if manifest is None or digests is None:
         missing = "_manifest/manifest.json" if manifest is None else FILES_FILE
         raise RunError(f"{output.uri} is marked as finished, but {missing} is missing")
-    identity = record.identity
-    num_features = record.num_features if record.identity.embedding else 0
+    columns = chosen_columns(record.identity.outputs)
     num_parts = sum(kind_of(name) == "part" for name in digests)
     metadata = {
         "fingerprint": record.fingerprint,
@@ -192,13 +210,15 @@ def _read_expected(output: Output, record: InferRecord, num_sampled: int) -> Exp
     return Expected(
         output,
         {
-            "part": parts_schema(identity.topk, num_features, manifest.carried),
+            "part": parts_schema(columns, record, manifest.carried),
             "failed": failed_schema(manifest.carried),
         },
         {name.encode(): value.encode() for name, value in metadata.items()},
         digests,
         manifest,
         manifest.table().select(["uri", *manifest.carried.names]),
+        columns,
+        {field.name for field in floating_fields(parts_schema(columns, record))},
         math.ceil(num_sampled / max(1, num_parts)),
     )
 
@@ -255,12 +275,12 @@ def _check_rows(expected: Expected, table: pa.Table) -> Iterator[str]:
     for name in table.column_names:
         if table[name].null_count and name not in expected.manifest.carried.names:
             yield f"{name} has nulls"
-        elif name in ("prob", "embedding") and not _is_finite(table[name]):
+        elif name in expected.floating and not _is_finite(table[name]):
             yield f"{name} has NaN or infinite values"
 
 
 def _is_finite(column: pa.ChunkedArray) -> bool:
-    return all(np.isfinite(chunk.flatten().to_numpy()).all() for chunk in column.chunks)
+    return all(np.isfinite(values_of(chunk)).all() for chunk in column.chunks)
 
 
 def _check_counts(counts: NDArray[np.int32]) -> Iterator[str]:

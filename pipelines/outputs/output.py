@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from pipelines.errors import RequestError
 from pipelines.inputs.listing import list_objects
@@ -89,9 +90,9 @@ class Output:
         """
         return read_document(self.uri_of(RUN_FILE), schema, run_record.ADVICE)
 
-    def refuse_other_run(self, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def refuse_other_run(self, found: Mapping[str, Any], identity: Mapping[str, Any], schema: type[BaseModel]) -> None:
         """Raise RequestError if a run with this identity may not resume the run that `found` describes."""
-        run_record.refuse_other_run(self.uri, found, identity)
+        run_record.refuse_other_run(self.uri, found, identity, schema)
 
     def refuse_if_changed(self, found: Mapping[str, Any] | None) -> None:
         """Raise RequestError if `_run.json` is no longer what `find_run` returned."""

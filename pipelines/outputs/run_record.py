@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from pipelines.errors import RequestError
 from pipelines.storage import uris
@@ -26,6 +27,8 @@ PROGRESS_FORMAT = 1
 ADVICE = "restore it from a backup, or write to a new output"
 # Key of the identity. The names themselves are in the key `label_names` of the record.
 LABEL_NAMES_KEY = "label_names_sha256"
+# Key of the identity that holds the names of the columns that `outputs.columns.register` added.
+REGISTERED_COLUMNS_KEY = "outputs.registered_columns"
 # Keys of identities that earlier versions wrote, and their names today.
 RENAMED_KEYS = {"optim.precision": "model.dtype", "optim.compile": "model.compile"}
 # Length limit of a value in an error message, in characters: enough for a fingerprint, too little for hundreds of ids.
@@ -100,14 +103,28 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def defaults_of(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Return the default of each key of a config schema, without those that are required or follow from other keys."""
+    defaults: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            defaults |= defaults_of(field.annotation, f"{prefix}{name}.")
+        elif field.default is not PydanticUndefined:
+            defaults[f"{prefix}{name}"] = to_jsonable_python(field.default)
+    return defaults
+
+
+def refuse_other_run(
+    output_uri: str, found: Mapping[str, Any], identity: Mapping[str, Any], schema: type[BaseModel]
+) -> None:
     """Refuse to mix results of different settings in one output, and log a table of the differences.
 
     Args:
         output_uri: URI of the output.
         found: Content of its `_run.json`. If an earlier version wrote it, keys missing from its identity are taken from
-            its config. Keys that only one of the versions knows are not compared.
+            its config, and keys that it did not know have their default.
         identity: Identity of this run.
+        schema: Schema of the config of this run.
 
     Raises:
         RequestError: The identities differ. The message names each key with both values.
@@ -117,6 +134,7 @@ def refuse_other_run(output_uri: str, found: Mapping[str, Any], identity: Mappin
         recorded[LABEL_NAMES_KEY] = label_names_digest(found["label_names"])
     before = {key: recorded[key] for key in identity if key in recorded} | found["identity"]
     before = {RENAMED_KEYS.get(key, key): value for key, value in before.items()}
+    before = defaults_of(schema) | {REGISTERED_COLUMNS_KEY: []} | before
     pairs = [(key, before[key], identity[key]) for key in sorted(before.keys() & identity.keys())]
     differing = [(key, _shorten(old), _shorten(new)) for key, old, new in pairs if old != new]
     if differing:

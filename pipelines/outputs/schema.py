@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
+from pipelines.outputs.columns import Model, ModelColumns
+
 ERROR_FIELDS = [pa.field("error_kind", pa.string()), pa.field("error_message", pa.string())]
 """Error fields of a row, which are null in good rows and not written for them."""
 
@@ -38,29 +40,25 @@ def failed_schema(carried: Iterable[pa.Field] = ()) -> pa.Schema:
     return pa.schema([SOURCE_FIELDS[0], SOURCE_FIELDS[1], *ERROR_FIELDS, *carried])
 
 
-def parts_schema(topk: int, embedding_size: int, carried: Iterable[pa.Field] = ()) -> pa.Schema:
+def parts_schema(columns: Iterable[ModelColumns], model: Model, carried: Iterable[pa.Field] = ()) -> pa.Schema:
     """Return the schema of `part-*.parquet`.
 
     Args:
-        topk: Number of classes per row. 0 omits `index`, `prob` and `label`.
-        embedding_size: Length of `embedding`. 0 omits it.
+        columns: Columns that the model computes.
+        model: Facts about the model.
         carried: Fields that are carried over from the input.
     """
-    fields = list(SOURCE_FIELDS)
-    if topk:
-        fields += [
-            pa.field("index", pa.list_(pa.int32())),
-            pa.field("prob", pa.list_(pa.float32())),
-            pa.field("label", pa.list_(pa.string())),
-        ]
-    if embedding_size:
-        fields.append(pa.field("embedding", pa.list_(pa.float32(), embedding_size)))
-    return pa.schema([*fields, *carried])
+    computed = [field for group in columns for field in group.fields(model)]
+    return pa.schema([*SOURCE_FIELDS, *computed, *carried])
 
 
 RESERVED_NAMES = {
-    *parts_schema(1, 1).names,
+    *pa.schema(SOURCE_FIELDS).names,
     *failed_schema().names,
+    "index",
+    "prob",
+    "label",
+    "embedding",
     "num_retries",
     "is_clipped",
     "image",

@@ -86,7 +86,7 @@ def find_summary(config: TrainConfig) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] | None = found.get("summary")
     if summary is not None or has_checkpoint(output):
-        output.refuse_other_run(found, _identity(config))
+        output.refuse_other_run(found, _identity(config), TrainConfig)
     return summary
 
 
@@ -158,7 +158,7 @@ def _refuse_other_classes(output: Output, start: StartingPoint) -> None:
     """
     found = output.find_run() or {}
     known = {"identity": {"label_names": found.get("label_names")}}
-    output.refuse_other_run(known, {"label_names": list(start.class_names)})
+    output.refuse_other_run(known, {"label_names": list(start.class_names)}, TrainConfig)
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:

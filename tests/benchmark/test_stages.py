@@ -29,9 +29,9 @@ from pipelines.errors import RunError
 from pipelines.images.transform import EvalTransform
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
-from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.nodes import Node
+from tests.support.schemas import columns_of, schema_of_parts
 
 STAGE_S = 0.2
 COSTS = {
@@ -75,7 +75,10 @@ def test_decode_cost_ignores_files_that_are_not_images(photographs: Path, tmp_pa
 
 def test_device_decode_cost_ignores_files_that_it_cannot_decode(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no image")
-    decode, options = FetchAndDecode(IMAGENET, 10**8, 10**8, "cuda"), PredictOptions(8, 5, True, use_gpu=False)
+    decode, options = (
+        FetchAndDecode(IMAGENET, 10**8, 10**8, "cuda"),
+        PredictOptions(8, columns_of(5, True), use_gpu=False),
+    )
     jpegs = sorted(path for path in photographs.iterdir() if path.suffix == ".jpg")
     rows = rows_of([tmp_path / "text", *jpegs[:3]])
     cost = measure_device_decode(rows, decode, options, STAGE_S)
@@ -85,7 +88,7 @@ def test_device_decode_cost_ignores_files_that_it_cannot_decode(photographs: Pat
 
 
 def test_forward_cost_is_positive(bundle: ModelBundle) -> None:
-    cost = measure_forward(bundle, PredictOptions(8, 5, True, use_gpu=False), 2, STAGE_S)
+    cost = measure_forward(bundle, PredictOptions(8, columns_of(5, True), use_gpu=False), 2, STAGE_S)
     assert cost.cpu_s_per_image > 0
     assert cost.images_per_s > 0
 
@@ -94,7 +97,7 @@ def test_forward_cost_is_positive(bundle: ModelBundle) -> None:
 def test_write_cost_uses_files_of_the_runs_schema(
     bundle: ModelBundle, tmp_path: Path, topk: int, embedding: bool
 ) -> None:
-    writer = PartWriter(str(tmp_path), parts_schema(topk, bundle.num_features if embedding else 0), {})
+    writer = PartWriter(str(tmp_path), schema_of_parts(topk, bundle.num_features if embedding else 0), {})
     assert measure_write(writer, 20, STAGE_S).images_per_s > 0
     (file,) = tmp_path.iterdir()
     table = pq.read_table(file)

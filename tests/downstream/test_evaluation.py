@@ -13,11 +13,11 @@ import torch
 from cluster.local.ray_head import RayHead
 from pipelines.config.evaluate import EvaluateConfig
 from pipelines.downstream.evaluation import HitCounter, match_targets
-from pipelines.engine.schema import predictions_schema
 from pipelines.errors import RequestError, RunError
 from pipelines.inputs.files import FilesReader
 from pipelines.inputs.labelled import LabelledImages
 from tests.support.infer import infer, read_kind
+from tests.support.schemas import schema_of_predictions
 
 SMALL = {"name": "ecaresnet26t"}
 PREPROCESS = {"image_size": 64}
@@ -88,7 +88,7 @@ def test_failed_rows_are_named_and_not_counted() -> None:
         "error_message": [None, "no bytes", None],
         "num_retries": [0, 0, 0],
     }
-    schema = predictions_schema(2, 0)
+    schema = schema_of_predictions(2, 0)
     table = pa.table({name: pa.array(rows.get(name, [None] * 3), schema.field(name).type) for name in schema.names})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.get", lambda reference: reference)

@@ -26,6 +26,7 @@ from pipelines.images.transform import EvalTransform
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.images.test_fast import IMAGENET
 from tests.support.embeddings import cosines
+from tests.support.schemas import columns_of
 
 pytestmark = pytest.mark.gpu
 BATCH_SIZE = 16
@@ -45,8 +46,8 @@ def test_concurrent_batches_on_a_gpu_give_the_rows_of_a_cpu(
         resolve_bundle(ModelConfig(name=name, weights=str(telling_weights(name))), PreprocessConfig())
     )
     images = read(photographs, bundle.transform)
-    expected = Predictor(copy.deepcopy(bundle), PredictOptions(BATCH_SIZE, 5, True, use_gpu=False))(images)
-    on_gpu = Predictor(bundle, PredictOptions(BATCH_SIZE, 5, True, use_gpu=True))
+    expected = Predictor(copy.deepcopy(bundle), PredictOptions(BATCH_SIZE, columns_of(5, True), use_gpu=False))(images)
+    on_gpu = Predictor(bundle, PredictOptions(BATCH_SIZE, columns_of(5, True), use_gpu=True))
     with ThreadPoolExecutor(2) as threads:
         many = list(threads.map(on_gpu, [images] * 8))
     assert all(rows.equals(many[0]) for rows in many)
@@ -69,7 +70,7 @@ def test_lower_precision_and_compiled_code_stay_close(
     config = ModelConfig(name="ecaresnet50d", weights=str(telling_weights("ecaresnet50d")))
     bundle = prepare_bundle(resolve_bundle(config, PreprocessConfig()))
     images = read(photographs, bundle.transform)
-    options = PredictOptions(BATCH_SIZE, 5, True, use_gpu=True)
+    options = PredictOptions(BATCH_SIZE, columns_of(5, True), use_gpu=True)
     expected = Predictor(copy.deepcopy(bundle), options)(images)
     lower = prepare_bundle(resolve_bundle(config.model_copy(update={"dtype": dtype}), PreprocessConfig()))
     predict = Predictor(lower, replace(options, compile=is_compiled))
@@ -111,7 +112,7 @@ def test_gpu_decodes_nearly_the_same_pixels_while_it_predicts(
 ) -> None:
     weights = str(telling_weights("ecaresnet50d"))
     bundle = prepare_bundle(resolve_bundle(ModelConfig(name="ecaresnet50d", weights=weights), PreprocessConfig()))
-    options = PredictOptions(BATCH_SIZE, 5, True, use_gpu=True, max_pixels=10**8)
+    options = PredictOptions(BATCH_SIZE, columns_of(5, True), use_gpu=True, max_pixels=10**8)
     encoded, exact = read(photographs, bundle.transform, "cuda"), read(photographs, bundle.transform)
     predict = Predictor(bundle, options)
     there, here = predict(encoded), predict(exact)

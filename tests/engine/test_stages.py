@@ -28,13 +28,13 @@ from pipelines.models.accelerators.cuda import CudaAccelerator
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from pipelines.outputs import run_record
-from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.runtime.progress import Progress
 from tests.support.embeddings import cosines
+from tests.support.schemas import columns_of, schema_of_parts
 
 BATCH_SIZE = 8
-OPTIONS = PredictOptions(BATCH_SIZE, topk=5, embedding=True, use_gpu=False)
+OPTIONS = PredictOptions(BATCH_SIZE, columns_of(5, True), use_gpu=False)
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +174,14 @@ def test_grayscale_images_with_more_than_8_bits_are_counted_in_the_write_result(
     for mode in modes:
         decoded = FetchAndDecode(bundle.transform, 10**8, 10**8, mode)(batch)
         assert decoded["is_clipped"].to_pylist() == [False, True, False, True, None]
-    writer = PartWriter(str(tmp_path / "out"), parts_schema(OPTIONS.topk, bundle.num_features), {})
+    writer = PartWriter(str(tmp_path / "out"), schema_of_parts(5, bundle.num_features), {})
     (result,) = writer(predictor(decoded)).to_pylist()
     assert (result["num_ok"], result["num_clipped"]) == (4, 2)
 
 
 def test_columns_that_are_not_requested_are_omitted(bundle: ModelBundle, images: pa.Table) -> None:
-    only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, 1, False, False))(images)
-    only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, 0, True, False))(images)
+    only_labels = Predictor(bundle, PredictOptions(BATCH_SIZE, columns_of(1, False), False))(images)
+    only_embeddings = Predictor(bundle, PredictOptions(BATCH_SIZE, columns_of(0, True), False))(images)
     assert "embedding" not in only_labels.column_names
     assert not {"index", "prob", "label"} & set(only_embeddings.column_names)
 
@@ -194,7 +194,7 @@ def test_lower_precision_stays_close(config: ModelConfig, images: pa.Table, pred
 
 
 def test_good_and_failed_rows_are_written_to_separate_files(predictions: pa.Table, tmp_path: Path) -> None:
-    writer = PartWriter(str(tmp_path), parts_schema(5, 2022), {"fingerprint": "f", "label_names": "[]"})
+    writer = PartWriter(str(tmp_path), schema_of_parts(5, 2022), {"fingerprint": "f", "label_names": "[]"})
     write_result = writer(predictions).to_pylist()
     (written,) = write_result
     assert (written["num_ok"], written["failures"]) == (11, ["not_found: the object was listed but no longer exists"])
@@ -255,6 +255,6 @@ def test_progress_that_cannot_be_written_does_not_stop_the_run(
 
 
 def test_parquet_files_contain_no_ray_types(predictions: pa.Table, tmp_path: Path) -> None:
-    PartWriter(str(tmp_path), parts_schema(5, 2022), {})(predictions)
+    PartWriter(str(tmp_path), schema_of_parts(5, 2022), {})(predictions)
     schema = pq.read_schema(io.BytesIO((tmp_path / "part-000000000000-e000000.parquet").read_bytes()))
     assert not any(isinstance(field.type, pa.ExtensionType) for field in schema)

@@ -31,6 +31,7 @@ from pipelines.models.bundle import ModelBundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.images.test_fast import IMAGENET
 from tests.support.embeddings import cosines
+from tests.support.schemas import columns_of
 
 MAX_PIXELS = 10**8
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def decode(files: pa.Table, bundle: ModelBundle, mode: Mode) -> pa.Table:
 
 
 def replica(bundle: ModelBundle, max_pixels: int | None) -> Predictor:
-    return Predictor(bundle, PredictOptions(8, topk=5, embedding=True, use_gpu=False, max_pixels=max_pixels))
+    return Predictor(bundle, PredictOptions(8, columns_of(5, True), use_gpu=False, max_pixels=max_pixels))
 
 
 @pytest.mark.parametrize("size", [(451, 300), (300, 451), (1000, 800), (224, 300), (256, 256)])

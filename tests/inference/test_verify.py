@@ -19,6 +19,7 @@ from pipelines.inference.spot_check import spot_check
 from pipelines.inference.verify import run
 from pipelines.models.resolve import resolve_bundle
 from pipelines.outputs import Output
+from pipelines.outputs.columns import chosen_columns
 from pipelines.outputs.contents import complete_digests, write_digests
 from tests.support.infer import infer, run_command, summary_of
 
@@ -253,9 +254,10 @@ def test_rows_decoded_on_a_gpu_are_recomputed_on_cpus(output: Path) -> None:
     manifest = Output(str(output)).find_manifest()
     assert manifest is not None
     exact = pa.concat_tables([pq.read_table(path) for path in sorted(output.glob("part-*.parquet"))])
-    assert list(spot_check(record, manifest, exact)) == []
+    columns = chosen_columns(config.outputs)
+    assert list(spot_check(record, manifest, exact, columns)) == []
     others = with_column(exact, "embedding", exact["embedding"].take(pa.array([*range(1, exact.num_rows), 0])))
-    problems = list(spot_check(record, manifest, others))
+    problems = list(spot_check(record, manifest, others, columns))
     assert len(problems) > exact.num_rows / 2
     assert "the embedding differs" in problems[0]
 

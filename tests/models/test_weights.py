@@ -16,7 +16,7 @@ import torch
 from pipelines.config.infer import InferConfig
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.errors import RequestError
-from pipelines.inference.request import resolve_topk
+from pipelines.inference.request import resolve_outputs
 from pipelines.models.bundle import ModelBundle
 from pipelines.models.cpu.int8 import quantize_bundle
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
@@ -105,10 +105,10 @@ def test_backbone_without_classifier_gives_the_same_embeddings(name: str, tmp_pa
 def test_classes_are_refused_if_the_weights_have_no_classifier(tmp_path: Path) -> None:
     bundle = bundle_of(save(state_of(num_classes=0), tmp_path / "backbone.pth"))
     base: dict[str, Any] = {"input": {"uri": "/in"}, "output": {"uri": "/out"}}
-    assert resolve_topk(InferConfig.model_validate(base | {"outputs": {"topk": 0}}), bundle) == 0
+    assert resolve_outputs(InferConfig.model_validate(base | {"outputs": {"topk": 0}}), bundle).topk == 0
     for outputs in ({}, {"topk": 1}):
         with pytest.raises(RequestError, match=r"no classifier.*outputs\.topk to 0"):
-            resolve_topk(InferConfig.model_validate(base | {"outputs": outputs}), bundle)
+            resolve_outputs(InferConfig.model_validate(base | {"outputs": outputs}), bundle)
     with pytest.raises(RequestError, match="needs a classifier"):
         quantize_bundle(bundle, torch.zeros(2, 64, 64, 3, dtype=torch.uint8).numpy(), ModelConfig().quantization)
 

@@ -22,12 +22,13 @@ from pipelines.outputs.compaction import merge_files, plan_compaction
 from pipelines.outputs.contents import Done, find_done
 from pipelines.outputs.file_names import list_files, list_sizes
 from pipelines.outputs.lease import Fence, Lease, LeaseLostError
-from pipelines.outputs.schema import failed_schema, parts_schema
+from pipelines.outputs.schema import failed_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.storage import uris
 from pipelines.storage.bulk import store_object
 from pipelines.storage.filesystem import list_names, read_bytes, remove, write_bytes
 from tests.support.infer import infer, read_kind
+from tests.support.schemas import schema_of_parts
 
 MIB = 1 << 20
 NUM_ROWS = 200
@@ -83,7 +84,7 @@ def fence(output: str) -> Iterator[Fence]:
     with Lease(output) as lease:
         lease.acquire()
         CommitLog(lease.fence).begin([], [])
-        part_writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"}, lease.fence)
+        part_writer = PartWriter(output, schema_of_parts(2, 16), {"fingerprint": "f"}, lease.fence)
         for start in range(0, NUM_ROWS, 10):
             part_writer(_rows(np.arange(start, start + 10), part_writer.parts_schema))
         yield lease.fence
@@ -252,7 +253,7 @@ def test_remove_late_files_keeps_files_of_the_successor(output: str, fence: Fenc
 
 
 def test_compaction_log_of_an_older_version_is_read(output: str) -> None:
-    part_writer = PartWriter(output, parts_schema(2, 16), {"fingerprint": "f"})
+    part_writer = PartWriter(output, schema_of_parts(2, 16), {"fingerprint": "f"})
     for start in (0, 10):
         part_writer(_rows(np.arange(start, start + 10), part_writer.parts_schema))
     old_names = {name: name.replace("-e000000", "") for name in list_files(output)}

@@ -15,13 +15,13 @@ import pytest
 from pipelines.config.infer import InferConfig
 from pipelines.config.sections import ModelConfig, PreprocessConfig
 from pipelines.config.verify import VerifyConfig
-from pipelines.engine.schema import predictions_schema
 from pipelines.errors import RequestError, RunError
 from pipelines.inference import run as infer_run
 from pipelines.inference import verify
 from pipelines.models.bundle import ModelFacts
 from pipelines.models.resolve import resolve_bundle
 from pipelines.outputs.writer import PartWriter
+from tests.support.schemas import schema_of_predictions
 
 NUM_INPUTS = 40
 TOPK = 2
@@ -146,7 +146,7 @@ def _predict(rows: pa.Table) -> pa.Table:
         "num_retries": [0] * len(is_failed),
         "is_clipped": [False] * len(is_failed),
     }
-    return pa.table(values, schema=predictions_schema(TOPK, 0))
+    return pa.table(values, schema=schema_of_predictions(TOPK, 0))
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from pipelines.outputs.commit import Commit
 from pipelines.outputs.commit_log import CommitLog, Merge
 from pipelines.outputs.compaction import merge_files
 from pipelines.outputs.contents import Done
-from pipelines.outputs.schema import ERROR_FIELDS, parts_schema
+from pipelines.outputs.schema import ERROR_FIELDS
 from pipelines.storage.filesystem import remove, write_bytes
+from tests.support.schemas import schema_of_parts
 
 NUM_ROWS = 20
-SCHEMA = parts_schema(2, 4)
+SCHEMA = schema_of_parts(2, 4)
 RECORD: dict[str, Any] = {"identity": {}, "config": {}}
 
 

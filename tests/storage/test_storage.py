@@ -18,12 +18,12 @@ from pipelines.errors import ItemError, RequestError
 from pipelines.inputs import listing
 from pipelines.inputs.listing import LISTING_SCHEMA, list_objects
 from pipelines.inputs.manifest import MANIFEST_SCHEMA, find_manifest, write_manifest
-from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
 from pipelines.storage import bulk, filesystem, uris
 from pipelines.storage.bulk import read_columns
 from pipelines.storage.filesystem import exists, list_names, read_bytes, write_bytes
 from tests.images.test_transform import IMAGENET
+from tests.support.schemas import schema_of_parts
 
 ODD_KEYS = (
     "with space.jpg",
@@ -212,7 +212,7 @@ def test_pickled_stages_contain_no_credentials(store: ObjectStore) -> None:
     assert list(bulk.fetch_many(["s3://scratch/pickled"], 10)) == [(0, b"x", 0)]
     stages = [
         FetchAndDecode(IMAGENET, 1, 1, "exact"),
-        PartWriter("s3://scratch/out", parts_schema(5, 8), {"model": "x"}),
+        PartWriter("s3://scratch/out", schema_of_parts(5, 8), {"model": "x"}),
     ]
     for stage in stages:
         content = pickle.dumps(stage)
