@@ -2,10 +2,11 @@
 
 `_lock/epoch-000007.json` under an output is the seventh lease on it. It is created by a conditional write, so if
 several runs start together, exactly one gets the lease. The highest epoch is the current one. Its holder rewrites the
-file every few seconds (the heartbeat) and marks it as released at the end. The file stays, so that epochs only grow.
+file every few seconds (the heartbeat) and marks it as released at the end. The file stays until that of the next epoch
+exists, so that epochs only grow.
 
-A lease cannot stop a process that is frozen or partitioned from the store. Therefore every write and delete, on the
-driver or in a worker, first checks the run's `Fence`, and file names contain the epoch. A run that lost its lease
+A lease cannot stop a process that is frozen or partitioned from the store. Therefore writes and deletions, on the
+driver and in workers, first check the run's `Fence`, and file names contain the epoch. A run that lost its lease
 without noticing can neither overwrite nor delete files of its successor. The method is fencing tokens (M. Kleppmann,
 "How to do distributed locking", 2016; C. Gray and D. Cheriton, "Leases", 1989).
 """
