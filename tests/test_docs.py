@@ -11,12 +11,13 @@ import pyarrow as pa
 import pytest
 
 from pipelines.config.base import leaf_fields
+from pipelines.config.infer import InferConfig
 from pipelines.errors import ErrorKind
 from pipelines.inputs.manifest import ManifestInfo
 from pipelines.outputs import Output
 from pipelines.outputs.commit_log import Commits
 from pipelines.outputs.lease import Holder
-from pipelines.outputs.run_record import PROGRESS_FORMAT, RUN_FILE, RunRecord
+from pipelines.outputs.run_record import PROGRESS_FORMAT, RUN_FILE, RunRecord, defaults_of
 from pipelines.outputs.schema import failed_schema
 from tests.support.infer import REPOSITORY
 from tests.support.label_counts_job import LabelCountsConfig, count_labels
@@ -143,6 +144,17 @@ def test_configuration_page_lists_every_key(job: str) -> None:
     rows = re.findall(r"^\| `([\w.]+)` \|.*\|$", text, re.MULTILINE)
     assert rows == list(leaf_fields(REFERENCE.schema_of(job)))
     assert "typing." not in text
+
+
+def test_defaults_in_the_text_are_those_of_the_schemas() -> None:
+    defaults = defaults_of(InferConfig)
+    stated = [
+        found
+        for page in sorted(DOCS.glob("*.md"))
+        for found in re.findall(r"`--([\w.]+)` \(([\d.,]+)\)", page.read_text())
+    ]
+    assert len(stated) >= 3
+    assert {key: float(value.replace(",", "")) for key, value in stated} == {key: defaults[key] for key, _ in stated}
 
 
 def test_every_error_kind_is_explained() -> None:

@@ -6,11 +6,13 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from botocore.credentials import RefreshableCredentials
 from pyarrow.fs import PyFileSystem
 
 from cluster.local.object_store import ObjectStore
@@ -311,6 +313,17 @@ def test_credentials_that_appear_late_are_used(
     assert s3.has_credentials()
     (fetched,) = bulk.fetch_many([f"{images}/{KEYS[0]}"], max_bytes=1000)
     assert fetched.content == KEYS[0].encode()
+
+
+def test_credentials_of_a_role_are_requested_again_before_they_expire(setenv: Callable[..., None]) -> None:
+    setenv(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret")
+    assert s3.has_credentials()
+    handed_out_at = datetime.now(UTC)
+    expires_at = s3.settings()._obstore_credentials()["expires_at"]
+    assert expires_at is not None
+    # botocore renews credentials that expire within this time. So those that it hands out are valid for as long.
+    valid_for_s = RefreshableCredentials._mandatory_refresh_timeout
+    assert 60 <= (expires_at - handed_out_at).total_seconds() <= valid_for_s + 5
 
 
 def test_skip_signature_reads_public_bucket_and_writes_private_one(
