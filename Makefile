@@ -25,10 +25,10 @@ setup: $(VENV)/.installed  ## create the environment in .venv
 demo: setup  ## label photographs and train on digits, with an S3 store on this machine
 	$(LIMIT) 900 $(RUN) -m cluster.local.demo
 
-test: setup  ## run the fast tests
-	$(LIMIT) 1500 $(RUN) -m pytest -m "not slow and not gpu and not multinode"
+test: test-unit  ## run the fast tests
+	$(LIMIT) 1500 $(RUN) -m pytest -m "not unit and not slow and not gpu and not multinode"
 
-test-unit: setup  ## run the tests that need neither Ray nor an object store
+test-unit: setup  ## run the tests that need neither Ray nor an object store, in two processes
 	$(LIMIT) 300 $(RUN) -m pytest -m unit --numprocesses 2 --dist loadfile
 
 test-slow: setup  ## run the slow tests: all five models, all combinations of stores, job submission

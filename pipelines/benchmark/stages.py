@@ -111,7 +111,7 @@ def measure_device_decode(
         return None
     groups = [[jpegs[position][0] for position in group] for group in group_by_pixels(np.array([n for _, n in jpegs]))]
     accelerator = replica_accelerator(options.use_gpu)
-    decode_group = DeviceDecoder(decode.transform, decode.max_pixels, accelerator.device)
+    decode_group = DeviceDecoder(decode.transform, decode.max_pixels, accelerator)
 
     def decode_all(_: None) -> int:
         for group in groups:

@@ -35,7 +35,7 @@ class PixelLoader:
         if max_pixels is not None:
             from pipelines.images.device import DeviceDecoder  # late: torchvision
 
-            self._decode = DeviceDecoder(transform, max_pixels, accelerator.device)
+            self._decode = DeviceDecoder(transform, max_pixels, accelerator)
 
     def __call__(self, batch: pa.Table) -> tuple[pa.Table, torch.Tensor]:
         """Load the pixels of a batch of `IMAGES`.

@@ -6,6 +6,7 @@ since 0.29, in favour of TorchCodec.
 
 import logging
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -23,20 +24,36 @@ log = logging.getLogger(__name__)
 MAX_MEAN_DIFFERENCE = 4
 
 
+class Device(Protocol):
+    """Device that decodes: the part of `pipelines.models.accelerators.base.Accelerator` that is needed here."""
+
+    device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished its work."""
+
+    def synchronize_stream(self) -> None:
+        """Wait until the device has finished the work of the current stream."""
+
+    def release_cached_memory(self) -> None:
+        """Release the device memory that torch caches."""
+
+
 class DeviceDecoder:
     """Decoder of JPEG batches on one device. Files that it rejects are decoded on the CPU, as in mode `fast`.
 
     Args:
         transform: Eval transform.
         max_pixels: Size limit, in pixels, of a decoded and of a resized image.
-        device: Device to decode on.
+        accelerator: Device to decode on.
 
     Raises:
         RunError: The device or this build of torchvision cannot decode JPEGs, or decodes them to wrong pixels.
     """
 
-    def __init__(self, transform: EvalTransform, max_pixels: int, device: torch.device) -> None:
-        self._transform, self._max_pixels, self._device = transform, max_pixels, device
+    def __init__(self, transform: EvalTransform, max_pixels: int, accelerator: Device) -> None:
+        self._transform, self._max_pixels, self._accelerator = transform, max_pixels, accelerator
+        self._device = accelerator.device
         self._has_warned = False
         self._self_test()
 
@@ -53,8 +70,7 @@ class DeviceDecoder:
             return [self._resize_and_crop(pixels) for pixels in self._decode(contents)]
         except RuntimeError:
             pass  # the device rejects one of the files without naming it, or ran out of memory
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # decoding still writes to memory that has been freed by now
+        self._accelerator.synchronize()  # decoding still writes to memory that has been freed by now
         if len(contents) == 1:
             return [self._decode_alone(contents[0])]
         half = len(contents) // 2
@@ -85,7 +101,7 @@ class DeviceDecoder:
 
     def _decode_alone(self, content: bytes) -> torch.Tensor | ItemError:
         """Retry with the memory that torch's allocator caches, which nvJPEG cannot use; then fall back to the CPU."""
-        torch.cuda.empty_cache()
+        self._accelerator.release_cached_memory()
         try:
             return self._resize_and_crop(self._decode([content])[0])
         except RuntimeError as error:
@@ -101,9 +117,8 @@ class DeviceDecoder:
 
     def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
-        if self._device.type == "cuda":
-            # nvJPEG writes on its own stream, to memory that kernels queued on the current stream may still read.
-            torch.cuda.current_stream(self._device).synchronize()
+        # nvJPEG writes on its own stream, to memory that kernels queued on the current stream may still read.
+        self._accelerator.synchronize_stream()
         decoded: list[torch.Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
         return decoded
 

@@ -23,6 +23,7 @@ from pipelines.images.device import DeviceDecoder
 from pipelines.images.jpeg import size_for_device
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
+from pipelines.models.accelerators import choose_accelerator
 from pipelines.models.resolve import prepare_bundle, resolve_bundle
 from tests.images.test_fast import IMAGENET
 from tests.support.embeddings import cosines
@@ -98,8 +99,8 @@ def test_gpu_decodes_each_kind_of_jpeg_as_a_cpu_does(mode: str, options: dict[st
         image = crop.resize((crop.width - position % 17, crop.height - position % 13))  # odd sides too
         contents.append(encode(image.convert(mode), **options))
     assert all(size_for_device(content, IMAGENET, 10**8) for content in contents)
-    there = DeviceDecoder(IMAGENET, 10**8, torch.device("cuda"))(contents)
-    here = DeviceDecoder(IMAGENET, 10**8, torch.device("cpu"))(contents)
+    there = DeviceDecoder(IMAGENET, 10**8, choose_accelerator(torch.device("cuda")))(contents)
+    here = DeviceDecoder(IMAGENET, 10**8, choose_accelerator(torch.device("cpu")))(contents)
     for found, expected in zip(there, here, strict=True):
         assert isinstance(found, torch.Tensor)
         assert isinstance(expected, torch.Tensor)

@@ -34,7 +34,7 @@ from tests.support.embeddings import cosines
 from tests.support.schemas import columns_of
 
 MAX_PIXELS = 10**8
-CPU = torch.device("cpu")
+CPU = Accelerator(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

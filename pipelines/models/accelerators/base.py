@@ -68,6 +68,9 @@ class Accelerator:
     def synchronize(self) -> None:
         """Wait until the device has finished its work."""
 
+    def synchronize_stream(self) -> None:
+        """Wait until the device has finished the work of the current stream."""
+
     def used_bytes(self) -> int | None:
         """Return the device memory in use by all processes, in bytes; None if the device has no memory of its own."""
         return None

@@ -67,6 +67,10 @@ class CudaAccelerator(Accelerator):
         """Wait until the GPU has finished its work."""
         torch.cuda.synchronize(self.device)
 
+    def synchronize_stream(self) -> None:
+        """Wait until the GPU has finished the work of the current stream."""
+        torch.cuda.current_stream(self.device).synchronize()
+
     def used_bytes(self) -> int:
         """Return the GPU memory in use by all processes, in bytes."""
         free, total = torch.cuda.mem_get_info(self.device)
