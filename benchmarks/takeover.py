@@ -11,9 +11,9 @@ In each round a run labels photographs, and is broken at a random moment, also d
 - cut off: only the driver loses its connection to the store.
 
 A second run takes over and finishes. It has another PID namespace, so the lease regards it as another machine. Then
-the first run wakes up. Rows are counted in every file that a reader finds as `part-*.parquet` or `failed-*.parquet`,
-first when the second run has finished, and again 60 s after the first run has woken up. By then the first run must have
-stopped. Heartbeats are more frequent than in a real run.
+the first run wakes up, unless it was killed. Rows are counted in every file that a reader finds as `part-*.parquet` or
+`failed-*.parquet`, first when the second run has finished, and again 60 s after the first run has woken up. By then the
+first run must have stopped. Heartbeats are more frequent than in a real run.
 
 The rounds called "at once" have no fault. Two runs acquire the lease at the same moment, and must end with the exit
 statuses 0 and 2.
@@ -81,7 +81,8 @@ class Count(NamedTuple):
     Attributes:
         num_lost: Number of inputs without a row.
         num_doubled: Number of inputs with more than one row.
-        is_as_expected: True if `_SUCCESS` exists and each run has ended as it should.
+        is_as_expected: True if `_SUCCESS` exists, the first run had not failed before its fault, and each run has ended
+            as it should.
     """
 
     num_lost: int
@@ -116,21 +117,26 @@ class Bench:
         """Folder of the photographs."""
         return str(self.folder / "in")
 
-    def command(self, output_uri: str, *keys: str) -> list[str]:
-        """Return the command line of the job in a separate PID namespace."""
+    def command(self, output_uri: str, *keys: str, in_namespace: bool) -> list[str]:
+        """Return the command line of the job, in a separate PID namespace or in that of this program."""
         job = [sys.executable, "-c", RUNNER, "--input.uri", self.input_uri, "--output.uri", output_uri]
         job += ["--model.name", "test_resnet", "--model.weights", "random", "--preprocess.image_size", "32"]
         job += ["--output.commit_rows", "32", "--failure.max_fraction", "1", "--compute.batch_size", "8", *keys]
+        if not in_namespace:
+            return job
         # If the driver were the first process of the namespace, its workers would die with it.
         first = '"$@" & wait $!; status=$?; [ $status -lt 128 ] || sleep 10; exit $status'
         return ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", first, "sh", *job]
 
     @contextlib.contextmanager
-    def job(self, output_uri: str, *keys: str, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
+    def job(
+        self, output_uri: str, *keys: str, in_namespace: bool = True, **variables: str
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         """Start the job, and kill it if it is still running at the end of the block."""
         environment = os.environ | self.store.environment() | variables
         log = open(self.folder / "log", "ab")  # noqa: SIM115 - closed below
-        process = subprocess.Popen(self.command(output_uri, *keys), env=environment, stdout=log, stderr=log)
+        command = self.command(output_uri, *keys, in_namespace=in_namespace)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             yield process
         finally:
@@ -238,10 +244,12 @@ def take_over(
     if fault == "cut off":
         variables = {"RAY_ADDRESS": bench.head.address, "HOME": str(bench.head.home)}
         variables |= {"AWS_ENDPOINT_URL": bench.proxy.endpoint}
-    first = stack.enter_context(bench.job(output_uri, *keys, **variables))
+    # A driver cannot connect to a Ray head whose processes it does not see.
+    first = stack.enter_context(bench.job(output_uri, *keys, in_namespace=fault != "cut off", **variables))
     moment = wait_for_moment(bench, output_uri, first, is_retry=bool(keys))
+    had_failed = first.poll() not in (None, 0)
     wake = break_run(bench, first, fault)
-    ended = bench.count(output_uri, is_as_expected=bench.finish(output_uri))
+    ended = bench.count(output_uri, is_as_expected=bench.finish(output_uri) and not had_failed)
     wake()
     return moment, ended, first
 
