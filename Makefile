@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 LIMIT := timeout --kill-after=30
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu mutants checks docs bench lock clean
+.PHONY: help setup demo test test-unit test-slow test-multinode test-gpu gpu mutants checks docs bench lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -40,6 +40,11 @@ test-multinode: setup  ## run jobs on five hosts in network namespaces, with fau
 
 test-gpu: setup  ## run the tests that need a GPU
 	$(LIMIT) 1800 $(RUN) -m pytest -m gpu || [ $$? -eq 5 ]
+
+# Runs in the Python of the GPU host, which has torch, timm and Ray already.
+GPU_PYTHON ?= python3
+gpu:  ## measure everything that needs a GPU, within eight minutes; results in gpu-results
+	$(GPU_PYTHON) -m benchmarks.gpu --output gpu-results
 
 mutants: setup  ## change the code in thousands of places, and list the changes that no fast test notices; takes hours
 	$(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(RUN) \
