@@ -55,12 +55,12 @@ SETTLE_S = 60.0
 # Runs the job with frequent heartbeats, and with compaction of small files. If LINE_UP names a folder, two runs wait
 # for each other before they acquire the lease.
 RUNNER = f"""
-import os, pathlib, time
+import os, pathlib, time, uuid
 import pipelines.outputs.lease as lease
 if folder := os.environ.get("LINE_UP"):
     acquire = lease.Lease.acquire
     def acquire_together(self):
-        pathlib.Path(folder, str(os.getpid())).touch()
+        pathlib.Path(folder, uuid.uuid4().hex).touch()
         while len(os.listdir(folder)) < 2:
             time.sleep(0.001)
         acquire(self)

@@ -161,3 +161,25 @@ def test_embeddings_convert_to_a_matrix(output: Output, commit: Commit) -> None:
     table = open_output(output.uri).table(["id", "embedding"])
     matrix = table["embedding"].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1)
     assert np.array_equal(matrix[:, 0], table["id"].to_numpy().astype(np.float32))
+
+
+def test_files_that_a_parquet_reader_would_find_are_listed(output: Output, commit: Commit) -> None:
+    finish(commit)
+    strays = ["late/part-1.parquet", "LATE.PARQUET", "_hidden/part-1.parquet", ".part.parquet", "notes.txt"]
+    for name in strays:
+        write_bytes(output.uri_of(name), b"x")
+    assert sorted(output.list_parquet_paths()) == sorted([*output.list_files(), *strays[:2]])
+
+
+def test_finished_output_is_compared_with_its_record(output: Output, commit: Commit) -> None:
+    def matches(num_inputs: int) -> bool:
+        return output.matches_record(output.find_done(num_inputs, epoch=1))
+
+    commit.add(commit.writer(SCHEMA, {"model": "m"})(predictions([8, 9, 10, 11])).to_pylist()[0])
+    assert not matches(16)  # every input has a row, but there is no record yet
+    finish(commit)
+    assert matches(16)
+    assert not matches(NUM_ROWS)
+    duplicate = read_file(output, output.list_files()[-1])
+    write_bytes(output.uri_of("part-000000000000-e000000.parquet"), duplicate)
+    assert not matches(16)
