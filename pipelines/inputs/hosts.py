@@ -39,6 +39,6 @@ def _is_private(host: str) -> bool:
 
 
 def _is_private_address(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
+    address = ipaddress.ip_address(text)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return not mapped.is_global or mapped.is_multicast

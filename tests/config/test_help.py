@@ -3,7 +3,7 @@
 from typing import Literal
 
 import pytest
-from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from pipelines.config.base import Section
 from pipelines.config.help import describe_default, format_help
@@ -97,7 +97,7 @@ def test_help_of_a_schema_without_descriptions() -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(10_000, "10_000"), (9_999, "9999"), (True, "true"), ((4, 16), "4,16")])
 def test_default_is_written_as_on_the_command_line(value: object, text: str) -> None:
-    assert describe_default(Field(default=value)) == text
+    assert describe_default(FieldInfo(default=value)) == text
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,14 @@ def write_list(path: Path, *uris: str) -> Path:
         ("list.Tsv", "label\turi\ncat\ta.jpg\n"),
         ("list.jsonl", '{"uri":"a.jpg","label":"cat","n":{"deep":[1]}}\n'),
         ("list.JSONL", '{"label":"cat","uri":"a.jpg"}'),
+        ("mixed.jsonl", '{"uri":"a.jpg","label":"cat","n":1}\n{"uri":"b.jpg","label":"dog","n":"one"}'),
+        ("long.jsonl", json.dumps({"uri": "a.jpg", "label": "cat", "caption": "x" * 3_000_000})),
+        ("long.csv", f"uri,label,caption\na.jpg,cat,{'x' * 3_000_000}\n"),
     ],
 )
 def test_lists_of_every_format_and_suffix_case_are_read(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    assert rows(tmp_path / name) == [(f"{tmp_path}/a.jpg", "cat")]
+    assert rows(tmp_path / name)[0] == (f"{tmp_path}/a.jpg", "cat")
 
 
 def test_parquet_list_with_upper_case_suffix_is_read(tmp_path: Path) -> None:
@@ -220,6 +223,35 @@ def test_list_on_a_private_host_may_name_images_on_that_host(remote_list: Any) -
     assert remote_list("1.jpg", location=location) == ["http://10.0.0.5/sets/1.jpg"]
     with pytest.raises(RequestError, match=r"the host '10\.0\.0\.6'"):
         remote_list("http://10.0.0.6/1.jpg", location=location)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_private"),
+    [
+        ("10.0.0.1", True),
+        ("169.254.169.254", True),
+        ("224.0.0.1", True),
+        ("127.1", True),
+        ("0x7f.0.0.1", True),
+        ("::1", True),
+        ("fe80::1%lo", True),
+        ("::ffff:169.254.169.254", True),
+        ("ff02::1", True),
+        ("8.8.8.8", False),
+        ("::ffff:8.8.8.8", False),
+        ("2001:4860:4860::8888", False),
+    ],
+)
+def test_addresses_that_are_not_public_are_private(address: str, is_private: bool) -> None:
+    assert private_hosts({address}) == ({address} if is_private else set())
+
+
+@pytest.mark.parametrize(
+    ("host", "is_private"),
+    [("printer", True), ("printer.LAN.", True), ("vault.internal", True), ("nosuch.invalid", False)],
+)
+def test_names_of_private_networks_are_private(host: str, is_private: bool) -> None:
+    assert private_hosts({host}) == ({host} if is_private else set())
 
 
 def test_nonexistent_hosts_are_not_private() -> None:

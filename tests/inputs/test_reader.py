@@ -73,6 +73,17 @@ def test_reader_is_chosen_by_suffix(zip_reader: ZipReader) -> None:
     assert reader_named("zip") is zip_reader
 
 
+def test_registered_reader_has_precedence_over_all_others(zip_reader: ZipReader) -> None:
+    class EagerReader(ZipReader):
+        name = "eager"
+
+        def matches(self, uri: str) -> bool:
+            return True
+
+    register(EagerReader())
+    assert {choose_reader(uri).name for uri in ("/a/list.csv", "/a/b.zip", "/a")} == {"eager"}
+
+
 def test_manifest_of_an_unknown_reader_is_refused(tmp_path: Path) -> None:
     listing = FilesReader().list(ListRequest(str(Path(__file__)), []))
     manifest = write_manifest(str(tmp_path), "/in", [], listing, reader="tapes")

@@ -18,7 +18,7 @@ from pipelines.images.transform import EvalTransform
 from pipelines.inputs.files import FilesReader
 from pipelines.runtime.ray_session import ray_session
 from pipelines.training.augment import EvalPixels, TrainPixels
-from pipelines.training.batches import PADDING_ID, LocalBatchLoader, Sampler, SequentialSampler
+from pipelines.training.batches import PADDING_ID, LocalBatchLoader, LocalBatchTask, Sampler, SequentialSampler
 from pipelines.training.ingest import errors_of, iterate_local_batches, split_among_workers
 from pipelines.training.sampler import EpochSampler
 
@@ -49,6 +49,9 @@ def test_local_batch_holds_pixels_targets_and_errors(images: pa.Table) -> None:
     local_batch = loader(SequentialSampler(24, 8), 8, 2).load(images, epoch=0, step=0, rank=0)
     assert local_batch["id"].tolist() == list(range(8))
     assert local_batch["target"].tolist() == list(range(100, 108))
+    numbers = {name: local_batch[name] for name in ("epoch", "step", "rank", "id", "target")}
+    assert {values.dtype for values in numbers.values()} == {np.dtype(np.int64)}
+    assert local_batch["image"].dtype == np.uint8
     assert [(index, error.partition(":")[0]) for index, error in errors_of(local_batch)] == [(5, "not_found")]
     assert not local_batch["image"][5].any()
     for index in (0, 4, 7):
@@ -88,6 +91,31 @@ def test_disabled_augmentation_only_resizes(images: pa.Table) -> None:
     image = photograph(images, 0).resize((64, 64))
     expected = np.asarray(image.resize(SIZE[::-1], Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(TrainPixels(SIZE, MEAN, plain, 0)(image, 0, 0), expected)
+
+
+def test_local_batch_is_that_of_its_epoch_step_and_rank(images: pa.Table) -> None:
+    sampler = EpochSampler(num_images=24, global_batch_size=6, seed=1)
+    for epoch, step, rank in ((0, 0, 0), (2, 3, 1), (1, 0, 2)):
+        local_batch = loader(sampler, 2, 3, TRAIN).load(images, epoch, step, rank)
+        expected = sampler.local_batch(epoch, step, rank, 3).tolist()
+        assert local_batch["id"].tolist() == expected
+        for name, value in (("epoch", epoch), ("step", step), ("rank", rank)):
+            assert local_batch[name].tolist() == [value, value]
+        for position, index in enumerate(expected):
+            if index != 5:
+                drawn = TRAIN(photograph(images, index), epoch, index)
+                np.testing.assert_array_equal(local_batch["image"][position], drawn)
+                assert local_batch["error"][position] == ""
+
+
+def test_tasks_follow_each_other_over_ranks_steps_and_epochs(images: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.training.batches.ray.get", lambda table: table)
+    sampler = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps per epoch
+    task = LocalBatchTask(loader(sampler, 3, 2), images, first_step=6, steps_per_epoch=4)
+    found = [task({"id": np.array([place])}) for place in range(6)]
+    places = [tuple(int(batch[name][0]) for name in ("epoch", "step", "rank")) for batch in found]
+    assert places == [(1, 2, 0), (1, 2, 1), (1, 3, 0), (1, 3, 1), (2, 0, 0), (2, 0, 1)]
+    assert found[5]["id"].tolist() == sampler.local_batch(2, 0, 1, 2).tolist()
 
 
 @pytest.fixture
