@@ -5,6 +5,7 @@ since 0.29, in favour of TorchCodec.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,12 +17,16 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipelines.errors import ItemError, RunError
 from pipelines.images.fast import preprocess_fast
+from pipelines.images.jpeg import Coding, coding_of
 from pipelines.images.transform import EvalTransform
 
 log = logging.getLogger(__name__)
 
 # Limit on the mean absolute difference of values up to 255. Decoders round chroma and upsample it differently.
 MAX_MEAN_DIFFERENCE = 4
+# A device that has rejected this many files of a coding, and accepted none, does not support it. A single rejected file
+# may just be damaged.
+NUM_REJECTED = 2
 
 
 class Device(Protocol):
@@ -42,6 +47,9 @@ class Device(Protocol):
 class DeviceDecoder:
     """Decoder of JPEG batches on one device. Files that it rejects are decoded on the CPU, as in mode `fast`.
 
+    A device rejects a whole batch because of one file, without naming it. The first files of each coding are therefore
+    decoded alone. Once a coding is known, its files join the batch or go to the CPU at once.
+
     Args:
         transform: Eval transform.
         max_pixels: Size limit, in pixels, of a decoded and of a resized image.
@@ -55,10 +63,12 @@ class DeviceDecoder:
         self._transform, self._max_pixels, self._accelerator = transform, max_pixels, accelerator
         self._device = accelerator.device
         self._has_warned = False
+        self._supported: set[Coding] = set()
+        self._num_rejected: Counter[Coding] = Counter()
         self._self_test()
 
     def __call__(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
-        """Decode a batch, and split it in halves if the device fails.
+        """Decode a batch.
 
         Args:
             contents: JPEG files for which `size_for_device` returns a size.
@@ -66,15 +76,39 @@ class DeviceDecoder:
         Returns:
             For each file, height x width x 3 uint8 on the device, or the error.
         """
+        results: dict[int, torch.Tensor | ItemError] = {}
+        for position, content in enumerate(contents):
+            coding = coding_of(content)
+            if coding not in self._supported:
+                is_rejected = self._num_rejected[coding] >= NUM_REJECTED
+                results[position] = self._decode_on_cpu(content) if is_rejected else self._try(content, coding)
+        batch = [position for position in range(len(contents)) if position not in results]
+        results |= zip(batch, self._decode_batch([contents[position] for position in batch]))
+        return [results[position] for position in range(len(contents))]
+
+    def _try(self, content: bytes, coding: Coding) -> torch.Tensor | ItemError:
+        """Decode the first file of a coding, or the next one after a rejected file, and remember the outcome."""
+        found = self._decode_alone(content)
+        if found is None:
+            self._num_rejected[coding] += 1
+            return self._decode_on_cpu(content)
+        self._supported.add(coding)
+        return found
+
+    def _decode_batch(self, contents: Sequence[bytes]) -> list[torch.Tensor | ItemError]:
+        """Decode files of supported codings, and split them in halves if the device fails."""
+        if not contents:
+            return []
         try:
             return [self._resize_and_crop(pixels) for pixels in self._decode(contents)]
         except RuntimeError:
             pass  # the device rejects one of the files without naming it, or ran out of memory
         self._accelerator.synchronize()  # decoding still writes to memory that has been freed by now
         if len(contents) == 1:
-            return [self._decode_alone(contents[0])]
+            found = self._decode_alone(contents[0])
+            return [self._decode_on_cpu(contents[0]) if found is None else found]
         half = len(contents) // 2
-        return [*self(contents[:half]), *self(contents[half:])]
+        return [*self._decode_batch(contents[:half]), *self._decode_batch(contents[half:])]
 
     def _self_test(self) -> None:
         """Decode a colour image with halved chroma and a greyscale one, and compare the pixels with a CPU's."""
@@ -98,9 +132,10 @@ class DeviceDecoder:
                     f"preprocess.mode=cuda: {self._device} decodes JPEGs to other pixels than a CPU; "
                     f"use preprocess.mode=fast"
                 )
+        self._supported = {coding_of(content) for content in encoded}
 
-    def _decode_alone(self, content: bytes) -> torch.Tensor | ItemError:
-        """Retry with the memory that torch's allocator caches, which nvJPEG cannot use; then fall back to the CPU."""
+    def _decode_alone(self, content: bytes) -> torch.Tensor | None:
+        """Decode one file, after freeing the memory that only torch's allocator can use. None if it is rejected."""
         self._accelerator.release_cached_memory()
         try:
             return self._resize_and_crop(self._decode([content])[0])
@@ -113,7 +148,7 @@ class DeviceDecoder:
                     self._device,
                     error,
                 )
-        return self._decode_on_cpu(content)
+        return None
 
     def _decode(self, contents: Sequence[bytes]) -> list[torch.Tensor]:
         encoded = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]

@@ -23,6 +23,27 @@ whole image again, however few bytes it has: 1,000 scans in 30 KB keep a core bu
 # Any marker except stuffed zeros, restarts and fill bytes (ITU-T T.81, B.1.1.2).
 MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN, NO_CONTENT = 0xD8, 0xD9, 0xDA, 0x01
+RESTART_INTERVAL, ADOBE = 0xDD, 0xEE
+# Frame headers (SOFn), except the three numbers that other markers use.
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+
+
+class Coding(NamedTuple):
+    """Properties of a JPEG that decide whether a decoder supports it.
+
+    Attributes:
+        frame: Marker of the frame header: baseline, progressive, arithmetic and so on (ITU-T T.81, table B.1).
+        precision: Bits per sample.
+        sampling: Horizontal and vertical sampling factor of each component, in one byte.
+        has_restarts: True if the file has a restart interval.
+        has_adobe_marker: True if the file has an Adobe marker, which may change the color transform.
+    """
+
+    frame: int
+    precision: int
+    sampling: bytes
+    has_restarts: bool
+    has_adobe_marker: bool
 
 
 class Size(NamedTuple):
@@ -53,6 +74,27 @@ def read_size(content: bytes, max_pixels: int, colorspaces: Container[str] = COL
         raise ItemError("too_many_pixels", f"{width} x {height} pixels, more than preprocess.max_pixels = {max_pixels}")
     refuse_many_scans(content)
     return Size(width, height)
+
+
+def coding_of(content: bytes) -> Coding:
+    """Return the coding of a JPEG, read from its headers. What the headers lack is 0, empty or False."""
+    frame = precision = 0
+    sampling, has_restarts, has_adobe_marker = b"", False, False
+    position = 0
+    while found := MARKER.search(content, position):
+        marker, position = found[1][0], found.end()
+        if marker in (START_OF_SCAN, END_OF_IMAGE):
+            break
+        if marker in (START_OF_IMAGE, NO_CONTENT):
+            continue
+        end = position + int.from_bytes(content[position : position + 2], "big")
+        if marker in FRAMES:
+            frame, precision = marker, int.from_bytes(content[position + 2 : position + 3], "big")
+            sampling = content[position + 9 : end : 3]
+        has_restarts |= marker == RESTART_INTERVAL and any(content[position + 2 : end])
+        has_adobe_marker |= marker == ADOBE
+        position = end
+    return Coding(frame, precision, sampling, has_restarts, has_adobe_marker)
 
 
 def refuse_many_scans(content: bytes) -> None:

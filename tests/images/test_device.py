@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import simplejpeg
 import torch
+from PIL import Image
 
 from cluster.local.photographs import encode
 from cluster.local.photographs import photographs as sources
@@ -23,7 +25,7 @@ from pipelines.errors import ItemError, RunError
 from pipelines.images import device
 from pipelines.images.decode import decode_rgb
 from pipelines.images.device import DeviceDecoder
-from pipelines.images.jpeg import MAX_DEVICE_BYTES, MAX_DEVICE_PIXELS, read_size, size_for_device
+from pipelines.images.jpeg import MAX_DEVICE_BYTES, MAX_DEVICE_PIXELS, Coding, coding_of, read_size, size_for_device
 from pipelines.images.preprocess import Mode
 from pipelines.images.transform import EvalTransform
 from pipelines.models.accelerators import Accelerator
@@ -204,6 +206,76 @@ def test_file_that_the_device_rejects_is_decoded_on_the_cpu(monkeypatch: pytest.
         assert np.abs(ours.numpy().astype(int) - theirs.numpy()).mean() < 1
     (torn,) = decoder([contents[2][:3]])
     assert isinstance(torn, ItemError)
+
+
+def encoded_as(coding: str, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (256, 256, 3), np.uint8)
+    if coding == "progressive":
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", progressive=True)
+        return buffer.getvalue()
+    return bytes(simplejpeg.encode_jpeg(pixels, colorsubsampling=coding))
+
+
+def test_coding_is_read_from_the_headers() -> None:
+    assert coding_of(encoded_as("420", 0)) == Coding(0xC0, 8, b"\x22\x11\x11", False, False)
+    assert coding_of(encoded_as("422", 0)).sampling == b"\x21\x11\x11"
+    assert coding_of(encoded_as("progressive", 0)).frame == 0xC2
+    pixels = Image.fromarray(np.zeros((64, 64), np.uint8))
+    buffers = [io.BytesIO() for _ in range(3)]
+    pixels.save(buffers[0], "JPEG")
+    pixels.save(buffers[1], "JPEG", restart_marker_blocks=1)
+    pixels.convert("CMYK").save(buffers[2], "JPEG")
+    grey, with_restarts, cmyk = (coding_of(buffer.getvalue()) for buffer in buffers)
+    assert grey == Coding(0xC0, 8, b"\x11", False, False)
+    assert with_restarts == grey._replace(has_restarts=True)
+    assert (len(cmyk.sampling), cmyk.has_adobe_marker) == (4, True)
+    assert coding_of(b"no image") == coding_of(b"") == Coding(0, 0, b"", False, False)
+
+
+@pytest.mark.parametrize("percent", [0.4, 1, 3])
+def test_unsupported_codings_cost_only_themselves(percent: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device rejects 4:1:1 and progressive files, and with them the whole batch."""
+    decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
+    files = {coding: encoded_as(coding, seed=0) for coding in ("420", "444", "422", "411", "progressive")}
+    rejected = {coding_of(files["411"]), coding_of(files["progressive"])}
+    decode_jpeg, num_decoded = getattr(device, "decode_jpeg"), 0  # noqa: B009 - not a public name of the module
+
+    def reject_batches(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        nonlocal num_decoded
+        num_decoded += len(encoded)
+        if rejected & {coding_of(one.numpy().tobytes()) for one in encoded}:
+            raise RuntimeError("nvJPEG rejects a file")
+        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
+        return found
+
+    monkeypatch.setattr(device, "decode_jpeg", reject_batches)
+    rng, num_batches, batch_size = np.random.default_rng(0), 8, 64
+    kinds = np.where(rng.random((num_batches, batch_size)) < percent / 100, "rejected", "420").astype(object)
+    kinds[kinds == "420"] = rng.choice(["420", "444", "422"], (kinds == "420").sum())
+    kinds[kinds == "rejected"] = rng.choice(["411", "progressive"], (kinds == "rejected").sum())
+    for batch in kinds:
+        assert all(isinstance(found, torch.Tensor) for found in decoder([files[str(kind)] for kind in batch]))
+    assert num_decoded <= 1.1 * kinds.size
+
+
+def test_coding_with_a_damaged_first_file_stays_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
+    contents = [encoded_as("444", seed) for seed in range(3)]
+    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not a public name of the module
+
+    def reject_the_first(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        calls.append(len(encoded))
+        if any(bytes(one.numpy()) == contents[0] for one in encoded):
+            raise RuntimeError("nvJPEG rejects the file")
+        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
+        return found
+
+    monkeypatch.setattr(device, "decode_jpeg", reject_the_first)
+    decoder(contents)
+    assert calls == [1, 1, 1]
+    decoder(contents[1:])
+    assert calls == [1, 1, 1, 2]
 
 
 def test_device_that_cannot_decode_fails_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
