@@ -72,6 +72,7 @@ bench: setup  ## run the benchmarks, side by side with timm, Ray's documented pa
 	$(LIMIT) 3600 $(RUN) -m benchmarks.whole_run --programs ray daft timm timm-channels-last timm-compiled ecaray ecaray-fast
 	$(LIMIT) 3600 $(RUN) -m benchmarks.agreement
 	$(LIMIT) 1800 $(RUN) -m benchmarks.training
+	$(LIMIT) 1800 $(RUN) -m benchmarks.loader
 	$(LIMIT) 600 $(RUN) -m benchmarks.fetch
 	$(LIMIT) 900 $(RUN) -m benchmarks.resume
 	$(LIMIT) 900 $(RUN) -m benchmarks.listing
