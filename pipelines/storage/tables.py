@@ -39,8 +39,9 @@ def _translate_damage(uri: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        # Arrow also reports damage as OSError, but without the errno that errors of the operating system carry.
-        if isinstance(error, OSError) and error.errno is not None:
+        # Arrow also reports damage as OSError, but without the errno that errors of the operating system carry. Its
+        # FileNotFoundError has none either.
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = str(error).partition("\n")[0]
         raise DamagedFileError(f"{uri} is damaged ({reason}): {advice}") from None

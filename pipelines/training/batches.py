@@ -1,9 +1,10 @@
-"""Local batches: one worker's part of a global batch, loaded from ids to uint8 images in one Ray task. Rows 1:N.
+"""Local batches: one worker's part of a global batch, loaded from ids to uint8 images in Ray tasks. Rows 1:N.
 
 Local batches have the same number of rows on every worker. An image that cannot be read or decoded keeps its row, with
 an error message and blank pixels; a short local batch is padded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,28 +116,34 @@ class LocalBatchLoader:
 
 @dataclass(frozen=True)
 class LocalBatchTask:
-    """Ray Data UDF that loads one local batch for each input row.
+    """Ray Data UDF that loads the local batches of one worker for some consecutive steps.
 
     Attributes:
         loader: Loader of the local batches.
         images: `uri` and `target` of the set, in the object store.
         first_step: First step of the dataset, counted over all epochs.
+        num_steps: Number of steps in the dataset.
+        steps_per_task: Number of steps of a task; the last tasks may have fewer.
         steps_per_epoch: Number of steps in an epoch.
     """
 
     loader: LocalBatchLoader
     images: "ray.ObjectRef[pa.Table]"
     first_step: int
+    num_steps: int
+    steps_per_task: int
     steps_per_epoch: int
 
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
-        """Load the local batch of one row.
+    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Load the local batches of one task, in order of their steps.
 
         Args:
-            batch: `id`, one value: the position of the local batch in the dataset, where steps follow each other and
-                each step holds one local batch per worker, in order of rank.
+            batch: `id`, one value: the position of the task in the dataset, where groups of steps follow each other
+                and each group has one task per worker, in order of rank.
         """
         (place,) = batch["id"].tolist()
-        step, rank = divmod(place, self.loader.world_size)
-        epoch, step = divmod(self.first_step + step, self.steps_per_epoch)
-        return self.loader.load(ray.get(self.images), epoch, step, rank)
+        group, rank = divmod(place, self.loader.world_size)
+        images = ray.get(self.images)
+        start = group * self.steps_per_task
+        for step in range(start, min(start + self.steps_per_task, self.num_steps)):
+            yield self.loader.load(images, *divmod(self.first_step + step, self.steps_per_epoch), rank)

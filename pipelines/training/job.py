@@ -40,7 +40,7 @@ class TrainJob:
         train: Training images.
         validation: Validation images, if there are any.
         num_threads: Number of torch threads in each worker; None keeps torch's default.
-        num_cpus_per_task: CPUs that Ray reserves for each task, which loads one local batch.
+        num_cpus_per_task: CPUs that Ray reserves for each task that loads local batches.
         fence: Fence of the run's lease; None if no lease protects the output.
     """
 

@@ -11,7 +11,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from pipelines.images.transform import EvalTransform
 from pipelines.training.augment import EvalPixels, Pixels, TrainPixels
 from pipelines.training.batches import LocalBatchLoader, Sampler, SequentialSampler
-from pipelines.training.ingest import iterate_local_batches, split_among_workers
+from pipelines.training.ingest import iterate_local_batches, max_steps_per_dataset, split_among_workers
 from pipelines.training.job import ImageSet, TrainJob
 
 
@@ -27,17 +27,18 @@ class LocalBatches:
         self._validation: list[DataIterator] | None = None
 
     def training(self, first_step: int, num_steps: int) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield the local batches of some training steps.
+        """Yield the local batches of the next training steps, as many as fit into one dataset.
 
         Args:
             first_step: First step, counted from 0 over all epochs.
-            num_steps: Number of steps.
+            num_steps: Largest number of steps.
         """
         config, sampler = self._job.config, self._job.sampler
         pixels = TrainPixels(self._transform.input_size, self._transform.mean, config.augment, config.optim.seed)
         loader = self._loader(sampler, pixels, self._job.train)
+        num_steps = min(num_steps, max_steps_per_dataset(loader))
         split = self._split(loader, self._job.train, first_step, num_steps, sampler.steps_per_epoch)
-        return iterate_local_batches(split[self._rank], self._rank, first_step, sampler.steps_per_epoch)
+        return iterate_local_batches(split[self._rank], self._num_rows, self._rank, first_step, sampler.steps_per_epoch)
 
     def validation(self, images: ImageSet) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield local batches that together hold each image of the set once."""
@@ -46,7 +47,7 @@ class LocalBatches:
         if self._validation is None:
             pixels = EvalPixels(self._transform, self._job.config.preprocess.max_pixels)
             self._validation = self._split(self._loader(sampler, pixels, images), images, 0, num_steps, num_steps)
-        return iterate_local_batches(self._validation[self._rank], self._rank, 0, num_steps)
+        return iterate_local_batches(self._validation[self._rank], self._num_rows, self._rank, 0, num_steps)
 
     def _loader(self, sampler: Sampler, pixels: Pixels, images: ImageSet) -> LocalBatchLoader:
         config = self._job.config

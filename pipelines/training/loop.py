@@ -21,7 +21,7 @@ from pipelines.runtime.logs import log_to_stderr
 from pipelines.training.checkpoint import describe_model, load_state, save_state, save_timm_directory
 from pipelines.training.divergence import NO_STEP, DivergenceMonitor
 from pipelines.training.history import NO_SCORE, SCORE, best_record
-from pipelines.training.ingest import errors_of, max_steps_per_dataset
+from pipelines.training.ingest import errors_of
 from pipelines.training.job import ImageSet, TrainJob
 from pipelines.training.learner import Learner, Task
 from pipelines.training.local_batches import LocalBatches
@@ -114,8 +114,7 @@ class Worker:
     def train_next_dataset(self) -> None:
         """Train the steps of one Ray dataset, with the checkpoints and validations that fall due."""
         first = self.learner.step
-        num_steps = min(self.total_steps - first, max_steps_per_dataset(self.world_size))
-        for local_batch in self._local_batches.training(first, num_steps):
+        for local_batch in self._local_batches.training(first, self.total_steps - first):
             lr = self.learner.lr
             loss = self.learner.learn(local_batch)
             self._divergence.add(self.learner.step, loss, lr)

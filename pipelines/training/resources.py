@@ -22,7 +22,7 @@ class WorkerResources:
     Attributes:
         per_worker: Resources that Ray reserves for each worker, by name.
         num_threads: Number of torch threads in each worker; None keeps torch's default.
-        num_cpus_per_task: CPUs that Ray reserves for each task, which loads one local batch.
+        num_cpus_per_task: CPUs that Ray reserves for each task that loads local batches.
     """
 
     per_worker: dict[str, float]

@@ -1,5 +1,6 @@
 """Reads of the rows of an output."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cluster.local.object_store import ObjectStore
 from pipelines.errors import DamagedFileError, RequestError
+from pipelines.inputs.reader import Listing
 from pipelines.outputs import Output, open_output
 from pipelines.outputs.commit import Commit
 from pipelines.outputs.commit_log import CommitLog, Merge
@@ -183,3 +186,50 @@ def test_finished_output_is_compared_with_its_record(output: Output, commit: Com
     duplicate = read_file(output, output.list_files()[-1])
     write_bytes(output.uri_of("part-000000000000-e000000.parquet"), duplicate)
     assert not matches(16)
+
+
+LISTING = Listing(pa.table({"uri": ["/in/0.jpg"], "size_bytes": [7], "etag": ["e"]}), num_excluded=2)
+
+
+def test_inputs_are_pinned_once(output: Output) -> None:
+    assert output.find_manifest() is None
+    manifest = output.write_manifest("/in", ["*.txt"], LISTING, epoch=4, reader="files")
+    info = manifest.info
+    assert (info.input_uri, info.exclude, info.num_excluded, info.reader) == ("/in", ["*.txt"], 2, "files")
+    assert info.file_prefix == "inputs-000004-"
+    assert output.find_manifest() == manifest
+    assert manifest.folder_uri == output.uri_of("_manifest")
+
+
+def test_rows_without_a_manifest_are_refused(output: Output, commit: Commit) -> None:
+    first = output.list_files()[0]
+    with pytest.raises(RequestError, match=f"{output.uri} contains {first} but no _manifest/manifest.json, without"):
+        output.find_manifest()
+    assert output.list_sizes() == {name: len(read_file(output, name)) for name in output.list_files()}
+
+
+def test_run_that_changed_meanwhile_is_refused(output: Output) -> None:
+    output.write_run(RECORD)
+    found = output.find_run()
+    output.refuse_if_changed(found)
+    output.write_run(RECORD | {"config": {"a": 1}})
+    with pytest.raises(RequestError, match=f"another run changed {output.uri} while this one was starting"):
+        output.refuse_if_changed(found)
+
+
+def test_output_is_complete_once_it_is_marked(output: Output) -> None:
+    output.write_run(RECORD)
+    assert not output.is_complete()
+    output.mark_complete()
+    assert output.is_complete()
+    assert "_SUCCESS" in output.list_names()
+
+
+def test_files_that_killed_writes_left_are_removed(output: Output, store: ObjectStore) -> None:
+    output.write_run(RECORD)
+    if output.uri.startswith("/"):
+        leftover = Path(output.uri, f".part-1.parquet.{'0' * 32}")
+        leftover.write_bytes(b"x")
+        os.utime(leftover, (0, 0))
+    output.abort_unfinished_uploads()
+    assert output.list_names() == ["_run.json"]

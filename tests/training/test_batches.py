@@ -17,9 +17,10 @@ from pipelines.images.decode import decode_rgb
 from pipelines.images.transform import EvalTransform
 from pipelines.inputs.files import FilesReader
 from pipelines.runtime.ray_session import ray_session
+from pipelines.training import ingest
 from pipelines.training.augment import EvalPixels, TrainPixels
 from pipelines.training.batches import PADDING_ID, LocalBatchLoader, LocalBatchTask, Sampler, SequentialSampler
-from pipelines.training.ingest import errors_of, iterate_local_batches, split_among_workers
+from pipelines.training.ingest import errors_of, iterate_local_batches, plan_steps_per_task, split_among_workers
 from pipelines.training.sampler import EpochSampler
 
 SIZE = (32, 32)
@@ -111,11 +112,43 @@ def test_local_batch_is_that_of_its_epoch_step_and_rank(images: pa.Table) -> Non
 def test_tasks_follow_each_other_over_ranks_steps_and_epochs(images: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.training.batches.ray.get", lambda table: table)
     sampler = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps per epoch
-    task = LocalBatchTask(loader(sampler, 3, 2), images, first_step=6, steps_per_epoch=4)
-    found = [task({"id": np.array([place])}) for place in range(6)]
-    places = [tuple(int(batch[name][0]) for name in ("epoch", "step", "rank")) for batch in found]
-    assert places == [(1, 2, 0), (1, 2, 1), (1, 3, 0), (1, 3, 1), (2, 0, 0), (2, 0, 1)]
-    assert found[5]["id"].tolist() == sampler.local_batch(2, 0, 1, 2).tolist()
+    task = LocalBatchTask(loader(sampler, 3, 2), images, first_step=6, num_steps=5, steps_per_task=2, steps_per_epoch=4)
+    found = [list(task({"id": np.array([place])})) for place in range(6)]
+    places = [[tuple(int(batch[name][0]) for name in ("epoch", "step", "rank")) for batch in task] for task in found]
+    assert places == [
+        [(1, 2, 0), (1, 3, 0)],
+        [(1, 2, 1), (1, 3, 1)],
+        [(2, 0, 0), (2, 1, 0)],
+        [(2, 0, 1), (2, 1, 1)],
+        [(2, 2, 0)],
+        [(2, 2, 1)],
+    ]
+    assert found[3][1]["id"].tolist() == sampler.local_batch(2, 1, 1, 2).tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "size", "num_steps", "expected"),
+    [
+        (32, (224, 224), 10_000, 27),  # limited by the bytes of a task
+        (32, (32, 32), 10_000, 32),  # by its rows
+        (32, (32, 32), 100, 6),  # by the number of tasks
+        (32, (32, 32), 5, 1),
+        (2048, (224, 224), 10_000, 1),
+    ],
+)
+def test_tasks_have_as_many_steps_as_fit(num_rows: int, size: tuple[int, int], num_steps: int, expected: int) -> None:
+    limits = {"max_bytes": 1, "max_pixels": 1}
+    sampler = SequentialSampler(1, 1)
+    wide = LocalBatchLoader(sampler, num_rows, EVAL, size, 1, reader=FilesReader(), **limits)
+    assert plan_steps_per_task(wide, num_steps) == expected
+
+
+def test_dataset_has_a_bounded_number_of_tasks() -> None:
+    for world_size in (1, 64, 512):
+        some = loader(SequentialSampler(1, 1), 32, world_size)
+        num_steps = ingest.max_steps_per_dataset(some)
+        assert num_steps // plan_steps_per_task(some, num_steps) * world_size == ingest.MAX_TASKS_PER_DATASET
+    assert ingest.max_steps_per_dataset(loader(SequentialSampler(1, 1), 2048, 100_000)) == 1
 
 
 @pytest.fixture
@@ -127,11 +160,12 @@ def connected(ray_server: RayHead, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def stream_to_workers(sampler: EpochSampler, images: pa.Table, world_size: int, first: int, num: int) -> list[Any]:
-    local_loader = loader(sampler, -(-sampler.global_batch_size // world_size), world_size)
+    num_rows = -(-sampler.global_batch_size // world_size)
+    local_loader = loader(sampler, num_rows, world_size)
     split = split_among_workers(local_loader, ray.put(images), first, num, sampler.steps_per_epoch, 0.5)
 
     def consume(rank: int) -> list[tuple[int, int, list[int]]]:
-        local_batches = iterate_local_batches(split[rank], rank, first, sampler.steps_per_epoch)
+        local_batches = iterate_local_batches(split[rank], num_rows, rank, first, sampler.steps_per_epoch)
         return [(int(batch["epoch"][0]), int(batch["step"][0]), batch["id"].tolist()) for batch in local_batches]
 
     with ThreadPoolExecutor(world_size) as workers:
@@ -139,7 +173,11 @@ def stream_to_workers(sampler: EpochSampler, images: pa.Table, world_size: int, 
 
 
 @pytest.mark.usefixtures("connected")
-def test_ray_streams_every_worker_its_local_batch_of_every_step(images: pa.Table) -> None:
+@pytest.mark.parametrize("min_tasks", [16, 3])  # one step in a task, and two or more
+def test_ray_streams_every_worker_its_local_batch_of_every_step(
+    images: pa.Table, min_tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "MIN_TASKS_PER_WORKER", min_tasks)
     sampler = EpochSampler(num_images=24, global_batch_size=6, seed=1)  # 4 steps per epoch
     whole = stream_to_workers(sampler, images, world_size=2, first=0, num=8)
     for rank in range(2):
