@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.sections import ROW_PREFIX, SECTIONS
+from benchmarks.gpu.context import ROW_PREFIX
+from benchmarks.gpu.sections import SECTIONS
 
 # Less time than this is not enough for any measurement.
 MIN_SECTION_S = 15.0

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu.sections import ROW_PREFIX, SECTIONS
+from benchmarks.gpu.context import ROW_PREFIX
+from benchmarks.gpu.sections import SECTIONS
 from tests.support.infer import REPOSITORY
 
 TIMEOUT_S = 900
