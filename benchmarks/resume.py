@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +23,11 @@ import pyarrow as pa
 from cluster.local.object_store import object_store
 from cluster.local.photographs import crops, encode
 from cluster.local.processes import descendants, memory_bytes
-from pipelines.inference.verify import InferRecord
 from pipelines.inputs.listing import LISTING_SCHEMA
 from pipelines.inputs.manifest import write_manifest
 from pipelines.inputs.reader import Listing
 from pipelines.outputs import Output, run_record
-from pipelines.outputs.columns import chosen_columns
+from pipelines.outputs.columns import Embedding, TopK
 from pipelines.outputs.file_names import list_files
 from pipelines.outputs.schema import parts_schema
 from pipelines.outputs.writer import PartWriter
@@ -93,11 +93,13 @@ def _write_output(output_uri: str, num_inputs: int, missing: np.ndarray, command
         time.sleep(POLL_S)
     process.kill()
     process.wait()
-    record = Output(output_uri).read_run(InferRecord)
+    record = run_record.find_run(output_uri)
+    assert record is not None
     columns = [[_name(index) for index in range(num_inputs)], [0] * num_inputs, [""] * num_inputs]
     write_manifest(Output(output_uri).manifest_uri, INPUT_URI, [], Listing(pa.table(columns, schema=LISTING_SCHEMA), 0))
-    schema = parts_schema(chosen_columns(record.identity.outputs), record)
-    writer = PartWriter(output_uri, schema, {"fingerprint": record.fingerprint})
+    model = SimpleNamespace(num_features=record["num_features"], label_names=())
+    schema = parts_schema((TopK(5), Embedding()), model)
+    writer = PartWriter(output_uri, schema, {"fingerprint": record["fingerprint"]})
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         list(pool.map(lambda ids: writer(_rows(ids, schema)), _parts(num_inputs, missing)))
 
