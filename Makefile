@@ -86,4 +86,4 @@ lock: setup  ## update requirements.lock
 		--no-emit-index-url --no-emit-find-links --constraints requirements.constraints -o requirements.lock
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .demo docs/_build mutants .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .demo docs/_build gpu-results mutants .mypy_cache .pytest_cache .ruff_cache

@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def run_section(run: Run, section: str, limit_s: float) -> bool:
-    """Run a section in a process group of its own, and return True if it succeeded within its limit."""
+    """Run a section in a separate process group, and return True if it succeeded within its limit."""
     started = time.monotonic()
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""What the sections of `benchmarks.gpu` share: their parameters, timers, weights and predictors."""
+"""Parameters, timers, weights and predictors of the sections of `benchmarks.gpu`."""
 
 import json
 import multiprocessing

@@ -28,7 +28,7 @@ class Section:
     limit_s: float
 
 
-# In the order of their worth.
+# The most important ones first.
 SECTIONS = {
     "machine": Section(describe_machine, 40),
     "photographs": Section(write_photographs, 40),

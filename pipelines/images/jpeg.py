@@ -1,7 +1,8 @@
 """Inspection of JPEG files without decoding them, and without torch."""
 
+import itertools
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import simplejpeg
@@ -80,21 +81,25 @@ def coding_of(content: bytes) -> Coding:
     """Return the coding of a JPEG, read from its headers. What the headers lack is 0, empty or False."""
     frame = precision = 0
     sampling, has_restarts, has_adobe_marker = b"", False, False
-    position = 0
-    while found := MARKER.search(content, position):
-        marker, position = found[1][0], found.end()
-        if marker in (START_OF_SCAN, END_OF_IMAGE):
+    for marker, start, end in _segments(content):
+        if marker == START_OF_SCAN:
             break
-        if marker in (START_OF_IMAGE, NO_CONTENT):
-            continue
-        end = position + int.from_bytes(content[position : position + 2], "big")
         if marker in FRAMES:
-            frame, precision = marker, int.from_bytes(content[position + 2 : position + 3], "big")
-            sampling = content[position + 9 : end : 3]
-        has_restarts |= marker == RESTART_INTERVAL and any(content[position + 2 : end])
+            frame, precision = marker, int.from_bytes(content[start + 2 : start + 3], "big")
+            sampling = content[start + 9 : end : 3]
+        has_restarts |= marker == RESTART_INTERVAL and any(content[start + 2 : end])
         has_adobe_marker |= marker == ADOBE
-        position = end
     return Coding(frame, precision, sampling, has_restarts, has_adobe_marker)
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker of each segment of the first image, and the positions between which its content lies."""
+    end = 0
+    while (found := MARKER.search(content, end)) and found[1][0] != END_OF_IMAGE:
+        marker, start = found[1][0], found.end()
+        has_content = marker not in (START_OF_IMAGE, NO_CONTENT)
+        end = start + (int.from_bytes(content[start : start + 2], "big") if has_content else 0)
+        yield marker, start, end
 
 
 def refuse_many_scans(content: bytes) -> None:
@@ -115,15 +120,8 @@ def has_coefficients_in_memory(content: bytes) -> bool:
 
 def count_scans(content: bytes) -> int:
     """Return the number of scans up to the end of the first image, or `MAX_SCANS` + 1 if there are more."""
-    num_scans, position = 0, 0
-    while num_scans <= MAX_SCANS and (found := MARKER.search(content, position)):
-        marker, position = found[1][0], found.end()
-        if marker == END_OF_IMAGE:
-            break
-        num_scans += marker == START_OF_SCAN
-        if marker not in (START_OF_IMAGE, NO_CONTENT):
-            position += int.from_bytes(content[position : position + 2], "big")
-    return num_scans
+    scans = (marker for marker, _, _ in _segments(content) if marker == START_OF_SCAN)
+    return sum(1 for _ in itertools.islice(scans, MAX_SCANS + 1))
 
 
 def size_for_device(content: bytes, transform: EvalTransform, max_pixels: int) -> Size | None:

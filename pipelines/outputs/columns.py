@@ -150,7 +150,7 @@ def register(columns: ModelColumns) -> None:
     Raises:
         ValueError: There are columns of this name already.
     """
-    if columns.name in {other.name for other in [*registered, TopK(1), Embedding()]}:
+    if columns.name in {TopK.name, Embedding.name, *(other.name for other in registered)}:
         raise ValueError(f"there are columns named {columns.name!r} already")
     registered.append(columns)
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from pipelines.config.base import leaf_fields
 from pipelines.errors import RequestError
 from pipelines.storage import uris
 from pipelines.storage.documents import Document, parse_document
@@ -103,15 +104,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def defaults_of(schema: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+def defaults_of(schema: type[BaseModel]) -> dict[str, Any]:
     """Return the default of each key of a config schema, without those that are required or follow from other keys."""
-    defaults: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            defaults |= defaults_of(field.annotation, f"{prefix}{name}.")
-        elif field.default is not PydanticUndefined:
-            defaults[f"{prefix}{name}"] = to_jsonable_python(field.default)
-    return defaults
+    defaults = {key: field.default for key, field in leaf_fields(schema).items()}
+    return {key: to_jsonable_python(default) for key, default in defaults.items() if default is not PydanticUndefined}
 
 
 def refuse_other_run(

@@ -184,20 +184,26 @@ def test_out_of_memory_is_retried(bundle: ModelBundle, files: pa.Table, monkeypa
     assert (num_stacked, num_emptied) == (2, 2)
 
 
+def reject_batches(is_rejected: Callable[[bytes], bool], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make the device reject batches with certain files, and return the list of the sizes of all batches."""
+    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not a public name of the module
+
+    def decode(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
+        calls.append(len(encoded))
+        if any(is_rejected(one.numpy().tobytes()) for one in encoded):
+            raise RuntimeError("nvJPEG rejects a file")
+        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
+        return found
+
+    monkeypatch.setattr(device, "decode_jpeg", decode)
+    return calls
+
+
 def test_file_that_the_device_rejects_is_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [encode(source.convert("RGB")) for source in list(sources().values())[:5]]
     decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
     expected = decoder(contents)
-    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not a public name of the module
-
-    def reject_the_third(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
-        calls.append(len(encoded))
-        if any(bytes(one.numpy()) == contents[2] for one in encoded):
-            raise RuntimeError("nvJPEG rejects the file")
-        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
-        return found
-
-    monkeypatch.setattr(device, "decode_jpeg", reject_the_third)
+    calls = reject_batches(lambda content: content == contents[2], monkeypatch)
     found = decoder(contents)
     assert calls == [5, 2, 3, 1, 1, 2]  # the rejected file is retried once
     for ours, theirs in zip(found, expected, strict=True):
@@ -239,39 +245,20 @@ def test_unsupported_codings_cost_only_themselves(percent: float, monkeypatch: p
     decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
     files = {coding: encoded_as(coding, seed=0) for coding in ("420", "444", "422", "411", "progressive")}
     rejected = {coding_of(files["411"]), coding_of(files["progressive"])}
-    decode_jpeg, num_decoded = getattr(device, "decode_jpeg"), 0  # noqa: B009 - not a public name of the module
-
-    def reject_batches(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
-        nonlocal num_decoded
-        num_decoded += len(encoded)
-        if rejected & {coding_of(one.numpy().tobytes()) for one in encoded}:
-            raise RuntimeError("nvJPEG rejects a file")
-        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
-        return found
-
-    monkeypatch.setattr(device, "decode_jpeg", reject_batches)
+    calls = reject_batches(lambda content: coding_of(content) in rejected, monkeypatch)
     rng, num_batches, batch_size = np.random.default_rng(0), 8, 64
     kinds = np.where(rng.random((num_batches, batch_size)) < percent / 100, "rejected", "420").astype(object)
     kinds[kinds == "420"] = rng.choice(["420", "444", "422"], (kinds == "420").sum())
     kinds[kinds == "rejected"] = rng.choice(["411", "progressive"], (kinds == "rejected").sum())
     for batch in kinds:
         assert all(isinstance(found, torch.Tensor) for found in decoder([files[str(kind)] for kind in batch]))
-    assert num_decoded <= 1.1 * kinds.size
+    assert sum(calls) <= 1.1 * kinds.size
 
 
 def test_coding_with_a_damaged_first_file_stays_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = DeviceDecoder(IMAGENET, MAX_PIXELS, CPU)
     contents = [encoded_as("444", seed) for seed in range(3)]
-    decode_jpeg, calls = getattr(device, "decode_jpeg"), []  # noqa: B009 - not a public name of the module
-
-    def reject_the_first(encoded: list[torch.Tensor], **kwargs: object) -> list[torch.Tensor]:
-        calls.append(len(encoded))
-        if any(bytes(one.numpy()) == contents[0] for one in encoded):
-            raise RuntimeError("nvJPEG rejects the file")
-        found: list[torch.Tensor] = decode_jpeg(encoded, **kwargs)
-        return found
-
-    monkeypatch.setattr(device, "decode_jpeg", reject_the_first)
+    calls = reject_batches(lambda content: content == contents[0], monkeypatch)
     decoder(contents)
     assert calls == [1, 1, 1]
     decoder(contents[1:])

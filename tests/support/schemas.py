@@ -16,10 +16,13 @@ def columns_of(topk: int, embedding: bool) -> tuple[ModelColumns, ...]:
 
 def schema_of_parts(topk: int, num_features: int) -> pa.Schema:
     """Return the schema of `part-*.parquet`. 0 omits the columns."""
-    return parts_schema(columns_of(topk, num_features > 0), SimpleNamespace(num_features=num_features, label_names=()))
+    return parts_schema(columns_of(topk, num_features > 0), _model(num_features))
 
 
 def schema_of_predictions(topk: int, num_features: int) -> pa.Schema:
     """Return the schema of the rows of a replica. 0 omits the columns."""
-    model = SimpleNamespace(num_features=num_features, label_names=())
-    return predictions_schema(columns_of(topk, num_features > 0), model)
+    return predictions_schema(columns_of(topk, num_features > 0), _model(num_features))
+
+
+def _model(num_features: int) -> SimpleNamespace:
+    return SimpleNamespace(num_features=num_features, label_names=())
